@@ -1,0 +1,230 @@
+"""Config helpers: files with `:args`, typed overrides, validation, sweeps, JSON.
+
+A config is a locked `ml_collections.ConfigDict` made by a Python file under `configs/`. Only
+cli, tasks and engine ever see one; a model gets its own frozen dataclass built by `build`.
+Nothing here knows a model, a dataset or a flag.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import ml_collections
+
+from dalle_jax.types import UsageError
+
+ConfigDict = ml_collections.ConfigDict
+T = TypeVar("T")
+
+
+def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
+    """Values of a config file's `:size=smoke,fast` argument, typed like their defaults.
+
+    Args:
+      text: the part after the colon, or None. `name` alone means True for a bool default.
+      **defaults: every argument the file takes, with its default.
+
+    Raises:
+      UsageError: for an argument that the file does not take or cannot be parsed.
+    """
+    values = dict(defaults)
+    for item in filter(None, (text or "").split(",")):
+        name, has_value, value = item.partition("=")
+        if name not in defaults:
+            raise UsageError(
+                f"config argument {name!r} is unknown;{_suggest(name, defaults)} "
+                f"this file takes {_listed(defaults)}."
+            )
+        values[name] = _parse(name, value if has_value else "true", defaults[name])
+    return ConfigDict(values)
+
+
+def load(path: str) -> ConfigDict:
+    """The locked config that `path` describes: `configs/dalle.py` or `configs/dalle.py:size=smoke`.
+
+    Raises:
+      UsageError: if the file does not exist or has no get_config.
+    """
+    config = _module(path).get_config(_argument(path))
+    config.lock()
+    return config
+
+
+def sibling(file: str, name: str):
+    """The module `name`.py beside a config file: `base = config.sibling(__file__, "base")`.
+
+    Config files are loaded by path, so `import base` would depend on the working directory.
+    """
+    return _module(str(pathlib.Path(file).with_name(f"{name}.py")))
+
+
+def load_hyper(path: str) -> list[dict[str, Any]]:
+    """The sweep of a config file: what its `get_hyper()` returns, a list of dotted overrides."""
+    module = _module(path)
+    if not hasattr(module, "get_hyper"):
+        raise UsageError(f"{path} has no get_hyper(); a sweep needs one: see configs/base.py.")
+    return list(module.get_hyper())
+
+
+def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
+    """A copy of `config` with dotted keys replaced, each value typed like what it replaces.
+
+    Raises:
+      UsageError: for an unknown key (with the nearest known one) or a value of another type.
+    """
+    config = ConfigDict(config.to_dict())
+    for key, value in overrides.items():
+        node, *path = config, *key.split(".")
+        for i, name in enumerate(path):
+            if not isinstance(node, ConfigDict) or name not in node:
+                keys = list(node.keys()) if isinstance(node, ConfigDict) else []
+                raise UsageError(
+                    f"config has no field {key!r};{_suggest(name, keys)} "
+                    f"{'.'.join(path[:i]) or 'the top level'} has {_listed(keys)}."
+                )
+            if i == len(path) - 1:
+                node[name] = _parse(key, value, node[name])
+            else:
+                node = node[name]
+    config.lock()
+    return config
+
+
+def build(cls: type[T], values: ConfigDict, **extra: Any) -> T:
+    """A frozen dataclass from a config section; its own __post_init__ validates the values.
+
+    Raises:
+      UsageError: naming fields that the class does not have.
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = {**values.to_dict(), **extra}
+    for name in given:
+        if name not in names:
+            raise UsageError(
+                f"{cls.__name__} has no field {name!r};{_suggest(name, names)} "
+                f"it has {_listed(names)}."
+            )
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return cls(**given)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to leaf values, tuples as lists: the form in which configs are compared."""
+    flat = {}
+    for key in sorted(config.keys()):
+        value = config[key]
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, (tuple, list)) else value
+    return flat
+
+
+def differences(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) -> dict[str, tuple]:
+    """Fields whose values differ: dotted key -> (old, new); `ignore` holds key prefixes."""
+    ignore = tuple(ignore)
+    a, b = flatten(old), flatten(new)
+    missing = "<absent>"
+    return {
+        key: (a.get(key, missing), b.get(key, missing))
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, missing) != b.get(key, missing) and not key.startswith(ignore)
+    }
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON; `from_json` gives an equal config back."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """A locked config from `to_json`'s text."""
+    config = ConfigDict(json.loads(text))
+    config.lock()
+    return config
+
+
+def sweep(key: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+    """One axis of a sweep: one override per value."""
+    return [{key: value} for value in values]
+
+
+def product(*axes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every combination of the axes."""
+    return [{k: v for unit in units for k, v in unit.items()} for units in itertools.product(*axes)]
+
+
+def zipped(*axes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The axes side by side.
+
+    Raises:
+      UsageError: if their lengths differ.
+    """
+    if len({len(axis) for axis in axes}) > 1:
+        raise UsageError(f"zipped axes have lengths {[len(axis) for axis in axes]}; expected one.")
+    return [{k: v for unit in units for k, v in unit.items()} for units in zip(*axes, strict=True)]
+
+
+def _argument(path: str) -> str | None:
+    return path.split(":", 1)[1] if ":" in path else None
+
+
+def _module(path: str):
+    file = pathlib.Path(path.split(":", 1)[0])
+    if not file.is_file():
+        near = (
+            sorted(p.as_posix() for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        )
+        raise UsageError(f"config file {file} does not exist; found beside it: {_listed(near)}.")
+    spec = importlib.util.spec_from_file_location(f"dalle_jax_config_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UsageError(f"{file} has no get_config(arg=None); every config file needs one.")
+    return module
+
+
+def _parse(key: str, value: Any, like: Any) -> Any:
+    """`value` (text from a command line, or already typed) as the type of `like`."""
+    kind = type(like)
+    try:
+        if isinstance(like, bool):
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(like, int):
+            if float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))  # 1e5 is how people write step counts
+        if isinstance(like, float):
+            return float(value)
+        if isinstance(like, (tuple, list)):
+            items = value if isinstance(value, (tuple, list)) else _items(value)
+            element = like[0] if like else ""
+            return kind(_parse(key, item, element) for item in items)
+        if isinstance(like, str):
+            return str(value)
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"{key}={value!r} is not a valid {kind.__name__}; its default is {like!r}."
+        ) from error
+    return value
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip(" '\"") for item in str(text).strip("()[]").split(",") if item.strip()]
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    return f" did you mean {near[0]!r}?" if near else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(str(name) for name in names)
+    return ", ".join(names) if names else "nothing"

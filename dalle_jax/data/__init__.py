@@ -1,0 +1,1 @@
+"""Datasets, tokenizer, preprocessing and the seekable pipeline. Imports words only."""

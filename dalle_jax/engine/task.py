@@ -1,0 +1,72 @@
+"""The socket between the engine and everything it can train.
+
+The engine (`loop`, `state`, `sharding`, `checkpoint`) knows a `Task` and nothing else: no model,
+no dataset, no flag. A new objective is a new factory in `dalle_jax/tasks/`, one line in
+`tasks.TASKS` and one config; `engine/loop.py` never grows for it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+
+from dalle_jax.types import Array, Batch, Key, Params
+
+
+@flax.struct.dataclass
+class Output:
+    """What a loss returns beside its scalar.
+
+    Attributes:
+      metrics: name -> float32 scalar, already averaged over the global batch.
+      extra: the next value of the task's non-trained variables (codebook EMA, counters), same
+        structure as was passed in; None for a task without any.
+    """
+
+    metrics: dict[str, Array]
+    extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Everything the engine needs to train one network; a record of functions, no inheritance.
+
+    Attributes:
+      name: key in `tasks.TASKS`, stored with the checkpoint.
+      batch_spec: name -> ShapeDtypeStruct of one *global* batch, leading axis B. Data and task
+        must agree on it before anything compiles; a dry run needs no data.
+      init: key -> (params, extra). Pure and jit-able. Leaves are boxed by
+        `nn.with_logical_partitioning` with names of `axes`; an unboxed leaf is replicated.
+      loss: (params, extra, frozen, batch, key, step) -> (scalar float32, Output). `step` is an
+        int32 scalar for schedules; `key` is already folded with it.
+      frozen: variables of networks that are not trained, host arrays (boxed like params where
+        they should be sharded). Passed as an argument, never closed over, never optimised,
+        never saved again. None without any.
+      preview: (params, extra, frozen, batch, key) -> {name: images [n, h, w, 3] float in
+        [-1, 1]}, a grid per name in the log. Called outside jit with the EMA params, so it may
+        jit what it likes; None for a task without pictures.
+      evaluate: (params, extra, frozen, batch, key) -> {name: float32 scalar}; jit-able, run on
+        held-out batches with the EMA params and averaged. None = the loss's own metrics.
+      flops: model FLOPs of one training step on the global batch: 3 x forward matmuls and
+        convolutions (2 FLOPs per multiply-add), attention counted on allowed keys, remat not
+        counted.
+      decay_mask: params -> pytree of bool, True where weight decay applies. None = matrices and
+        kernels (rank >= 2 beyond the stacked layer axis) but no embedding, gain or bias.
+      warm_start: (params, extra) -> (params, extra) on host arrays, called once on a fresh
+        workdir (never on resume): `init_from`. None = train from init.
+      unit: what is counted per second beside images, e.g. ("tokens", 80) per example.
+    """
+
+    name: str
+    batch_spec: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[Key], tuple[Params, Any]]
+    loss: Callable[[Params, Any, Any, Batch, Key, Array], tuple[Array, Output]]
+    frozen: Any = None
+    preview: Callable[..., dict[str, Array]] | None = None
+    evaluate: Callable[..., dict[str, Array]] | None = None
+    flops: float = 0.0
+    decay_mask: Callable[[Params], Any] | None = None
+    warm_start: Callable[[Params, Any], tuple[Params, Any]] | None = None
+    unit: tuple[str, int] | None = None

@@ -1,0 +1,1 @@
+"""One file, one network, in the paper's order. Imports nn."""

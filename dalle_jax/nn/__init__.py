@@ -1,0 +1,1 @@
+"""Network matter: attention, transformer, convolutions, quantisers. Imports words only."""

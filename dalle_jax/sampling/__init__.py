@@ -1,0 +1,1 @@
+"""From trained stages to pictures: library functions first."""
