@@ -57,6 +57,8 @@ class Task:
       warm_start: (params, extra) -> (params, extra) on host arrays, called once on a fresh
         workdir (never on resume): `init_from`. None = train from init.
       unit: what is counted per second beside images, e.g. ("tokens", 80) per example.
+      alarms: name of a metric -> the plain text the loop prints when a logged value of it is
+        above 0: what is wrong and the remedy.
     """
 
     name: str
@@ -70,3 +72,4 @@ class Task:
     decay_mask: Callable[[Params], Any] | None = None
     warm_start: Callable[[Params, Any], tuple[Params, Any]] | None = None
     unit: tuple[str, int] | None = None
+    alarms: dict[str, str] = dataclasses.field(default_factory=dict)
