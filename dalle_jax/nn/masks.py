@@ -1,0 +1,126 @@
+"""Who may attend to whom: the sparse attention masks of DALL-E over one text + image stream.
+
+Positions 0 .. text_len-1 are text slots, then grid*grid image tokens in raster order. Text is
+causal; every image token sees every text slot (padding included: it is learned, not masked) and
+the earlier image tokens that its kind allows; one softmax runs over both.
+
+  full    every earlier image token.
+  row     a window in *raster* order that reaches back to the same column of the previous row:
+          grid + 1 keys with itself (33 on a 32x32 grid), not "the same row".
+  column  the same column of this and earlier rows.
+  conv    the causal half of a kernel x kernel window in raster order: it wraps around at the row
+          edges, as an unpadded flat convolution does (61 keys for 11x11 on a wide grid).
+
+A `Mask` is a static, hashable description, so that an attention implementation can dispatch on
+its kind. Inside a graph it is computed from iotas: as a numpy constant, three 1280x1280 tables
+put 10 MB into the program.
+
+Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix B.1 and figure 11; Child et al. 2019.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.types import Array, UsageError
+
+KINDS = ("full", "row", "column", "conv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """One kind of mask over text_len + grid**2 positions; grid 0 is plain causal text.
+
+    Attributes:
+      kind: one of KINDS.
+      text_len: text slots before the image.
+      grid: side of the code grid; 0 = no image.
+      kernel: side of the conv window, odd.
+    """
+
+    kind: str
+    text_len: int
+    grid: int
+    kernel: int = 11
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise UsageError(f"attention kind {self.kind!r} is unknown; use one of {KINDS}.")
+        if self.kernel % 2 != 1:
+            raise UsageError(f"conv attention kernel {self.kernel} must be odd; 11 is the paper's.")
+
+    @property
+    def length(self) -> int:
+        """T, the number of positions."""
+        return self.text_len + self.grid**2
+
+    def allowed(self, query: Array, key: Array) -> Array:
+        """Whether each query position may attend to each key position.
+
+        Args:
+          query: int array of positions in [0, length).
+          key: the same; the two must have equal rank and broadcast against each other.
+
+        Returns:
+          bool array of the broadcast shape. numpy in, numpy out; inside a graph, iotas in.
+        """
+        allowed = key <= query
+        if not self.grid or self.kind == "full":
+            return allowed
+        # Distances in raster order do not depend on where the image starts; columns do.
+        back = query - key
+        if self.kind == "row":
+            near = back <= self.grid
+        elif self.kind == "column":
+            near = back % self.grid == 0
+        else:
+            # back = dr * grid + dc with 0 <= dr <= half and |dc| <= half. On a grid no wider than
+            # the kernel the windows of successive rows touch, and together they are one run.
+            half = self.kernel // 2
+            if self.grid <= self.kernel:
+                near = back <= half * self.grid + half
+            else:
+                shifted = back + half
+                near = (shifted % self.grid < self.kernel) & (shifted // self.grid <= half)
+        return allowed & ((query < self.text_len) | (key < self.text_len) | near)
+
+    def table(self) -> np.ndarray:
+        """numpy bool [T, T], True where query (row) may attend to key (column)."""
+        positions = np.arange(self.length)
+        return self.allowed(positions[:, None], positions[None, :])
+
+    def graph(self) -> Array:
+        """The same bool [T, T], built from iotas in the graph."""
+        positions = jnp.arange(self.length)
+        return self.allowed(positions[:, None], positions[None, :])
+
+    def num_allowed(self) -> int:
+        """Allowed (query, key) pairs: what attention FLOPs are counted on."""
+        return int(self.table().sum())
+
+
+def pattern(
+    kinds: tuple[str, ...], last: str, num_layers: int, text_len: int, grid: int
+) -> tuple[Mask, ...]:
+    """The masks of a stack of layers: `kinds` over and over, the last layer of kind `last`.
+
+    The paper's ("row", "column", "row", "row") with last "conv" gives column to layers 2, 6, 10 ...
+    (1-based): 47 row, 16 column and 1 conv for 64 layers.
+
+    Args:
+      kinds: cycled from the first layer.
+      last: kind of the last layer; "" = no exception.
+      num_layers: L.
+      text_len: text slots.
+      grid: side of the code grid.
+
+    Raises:
+      UsageError: for an unknown kind or an empty pattern.
+    """
+    if not kinds:
+        raise UsageError(f"attention=() is empty; give one or more of {KINDS}.")
+    names = [kinds[i % len(kinds)] for i in range(num_layers)]
+    if last and names:
+        names[-1] = last
+    return tuple(Mask(name, text_len, grid) for name in names)
