@@ -1,1 +1,8 @@
 """What can be trained: one file per objective, plugged into the engine's socket."""
+
+from dalle_jax.tasks import autoencode
+
+# Name in config.task -> make(config, tokenizer=None) -> engine.task.Task. The one list.
+TASKS = {
+    "autoencode": autoencode.make,
+}
