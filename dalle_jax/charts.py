@@ -121,7 +121,11 @@ def _axis(values, log, low, high, start, end):
         low, high = math.log10(low), math.log10(high)
     if high - low < 1e-12 * max(1.0, abs(low)):  # one value: give it room on both sides
         low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    counts = sorted(set(values))
+    if log and 3 <= len(counts) <= 8 and all(value == int(value) for value in counts):
+        ticks = counts  # 1, 2, 4, … candidates: the measured points themselves
+    else:
+        ticks = _log_ticks(low, high) if log else _ticks(low, high)
 
     def position(value: float) -> float:
         value = math.log10(value) if log else value

@@ -11,6 +11,7 @@ as code. Every number should stand beside the `command` that makes it again.
 """
 
 import html
+import io
 import pathlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -279,7 +280,16 @@ def _cap(caption: str) -> str:
 def _img(image: Picture, alt: str, pixelated: bool) -> str:
     uri = images.data_uri(image)
     css = ' class="pixels"' if pixelated else ""
+    width = _width(image)
+    if pixelated and width < 160:  # whole multiples stay sharp
+        css += f' width="{width * (256 // width)}"'
     return f'<img{css} src="{uri}" alt="{html.escape(str(alt), quote=True)}" loading="lazy">'
+
+
+def _width(image: Picture) -> int:
+    if isinstance(image, bytes):
+        return Image.open(io.BytesIO(image)).width
+    return image.width if isinstance(image, Image.Image) else image.shape[1]
 
 
 def _is_number(value: Any) -> bool:

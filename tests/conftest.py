@@ -1,0 +1,58 @@
+"""What every test runs under: eight faked CPU devices, no silent broadcasting, a warm compiler."""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+# Before jax is imported: the device count is read once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+def _processor() -> str:
+    """Tells processors apart: compiled CPU code of one must not be loaded on another."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        features = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        features = platform.processor()
+    text = f"{jax.__version__} {platform.machine()} {features}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Equal programs compile once per checkout, not once per test.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / f"xla-{_processor()}"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """Seeded: a test that fails, fails again."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)
+
+
+@pytest.fixture
+def workdir(tmp_path) -> pathlib.Path:
+    """The path of a run that does not exist yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def root() -> pathlib.Path:
+    """The repository."""
+    return ROOT
