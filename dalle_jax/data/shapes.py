@@ -75,6 +75,7 @@ _GAP = 0.06  # between bounding circles: 2 px at 32 px, so that soft edges do no
 _MARGIN = 0.02  # to the border, where the judge reads the background
 _MIN_OFFSET, _MAX_DRIFT = 0.28, 0.18  # along and across a relation's direction
 _SUPERSAMPLING = 4
+_TRIES = 30  # positions tried for an object before the layout is begun anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Scene:
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` gives an equal scene back."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        values = {**vars(self), "objects": [vars(item) for item in self.objects]}
+        return json.dumps(values, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "Scene":
@@ -293,51 +295,46 @@ def _place(rng, scene: Scene) -> tuple[Object, ...]:
     """The scene's objects with positions that neither overlap nor contradict the relation."""
     low, high = _RADII[scene.kind]
     while True:
-        placed: list[Object] = []
-        for item in scene.objects:
-            for _ in range(30):
+        placed: list[tuple[float, float, float]] = []  # x, y, radius
+        for _ in scene.objects:
+            for u, v, w in rng.random((_TRIES, 3)).tolist():
                 # Rounded before use, so that the JSON of a scene renders to the same bytes.
-                radius = round(rng.uniform(low, high), 4)
-                border = radius + _MARGIN
-                x, y = (round(rng.uniform(border, 1 - border), 4) for _ in "xy")
-                new = dataclasses.replace(item, x=x, y=y, radius=radius)
-                if all(_apart(new, old) for old in placed):
-                    placed.append(new)
+                radius = round(low + (high - low) * w, 4)
+                inset = radius + _MARGIN
+                x, y = (round(inset + (1 - 2 * inset) * share, 4) for share in (u, v))
+                if all(math.hypot(x - a, y - b) >= radius + r + _GAP for a, b, r in placed):
+                    placed.append((x, y, radius))
                     break
-        if len(placed) < len(scene.objects):
-            continue
-        if scene.relation is None:
-            return tuple(placed)
-        for found in RELATIONS:
-            if _holds(found, placed):
-                return tuple(_mirrored(item, found, scene.relation) for item in placed)
+        if len(placed) == len(scene.objects):
+            if scene.relation:
+                placed = _oriented(placed, *RELATIONS[scene.relation])
+            if placed:
+                return tuple(
+                    Object(item.color, item.shape, *spot)
+                    for item, spot in zip(scene.objects, placed, strict=True)
+                )
 
 
-def _apart(a: Object, b: Object) -> bool:
-    return math.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius + _GAP
+def _oriented(placed: list[tuple], dx: int, dy: int) -> list[tuple]:
+    """The layout under the symmetry of the square that brings the second object to (dx, dy).
 
-
-def _holds(relation: str, placed: list[Object]) -> bool:
-    (dx, dy), (a, b) = RELATIONS[relation], placed
-    along = (b.x - a.x) * dx + (b.y - a.y) * dy
-    across = abs((b.x - a.x) * dy) + abs((b.y - a.y) * dx)
-    return along > _MIN_OFFSET and across < _MAX_DRIFT
-
-
-def _mirrored(item: Object, found: str, wanted: str) -> Object:
-    """The object where it is after the symmetry of the square that turns one relation into another.
-
-    Any of the four relations will do when drawing a layout: four times fewer draws.
+    Nothing if the two are not clearly in any of the four relations. Turning a layout that shows
+    another relation saves three quarters of the draws.
     """
-    x, y = item.x, item.y
-    was, now = RELATIONS[found], RELATIONS[wanted]
-    if (was[0] == 0) != (now[0] == 0):
-        x, y, was = y, x, was[::-1]
-    if was[0] != now[0]:
-        x = round(1 - x, 4)
-    if was[1] != now[1]:
-        y = round(1 - y, 4)
-    return dataclasses.replace(item, x=x, y=y)
+    (ax, ay, _), (bx, by, _) = placed
+    along, across = bx - ax, by - ay
+    transposed = abs(along) < abs(across)
+    if transposed:
+        along, across = across, along
+    if abs(along) <= _MIN_OFFSET or abs(across) >= _MAX_DRIFT:
+        return []
+    turned = []
+    flipped = (along > 0) != (dx + dy > 0)
+    for x, y, radius in placed:
+        x, y = (y, x) if transposed else (x, y)  # the gap now lies along x
+        x = round(1 - x, 4) if flipped else x
+        turned.append((y, x, radius) if dy else (x, y, radius))
+    return turned
 
 
 def _choice(rng, values: tuple):

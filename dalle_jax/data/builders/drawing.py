@@ -1,0 +1,68 @@
+"""Draws the stored examples of the shapes set, in this process or in several.
+
+Apart from the TFDS builder so that a drawing process imports numpy and Pillow only.
+"""
+
+import contextlib
+import functools
+import io
+import multiprocessing
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from PIL import Image
+
+from dalle_jax.data import shapes
+
+# Examples handed out at a time: bounds what waits in memory (64 MB of 256 px PNG) when the drawing
+# processes are faster than the writer.
+_BLOCK, _CHUNK = 4096, 64
+HELD_OUT = {"train": "exclude", "validation": "exclude", "held_out": "only"}
+
+
+class Drawn(NamedTuple):
+    """One example as stored: its id, the PNG, the caption and the scene as JSON."""
+
+    id: str
+    png: bytes
+    caption: str
+    scene: str
+
+
+def draw_example(index: int, *, split: str, seed: int, image_px: int) -> Drawn:
+    """Example `index` of a split: a function of its arguments; kinds take turns."""
+    rng = shapes.example_rng(seed, split, index)
+    kind = shapes.KINDS[index % len(shapes.KINDS)]
+    scene = shapes.sample_scene(rng, kind, HELD_OUT[split])
+    png = io.BytesIO()
+    Image.fromarray(shapes.render(scene, image_px)).save(png, "PNG")
+    return Drawn(f"{split}-{index:07d}", png.getvalue(), scene.caption, scene.to_json())
+
+
+@contextlib.contextmanager
+def pool(workers: int):
+    """A pool of drawing processes for `draw_examples`; None, which draws here, for 0 or 1.
+
+    Spawned, never forked: the caller may hold JAX's threads.
+    """
+    if workers <= 1:
+        yield None
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers) as processes:
+            yield processes
+
+
+def draw_examples(num: int, processes, **example) -> Iterator[Drawn]:
+    """The first `num` examples of a split in order; the same bytes with any number of processes.
+
+    Args:
+      num: how many.
+      processes: what `pool` gave.
+      **example: split, seed and image_px of `draw_example`.
+    """
+    draw = functools.partial(draw_example, **example)
+    if processes is None:
+        yield from map(draw, range(num))
+    else:
+        for start in range(0, num, _BLOCK):
+            yield from processes.imap(draw, range(start, min(start + _BLOCK, num)), _CHUNK)

@@ -1,0 +1,112 @@
+"""The stored shapes set: what is in it, that it is reproducible, and that it is written once."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dalle_jax.data import shapes
+from dalle_jax.data.builders import drawing
+from dalle_jax.data.builders import shapes as builder
+from dalle_jax.types import UsageError
+
+SIZES = dict(image_px=32, num_train=80, num_eval=16, seed=3)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return builder.prepare(tmp_path_factory.mktemp("data"), **SIZES, workers=1, progress=None)
+
+
+def source(path, split, **decoders):
+    return tfds.builder_from_directory(path).as_data_source(split, decoders=decoders or None)
+
+
+def raw(path, split):
+    return list(source(path, split, image=tfds.decode.SkipDecoding()))
+
+
+def test_lies_where_sources_look_for_it(path):
+    assert path.parts[-3:] == ("shapes", "32px", "1.0.0")
+    assert (path / "features.json").is_file()
+
+
+def test_records_hold_picture_caption_and_scene(path):
+    assert {name: len(source(path, name)) for name in drawing.HELD_OUT} == {
+        "train": 80,
+        "validation": 16,
+        "held_out": 16,
+    }
+    kinds = []
+    for index, record in enumerate(source(path, "train")):
+        scene = builder.scene_of(record)
+        kinds.append(scene.kind)
+        assert record["id"] == f"train-{index:07d}".encode()
+        assert [text.decode() for text in record["captions"]] == [scene.caption]
+        np.testing.assert_array_equal(record["image"], shapes.render(scene, 32))
+    assert {kinds.count(kind) for kind in shapes.KINDS} == {20}
+
+
+def test_held_out_combinations_are_in_their_split_only(path):
+    for split, expected in (("train", False), ("validation", False), ("held_out", True)):
+        for record in raw(path, split):
+            assert bool(shapes.held_out_rules(builder.scene_of(record))) is expected
+
+
+def test_same_bytes_from_two_processes(path, tmp_path):
+    # The files differ in the order of protocol buffer fields; the records in nothing.
+    other = builder.prepare(tmp_path, **SIZES, workers=2, progress=None)
+    for split in drawing.HELD_OUT:
+        for a, b in zip(raw(path, split), raw(other, split), strict=True):
+            assert a == b
+
+
+def test_sets_are_a_function_of_the_seed():
+    draws = [drawing.draw_example(0, split="train", seed=s, image_px=32).png for s in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert Image.open(io.BytesIO(draws[0])).size == (32, 32)
+
+
+def test_second_call_writes_nothing(path):
+    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert builder.prepare(path.parents[2], **SIZES, progress=None) == path
+    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"num_train": 81}, {"seed": 4}])
+def test_set_of_other_arguments_is_not_passed_off_as_this_one(path, change):
+    with pytest.raises(UsageError, match=f"asked is {next(iter(change.values()))}"):
+        builder.prepare(path.parents[2], **SIZES | change, progress=None)
+
+
+def test_interrupted_set_is_drawn_again(tmp_path, monkeypatch):
+    sizes = SIZES | {"num_train": 8, "num_eval": 4}
+    draw = drawing.draw_example
+
+    def stop_in_the_middle(index, **example):
+        if index == 5:
+            raise KeyboardInterrupt
+        return draw(index, **example)
+
+    monkeypatch.setattr(drawing, "draw_example", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        builder.prepare(tmp_path, **sizes, progress=None)
+    monkeypatch.setattr(drawing, "draw_example", draw)
+    lines = []
+    path = builder.prepare(tmp_path, **sizes, progress=lines.append)
+    assert len(source(path, "train")) == 8
+    assert "16 of 16 pictures" in lines[-1]
+
+
+@pytest.mark.parametrize("change", [{"image_px": 4}, {"num_train": 0}, {"seed": -1}])
+def test_impossible_sizes_are_refused(tmp_path, change):
+    with pytest.raises(UsageError, match="at least"):
+        builder.prepare(tmp_path, **SIZES | change, progress=None)
+
+
+def test_stdout_stays_empty(tmp_path, capfd):
+    builder.prepare(tmp_path, **SIZES | {"num_train": 4, "num_eval": 4}, progress=builder.to_stderr)
+    captured = capfd.readouterr()
+    assert not captured.out and "12 of 12 pictures" in captured.err
