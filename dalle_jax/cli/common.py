@@ -1,0 +1,85 @@
+"""What commands share: configs with overrides, the compilation cache, lists of names."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+
+DEFAULT_CACHE = "~/.cache/dalle_jax/jax"
+
+
+def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds --config; `--config.a.b=value` overrides are collected by `__main__`."""
+    parser.add_argument(
+        "--config",
+        required=required,
+        metavar="FILE[:ARGS]",
+        help="config file, e.g. configs/dalle.py:size=smoke. Any field can be changed with "
+        "--config.SECTION.FIELD=VALUE, e.g. --config.optim.lr=3e-4",
+    )
+
+
+def add_workdir(parser: argparse.ArgumentParser, help: str) -> None:
+    """Adds a required --workdir."""
+    parser.add_argument("--workdir", required=True, metavar="DIR", help=help)
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Adds --compilation_cache."""
+    parser.add_argument(
+        "--compilation_cache",
+        metavar="DIR",
+        default=os.environ.get("JAX_COMPILATION_CACHE_DIR", DEFAULT_CACHE),
+        help="compiled programs that took over 1 s are kept here and reused; '' = off "
+        "(default: $JAX_COMPILATION_CACHE_DIR or %(default)s)",
+    )
+
+
+def use_cache(args: argparse.Namespace) -> None:
+    """Turns the persistent compilation cache on where `add_cache`'s flag says."""
+    import jax
+
+    if args.compilation_cache:
+        folder = os.path.expanduser(args.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def load_config(args: argparse.Namespace):
+    """The locked config of --config with the --config.* overrides applied.
+
+    Raises:
+      UsageError: for a missing file, an unknown field or a value of the wrong type.
+    """
+    from dalle_jax import config
+
+    return config.override(config.load(args.config), args.overrides)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates `--config.a.b=value` (or `--config.a.b value`) from the other arguments.
+
+    Raises:
+      UsageError: for an override without a value.
+    """
+    rest, overrides = [], {}
+    items = iter(argv)
+    for item in items:
+        if not item.startswith("--config."):
+            rest.append(item)
+            continue
+        key, has_value, value = item.removeprefix("--config.").partition("=")
+        if not has_value:
+            value = next(items, None)
+            if value is None or value.startswith("--"):
+                from dalle_jax.types import UsageError
+
+                raise UsageError(f"--config.{key} has no value; write --config.{key}=VALUE.")
+        overrides[key] = value
+    return rest, overrides
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'train'?` or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,420 @@
+"""Workdirs: what a run leaves on disk, and how the next stage reads it.
+
+    config.json                                  the config that made the weights; travels with them
+    checkpoints/<step>/{params,ema,extra,opt,meta}   one orbax item each, committed by one rename
+
+A sampler reads `ema` (or `params`) and `extra` and never touches the optimiser. An exported stage
+is a folder with `config.json`, `params.safetensors` and, for tasks with text, `tokenizer.model`;
+`load_variables` reads both kinds. Nothing here is a pickle: loading a file runs no code of its
+author's.
+"""
+
+import dataclasses
+import json
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from dalle_jax import config as cfg
+from dalle_jax.engine import optim
+from dalle_jax.engine.state import TrainState
+from dalle_jax.types import UsageError
+
+# Orbax reports every save and every absent optional file; what a user should read is said here.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
+WEIGHTS = "params.safetensors"
+TOKENIZER = "tokenizer.model"
+
+EXTRA = "extra/"  # prefix of the non-trained variables in an exported file
+EXPORT_DTYPES = ("float16", "bfloat16", "float32")
+
+
+# Fields that may differ when a workdir continues: they change what is written and how fast, not
+# what is learned. `train.steps` is checked apart.
+MAY_CHANGE = (
+    "train.", "mesh.", "data.threads", "data.prefetch", "data.cache_mib", "data.data_dir",
+    "data.eval_batch",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Variables:
+    """A network's variables on the host.
+
+    Attributes:
+      params: nested dict of numpy arrays; the EMA weights when the run kept an EMA.
+      extra: the task's non-trained variables (a codebook, counters), nested dict, or None.
+      step: training step of the checkpoint.
+    """
+
+    params: Any
+    extra: Any
+    step: int
+
+
+class Checkpointer:
+    """Asynchronous checkpoints of one run: atomic, pruned, restorable on any mesh.
+
+    Args:
+      workdir: the run's folder; made if absent.
+      config: the run's config; `train.keep_last` newest checkpoints stay, and those whose step is
+        a multiple of `train.keep_every_steps` stay for ever (0 = none).
+    """
+
+    def __init__(self, workdir: str, config: cfg.ConfigDict):
+        self._dir = _path(workdir) / CHECKPOINTS
+        self._config = config
+        self._saved = None
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        train = self._config.train
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=max(1, train.keep_last),
+            keep_period=train.keep_every_steps or None,
+            # What a killed save leaves behind is never restored, but it fills the disk: orbax
+            # keeps it unless told otherwise.
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        return ocp.CheckpointManager(self._dir, options=options)
+
+    def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
+        """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
+
+        The arrays are copied off the device first, so the caller may donate them. A kill at any
+        time leaves the previous checkpoint as the newest. Saving a step twice is a no-op.
+
+        Args:
+          step: number of finished training steps.
+          state: the whole training state.
+          wait: return only when the checkpoint is committed.
+        """
+        if step not in (self._saved, self.latest_step()):
+            items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+            meta = dict(step=step, task=self._config.task, versions=_versions())
+            args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+            self._manager.save(step, args=args)
+            self._saved = step
+        if wait:
+            self._manager.wait_until_finished()
+
+    def latest_step(self) -> int | None:
+        """Step of the newest committed checkpoint, None without any."""
+        return self._manager.latest_step()
+
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, int]:
+        """The newest readable checkpoint, placed where `abstract_state` says.
+
+        A checkpoint that cannot be read is moved to `damaged/` and the one before it is taken,
+        with a warning: a truncated file costs `save_every_steps` steps and not the run.
+
+        Args:
+          abstract_state: ShapeDtypeStructs with shardings; any mesh, not only the one that saved.
+
+        Raises:
+          UsageError: if no checkpoint can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        problem = None
+        for position, step in enumerate(steps):
+            try:
+                state = self._read(step, abstract_state)
+            except Exception as error:  # orbax and tensorstore raise many kinds for a bad file
+                problem = error
+                logger.warning(
+                    "checkpoint of step %d is damaged (%s); falling back to %s.",
+                    step,
+                    _first_line(error),
+                    f"step {steps[position + 1]}" if position + 1 < len(steps) else "nothing",
+                )
+                continue
+            if position:
+                self._set_aside(steps[:position])
+            return state, step
+        raise UsageError(
+            f"no checkpoint under {self._dir} fits this model and can be read (steps "
+            f"{steps[::-1]}; last problem: {_first_line(problem)}). If the code or config "
+            "changed, use a new --workdir; otherwise remove the damaged folder."
+        ) from problem
+
+    def _read(self, step: int, abstract_state: TrainState) -> TrainState:
+        items = _items(abstract_state)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        got = self._manager.restore(step, args=ocp.args.Composite(**args))
+        scalar = abstract_state.step
+        number = jax.device_put(np.asarray(step, scalar.dtype), scalar.sharding)
+        return TrainState(
+            step=number,
+            params=got["params"],
+            ema=got["ema"] if "ema" in items else abstract_state.ema,
+            extra=got["extra"] if "extra" in items else abstract_state.extra,
+            opt_state=got["opt"] if "opt" in items else abstract_state.opt_state,
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Moves unreadable checkpoints away, so that their steps can be saved again."""
+        self._manager.close()
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._dir.parent / DAMAGED / str(step)
+                target.parent.mkdir(exist_ok=True)
+                if target.exists():
+                    target.rmtree()
+                (self._dir / str(step)).rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("dalle_jax: damaged checkpoints set aside")
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Waits for the save in flight and releases the threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def steps(workdir: str) -> list[int]:
+    """Steps of the committed checkpoints of a workdir, ascending."""
+    folder = _path(workdir) / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def save_config(workdir: str, config: cfg.ConfigDict) -> None:
+    """Writes `config.json` by a rename, so that a reader never sees half of it."""
+    folder = _path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (CONFIG + ".part")
+    part.write_text(cfg.to_json(config) + "\n")
+    part.replace(folder / CONFIG)
+
+
+def claim(workdir: str, config: cfg.ConfigDict) -> None:
+    """Stores the config in a new workdir; in an old one checks that it is the same run.
+
+    Raises:
+      UsageError: listing every field that differs, with both values.
+    """
+    if not (_path(workdir) / CONFIG).exists():
+        if jax.process_index() == 0:
+            save_config(workdir, config)
+        return
+    stored = load_config(workdir)
+    changed = cfg.differences(stored, config)
+    refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
+    hint = ""
+    if "train.steps" in changed and (
+        optim.depends_on_steps(config.optim) or optim.depends_on_steps(stored.optim)
+    ):
+        refused["train.steps"] = changed["train.steps"]
+        hint = (
+            f" train.steps sets the length of the {config.optim.schedule} schedule; a run whose "
+            "steps should grow later needs optim.decay_steps from the start."
+        )
+    if refused:
+        lines = [f"  {k}: stored {old!r}, given {new!r}" for k, (old, new) in refused.items()]
+        raise UsageError(
+            f"{workdir} holds another run; these fields differ:\n" + "\n".join(lines) + "\n"
+            f"use a new --workdir, or the stored values.{hint}"
+        )
+    if changed and jax.process_index() == 0:
+        save_config(workdir, config)
+
+
+def load_config(workdir: str) -> cfg.ConfigDict:
+    """The locked config stored in a workdir or exported folder.
+
+    Raises:
+      UsageError: if the folder is neither.
+    """
+    file = _path(workdir) / CONFIG
+    if not file.exists():
+        raise UsageError(
+            f"{workdir} is not a workdir: it has no {CONFIG}. Expected the --workdir of "
+            "`python -m dalle_jax train`, or a folder written by `export`."
+        )
+    try:
+        return cfg.from_json(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file} is not valid JSON ({error}); restore it from a copy.") from error
+
+
+def load_variables(workdir: str, step: int | None = None) -> Variables:
+    """Weights of a stage as host arrays; the optimiser is not read.
+
+    Args:
+      workdir: a training workdir or an exported folder.
+      step: which checkpoint; None = the newest readable one. An exported folder has only one.
+
+    Returns:
+      Variables with the EMA weights where the run kept an EMA. Exported half-precision weights
+      come back as float32.
+
+    Raises:
+      UsageError: if there is no such checkpoint.
+    """
+    folder = _path(workdir)
+    config = load_config(workdir)
+    if (folder / WEIGHTS).exists():
+        return _load_exported(folder)
+    known = steps(workdir)
+    if step is not None and step not in known:
+        raise UsageError(f"{workdir} has no checkpoint of step {step}; it has {known}.")
+    if not known:
+        raise UsageError(
+            f"{workdir} has no checkpoint yet; train it first with "
+            f"`python -m dalle_jax train --workdir={workdir}` (task {config.task!r})."
+        )
+    problem = None
+    for number in [step] if step is not None else reversed(known):
+        path = folder / CHECKPOINTS / str(number)
+        weights = "ema" if (path / "ema").exists() else "params"
+        try:
+            params = _read_item(path / weights)
+            extra = _read_item(path / "extra") if (path / "extra").exists() else None
+            return Variables(params, extra, number)
+        except Exception as error:  # as in Checkpointer.restore
+            problem = error
+            logger.warning("%s is damaged (%s).", path, _first_line(error))
+    raise UsageError(
+        f"no checkpoint of {workdir} can be read; last problem: {_first_line(problem)}."
+    ) from problem
+
+
+def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]:
+    """Writes a small folder to ship: config, weights as safetensors, tokenizer.
+
+    Args:
+      workdir: what to export; the EMA weights when there are any.
+      out_dir: made if absent; files in it are replaced.
+      dtype: storage of floating arrays, one of float16, bfloat16, float32. Integers stay.
+
+    Returns:
+      {"step", "parameters" (count), "bytes" (of the weights file)}.
+
+    Raises:
+      UsageError: for an unknown dtype, or float16 and a weight that does not fit into it.
+    """
+    import ml_dtypes
+    from safetensors import numpy as safetensors
+
+    if dtype not in EXPORT_DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(EXPORT_DTYPES)}.")
+    config = load_config(workdir)
+    variables = load_variables(workdir)
+    arrays = flatten(variables.params)
+    arrays |= {EXTRA + name: value for name, value in flatten(variables.extra or {}).items()}
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    stored = {}
+    for name, value in arrays.items():
+        # Non-float32 floats do not occur in checkpoints; integers are counters and tables.
+        is_float = np.issubdtype(value.dtype, np.floating)
+        with np.errstate(over="ignore"):
+            stored[name] = np.array(value, kind if is_float else None, order="C")
+        if is_float and np.isfinite(value).all() and not np.isfinite(stored[name]).all():
+            raise UsageError(
+                f"{name} has values up to {np.abs(value).max():.3g}, beyond {dtype}; "
+                "export with --dtype=bfloat16."
+            )
+    folder = _path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"step": str(variables.step), "dtype": dtype}
+    (folder / WEIGHTS).write_bytes(safetensors.save(stored, metadata=meta))
+    save_config(out_dir, config)
+    tokenizer = _path(workdir) / TOKENIZER
+    if tokenizer.exists() and folder != tokenizer.parent:
+        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    return {
+        "step": variables.step,
+        "parameters": sum(value.size for value in arrays.values()),
+        "bytes": (folder / WEIGHTS).stat().length,
+    }
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
+    """A nested dict as {"a/b/c": array}."""
+    flat = {}
+    for key, value in tree.items():
+        if "/" in str(key):
+            raise ValueError(f"parameter name {key!r} holds a slash: flat names would clash.")
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}/") if nested else {prefix + key: np.asarray(value)}
+    return flat
+
+
+def unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The nested dict that `flatten` was given."""
+    tree = {}
+    for name, value in flat.items():
+        *path, leaf = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = value
+    return tree
+
+
+def _load_exported(folder: epath.Path) -> Variables:
+    from safetensors import SafetensorError
+    from safetensors import numpy as safetensors
+
+    data = (folder / WEIGHTS).read_bytes()
+    try:
+        flat = safetensors.load(data)
+    except SafetensorError as error:
+        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}; copy it again.") from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    step = int(header.get("__metadata__", {}).get("step", 0))
+    flat = {name: _as_float32(value) for name, value in flat.items()}
+    extra = {k.removeprefix(EXTRA): v for k, v in flat.items() if k.startswith(EXTRA)}
+    params = {k: v for k, v in flat.items() if not k.startswith(EXTRA)}
+    return Variables(unflatten(params), unflatten(extra) or None, step)
+
+
+def _as_float32(value: np.ndarray) -> np.ndarray:
+    # bfloat16 is not a subtype of np.floating: name it.
+    is_half = value.dtype == np.float16 or value.dtype.name == "bfloat16"
+    return value.astype(np.float32) if is_half else value
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """Orbax items of a state; absent collections have no item (orbax refuses empty trees)."""
+    trees = dict(params=state.params, ema=state.ema, extra=state.extra, opt=state.opt_state)
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
+
+
+def _read_item(path: epath.Path) -> Any:
+    """One item as nested numpy arrays, whatever devices wrote it."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    return {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0][:200] if text else type(error).__name__) if error else "none"
+
+
+def _path(workdir: str) -> epath.Path:
+    path = epath.Path(workdir).expanduser()
+    return path if "://" in str(workdir) else path.resolve()  # orbax wants absolute paths

@@ -1,0 +1,498 @@
+"""The training loop: one for every task, every size and every number of devices.
+
+`train` is linear and headed; read it from top to bottom. The same workdir continues: the order of
+batches and every noise stream are functions of (seed, step), so an interrupted run ends with the
+same bits as an unbroken one on the same mesh.
+"""
+
+import contextlib
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dalle_jax import config as cfg
+from dalle_jax.engine import metrics as metrics_lib
+from dalle_jax.engine import optim, sharding
+from dalle_jax.engine import state as state_lib
+from dalle_jax.engine.checkpoint import Checkpointer, claim
+from dalle_jax.engine.metrics import say
+from dalle_jax.engine.state import TrainState
+from dalle_jax.engine.task import Task
+from dalle_jax.types import Batch, Key, Params, UsageError
+
+# fold_in numbers of the streams beside the per-step ones, which count up from 0.
+_INIT, _EVAL, _PREVIEW = 2**32 - 1, 2**32 - 2, 2**32 - 3
+
+# Steps dispatched but not finished. Without a bound the host runs ahead to the next log line and
+# keeps every batch until then alive on the device.
+_RUN_AHEAD = 3
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not finite; the text names step, examples and checkpoint."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run at a step boundary, after saving.
+
+    Attributes:
+      signum: the signal.
+      step: number of finished steps, all saved.
+    """
+
+    def __init__(self, signum: int, step: int):
+        name = signal.Signals(signum).name
+        super().__init__(f"{name}: saved step {step}; the same command continues from there.")
+        self.signum, self.step = signum, step
+
+
+def train(
+    config: cfg.ConfigDict,
+    task: Task,
+    batches: Callable[[int], Batch],
+    eval_batches: Callable[[int], Batch],
+    workdir: str,
+) -> dict[str, float]:
+    """Trains until `config.train.steps`, continuing what the workdir holds.
+
+    Args:
+      config: the run's config, stored in the workdir.
+      task: what to train.
+      batches: step -> this process's rows of the global batch; `.ids(step)`, where it exists,
+        names its examples in reports.
+      eval_batches: likewise for held-out batches 0 .. train.eval_batches - 1.
+      workdir: a new folder or one of the same run.
+
+    Returns:
+      The last metrics: {"step", "loss", …, "eval/loss", …}. A finished run returns those stored.
+
+    Raises:
+      UsageError: before anything compiles, for a config that does not fit the devices, the data
+        or the workdir.
+      NonFiniteError: at the first loss or gradient that is not finite; that state is not saved.
+      Interrupted: after SIGTERM or SIGINT, with the current step saved.
+    """
+    steps = config.train.steps
+
+    # ---- Refuse what cannot work -------------------------------------------------------------
+    check(config, task)
+    claim(workdir, config)
+    mesh = sharding.make_mesh(config.mesh)
+    rules = sharding.rules(config.mesh)
+    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    boxed = state_lib.abstract(task, key)
+    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
+    has_ema = config.optim.ema_decay > 0
+    target, where = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+
+    # ---- Where are we? -----------------------------------------------------------------------
+    checkpointer = Checkpointer(workdir, config)
+    if (checkpointer.latest_step() or 0) >= steps:
+        checkpointer.close()
+        say(f"{workdir} has finished its {steps} steps; nothing to do (raise train.steps?).")
+        return stored_metrics(workdir)
+    if checkpointer.latest_step() is None:
+        init = state_lib.make_init(task, tx, has_ema=has_ema)
+        state, start = jax.jit(init, out_shardings=where)(jax.random.fold_in(key, _INIT)), 0
+        if task.warm_start:
+            state = state_lib.warm_start(state, task, where)
+    else:
+        state, start = checkpointer.restore(target)
+        say(f"continuing {workdir} from step {start}.")
+    frozen_where = sharding.shardings(task.frozen, mesh, rules)
+    frozen = jax.device_put(sharding.unbox(task.frozen), frozen_where)
+    say(state_lib.describe(task, target, mesh, config))
+
+    # ---- Functions ---------------------------------------------------------------------------
+    batch_where = sharding.batch_sharding(mesh)
+    whole = sharding.replicated(mesh)
+    step_fn = jax.jit(
+        make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
+        in_shardings=(where, frozen_where, batch_where, whole),
+        out_shardings=(where, whole),
+        donate_argnums=0,
+    )
+    eval_fn = jax.jit(make_eval(task), out_shardings=whole)
+
+    def read_train(step: int) -> Batch:
+        return sharding.to_global(_fitting(batches(step), task, config.data.batch), batch_where)
+
+    def read_eval(i: int) -> Batch:
+        batch = _fitting(eval_batches(i), task, config.data.eval_batch)
+        return sharding.to_global(batch, batch_where)
+
+    writer = metrics_lib.Writer(workdir, config, first_step=start)
+    meter = metrics_lib.Meter()
+    pending: list[tuple[int, dict[str, jax.Array]]] = []  # finished step count, device metrics
+    untold: list[tuple[int, dict[str, float]]] = []  # fetched, not yet logged
+    final: dict[str, float] = {"step": start}
+
+    def fetch(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
+        """Brings the metrics of these steps to the host and checks them."""
+        for step, values in jax.device_get(entries):
+            if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+                raise NonFiniteError(_explain(step, values, batches, checkpointer, workdir))
+            untold.append((step, {name: float(value) for name, value in values.items()}))
+
+    def tell() -> None:
+        """Logs the means over the steps fetched since the last time."""
+        if not untold:
+            return
+        step, last = untold[-1]
+        mean = {name: float(np.mean([v[name] for _, v in untold])) for name in last}
+        mean = {"loss": mean.pop("loss"), **mean, "lr": last["lr"]}
+        rates = meter.read(config.data.batch, task.unit, task.flops)
+        left = (steps - step) * rates["perf/step_ms"] / 1000
+        writer.scalars(step, "train", mean | rates)
+        say(metrics_lib.console_line(step, steps, mean | rates, left))
+        for name, text in task.alarms.items():
+            if mean.get(name, 0) > 0:
+                say(f"  warning ({name}): {text}")
+        final.update(last, step=step)
+        untold.clear()
+
+    def evaluate(step: int) -> None:
+        """Means over the held-out batches with the averaged weights."""
+        params = state.ema if has_ema else state.params
+        sums: dict[str, float] = {}
+        count = config.train.eval_batches
+        with _Prefetch(read_eval, range(count), config.data.prefetch) as feed:
+            for i, batch in feed:
+                noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
+                got = jax.device_get(eval_fn(params, state.extra, frozen, batch, noise, state.step))
+                for name, value in got.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) / count
+        if sums:
+            writer.scalars(step, "eval", sums)
+            say(metrics_lib.console_line(step, steps, {f"eval/{k}": v for k, v in sums.items()}))
+            final.update({f"eval/{name}": value for name, value in sums.items()})
+
+    def preview(step: int) -> None:
+        """Pictures of the averaged weights, with the same noise every time."""
+        params = state.ema if has_ema else state.params
+        noise = jax.random.fold_in(key, _PREVIEW)
+        pictures = task.preview(params, state.extra, frozen, read_eval(0), noise)
+        writer.pictures(step, {name: jax.device_get(value) for name, value in pictures.items()})
+
+    # ---- Train -------------------------------------------------------------------------------
+    with contextlib.ExitStack() as stack:
+        stack.callback(checkpointer.close)
+        stack.callback(writer.close)
+        stack.enter_context(sharding.use(mesh, rules))
+        began = time.perf_counter()
+        # Compiled ahead: the executable takes these shapes and no others, so nothing can
+        # compile a second time in the middle of a run.
+        spec = {
+            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_where)
+            for name, s in task.batch_spec.items()
+        }
+        step_fn = step_fn.lower(state, frozen, spec, key).compile()
+        say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
+        stop = stack.enter_context(_Stop())
+        feed = stack.enter_context(_Prefetch(read_train, range(start, steps), config.data.prefetch))
+        meter = metrics_lib.Meter()
+        waiting = time.perf_counter()
+        for index, batch in feed:
+            if not pending or pending[-1][1]["loss"].is_ready():
+                # Only a wait that left the device idle is the input's fault.
+                meter.waited += time.perf_counter() - waiting
+            with jax.transfer_guard("disallow"):
+                state, values = step_fn(state, frozen, batch, key)
+            done = index + 1
+            pending.append((done, values))
+            meter.step()
+            if len(pending) > _RUN_AHEAD:
+                jax.block_until_ready(pending[-1 - _RUN_AHEAD][1])
+
+            if _due(done - 1, config.train.log_every_steps):
+                # One step late: the device works on this step while the host reads the last.
+                fetch(pending[:-1])
+                pending = pending[-1:]
+                tell()
+            is_last = done == steps
+            signum = stop.requested(done)
+            evals = is_last or _due(done, config.train.eval_every_steps)
+            draws = is_last or _due(done, config.train.preview_every_steps)
+            saves = is_last or signum or _due(done, config.train.save_every_steps)
+            if evals or draws or saves:
+                fetch(pending)  # also the check that this state is worth keeping
+                pending = []
+                if is_last or signum or _due(done, config.train.log_every_steps):
+                    tell()
+                pause = time.perf_counter()
+                if evals and config.train.eval_batches:
+                    evaluate(done)
+                if draws and task.preview:
+                    preview(done)
+                if saves:
+                    checkpointer.save(done, state, wait=bool(is_last or signum))
+                meter.pause(pause)
+            if signum and not is_last:
+                raise Interrupted(signum, done)
+            waiting = time.perf_counter()
+    return final
+
+
+def make_step(
+    task: Task,
+    tx: optax.GradientTransformation,
+    lr: optim.Schedule,
+    ema_limit: float,
+    accum_steps: int,
+) -> Callable[[TrainState, Any, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure training step: (state, frozen, batch, key) -> (state, metrics).
+
+    `key` is the run's base key; the step folds its number in. With accumulation the batch is
+    split into micro-batches whose gradients and metrics are averaged, and `extra` passes through
+    them in turn: the result is that of the whole batch where the loss is a mean over examples.
+
+    Returns:
+      Function whose metrics are the task's plus loss, grad_norm (before clipping), lr and
+      update_ratio, the norm of the update over the norm of the weights: far below 1e-4 learns
+      nothing, far above 1e-2 is unstable.
+    """
+    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
+
+    def gradients(state: TrainState, frozen: Any, batch: Batch, key: Key):
+        if accum_steps == 1:
+            (loss, out), grads = grad_fn(state.params, state.extra, frozen, batch, key, state.step)
+            return grads, out.extra, {**out.metrics, "loss": loss}
+
+        def split(x):
+            # Every micro-batch takes rows from every device's slice: no data moves.
+            return jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0)
+
+        def micro(carry, inputs):
+            total, extra = carry
+            i, part = inputs
+            noise = jax.random.fold_in(key, i)
+            (loss, out), grads = grad_fn(state.params, extra, frozen, part, noise, state.step)
+            total = jax.tree.map(lambda a, b: a + b / accum_steps, total, grads)
+            return (total, out.extra), {**out.metrics, "loss": loss}
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        parts = (jnp.arange(accum_steps), jax.tree.map(split, batch))
+        (grads, extra), values = jax.lax.scan(micro, (zeros, state.extra), parts)
+        return grads, extra, jax.tree.map(lambda x: x.mean(0), values)
+
+    def step(state: TrainState, frozen: Any, batch: Batch, key: Key):
+        key = jax.random.fold_in(key, state.step)
+        grads, extra, values = gradients(state, frozen, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = optim.ema_decay(ema_limit, state.step)
+            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
+        values = {
+            **values,
+            "grad_norm": optax.tree.norm(grads),
+            "update_ratio": optax.tree.norm(updates) / (optax.tree.norm(params) + 1e-12),
+            "lr": jnp.asarray(lr(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, ema, extra, opt_state), values
+
+    return step
+
+
+def make_eval(task: Task) -> Callable[..., dict[str, jax.Array]]:
+    """(params, extra, frozen, batch, key, step) -> metrics of one held-out batch."""
+
+    def evaluate(params: Params, extra: Any, frozen: Any, batch: Batch, key: Key, step):
+        if task.evaluate:
+            return task.evaluate(params, extra, frozen, batch, key)
+        loss, out = task.loss(params, extra, frozen, batch, key, step)
+        return {**out.metrics, "loss": loss}
+
+    return evaluate
+
+
+def check(config: cfg.ConfigDict, task: Task) -> None:
+    """Refuses a config that does not fit itself or the devices; computes nothing.
+
+    Raises:
+      UsageError: naming the field, the value and what would fit.
+    """
+    train = config.train
+    for name in ("steps", "log_every_steps", "save_every_steps", "keep_last"):
+        if train[name] < 1:
+            raise UsageError(f"train.{name}={train[name]}; expected 1 or more.")
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.data.batch, mesh, "data.batch", config.optim.accum_steps)
+    sharding.check_batch(config.data.eval_batch, mesh, "data.eval_batch")
+    for name, spec in task.batch_spec.items():
+        if spec.shape[0] != config.data.batch:
+            raise UsageError(
+                f"task {task.name} wants {name} of shape {spec.shape}, but data.batch="
+                f"{config.data.batch}; the leading axis is the global batch."
+            )
+
+
+def plan(config: cfg.ConfigDict, task: Task) -> str:
+    """What `train` would do, as text: parameters, memory, batch, schedule. Nothing is computed.
+
+    Raises:
+      UsageError: like `train`.
+    """
+    check(config, task)
+    steps = config.train.steps
+    mesh, rules = sharding.make_mesh(config.mesh), sharding.rules(config.mesh)
+    boxed = state_lib.abstract(task, jax.random.key(config.seed))
+    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
+    has_ema = config.optim.ema_decay > 0
+    target, _ = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+    lines = [state_lib.describe(task, target, mesh, config), "", "parameters:"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
+    lines += ["", "batch:"]
+    for name, spec in task.batch_spec.items():
+        lines.append(f"  {name:<16} {str(spec.shape):<20} {spec.dtype}")
+    lines += ["", f"learning rate ({config.optim.schedule}):"]
+    shown = sorted({0, config.optim.warmup_steps, *(round(steps * i / 10) for i in range(11))})
+    for step in (s for s in shown if s <= steps):
+        value = float(lr(step))
+        bar = "#" * round(40 * value / config.optim.lr)
+        lines.append(f"  step {step:>8}  {value:.3e}  {bar}")
+    return "\n".join(lines)
+
+
+def stored_metrics(workdir: str) -> dict[str, float]:
+    """What the last events of a run said, in the form that `train` returns."""
+    final: dict[str, float] = {}
+    for event in metrics_lib.read(workdir):
+        kind, prefix = event.pop("kind"), ""
+        if kind == "eval":
+            final["step"], prefix = event.pop("step"), "eval/"
+        final.update({f"{prefix}{k}": v for k, v in event.items() if not k.startswith("perf/")})
+    return final
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _explain(step, values, batches, checkpointer, workdir) -> str:
+    bad = [name for name, value in values.items() if not np.isfinite(value)]
+    ids = batches.ids(step - 1) if hasattr(batches, "ids") else []
+    shown = ", ".join(ids[:16]) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
+    good = checkpointer.latest_step()
+    return (
+        f"step {step}: not finite: {', '.join(bad)}. Examples of its batch: {shown or 'unknown'}. "
+        f"Last good checkpoint: {'none' if good is None else f'step {good}'} in {workdir}; the "
+        "broken state was not saved. Usual cures: a lower optim.lr, a longer "
+        "optim.warmup_steps, optim.clip_norm=1, dtype.compute=float32."
+    )
+
+
+def _fitting(batch: Batch, task: Task, rows: int) -> Batch:
+    """The arrays that the task asks for, after comparing them with its batch_spec.
+
+    Raises:
+      UsageError: where data and task disagree.
+    """
+    local = rows // jax.process_count()
+    for name, spec in task.batch_spec.items():
+        if name not in batch:
+            raise UsageError(
+                f"task {task.name} needs {name!r} in its batches; the data gives "
+                f"{', '.join(sorted(batch))}."
+            )
+        got, want = np.asarray(batch[name]), (local, *spec.shape[1:])
+        if got.shape != want or got.dtype != spec.dtype:
+            raise UsageError(
+                f"task {task.name} expects {name} {want} {spec.dtype}; the data gives "
+                f"{got.shape} {got.dtype}. Compare data.image_px, data.text_len and data.batch "
+                "of this config with those of the prepared set."
+            )
+    return {name: batch[name] for name in task.batch_spec}
+
+
+class _Prefetch:
+    """Reads items ahead in one thread; iterating yields (i, read(i)) in order."""
+
+    def __init__(self, read: Callable[[int], Any], indices: Iterable[int], depth: int):
+        self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(read, indices), name="prefetch", daemon=True
+        )
+
+    def __enter__(self) -> Iterator[tuple[int, Any]]:
+        self._thread.start()
+        return self._items()
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _work(self, read: Callable[[int], Any], indices: Iterable[int]) -> None:
+        try:
+            for i in indices:
+                self._put((i, read(i), None))
+                if self._closed.is_set():
+                    return
+            self._put((None, None, None))
+        except BaseException as error:  # raised again in the loop's thread
+            self._put((None, None, error))
+
+    def _put(self, item: tuple) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _items(self) -> Iterator[tuple[int, Any]]:
+        while True:
+            i, item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if i is None:
+                return
+            yield i, item
+
+
+class _Stop:
+    """Turns the first SIGTERM or SIGINT into a request; the second acts as usual.
+
+    With several processes jax's own preemption notice is asked instead: it makes all of them stop
+    at the same step.
+    """
+
+    def __init__(self):
+        self._signum = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Stop":
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        if is_main_thread and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._old[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+    def _request(self, number: int, frame: Any) -> None:
+        self._signum = number
+        self.__exit__()
+
+    def requested(self, step: int) -> int:
+        """The signal to stop for after `step`, 0 to go on."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                return signal.SIGTERM
+        return self._signum

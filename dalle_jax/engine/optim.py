@@ -1,0 +1,204 @@
+"""Optimisers, learning-rate schedules and the weight average, from `config.optim`.
+
+An update is: clip by global norm -> direction of the optimiser -> add decoupled weight decay ->
+times -lr. The decay is therefore scaled by the learning rate (as in AdamW as everybody runs it)
+and is the same for every optimiser.
+
+  adamw      Adam's direction.
+  muon       momentum orthogonalised by Newton-Schulz for weight matrices, each layer of a stacked
+             [L, a, b] array on its own, times 0.2 sqrt(max(a, b)) so that an update has the size
+             of Adam's and both share one learning rate; Adam for everything else: embeddings,
+             output heads, codebooks, positions, convolutions, gains and biases.
+  adafactor  factored second moments (memory ~ rows + columns), no first moment; update clipped
+             to RMS 1. `beta1`, `beta2` are not used.
+
+Schedules, after a linear warmup over `warmup_steps` from 0 to `lr`:
+
+  constant         lr.
+  cosine           half a cosine from lr at the end of the warmup to lr * end_lr_ratio at
+                   `decay_steps` (0 = train.steps), constant afterwards.
+  plateau_halving  lr halved at 5 fixed milestones, spread so that each stage is half as long as
+                   the one before it: at 1/2, 3/4, 7/8, 15/16 and 31/32 of `decay_steps`. The
+                   DALL-E paper halves the lr by hand whenever the training loss plateaus; a run
+                   that must be a function of (config, step) cannot look at its own loss, so this
+                   is the shape of that curve with milestones that the config fixes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dalle_jax import axes
+from dalle_jax.config import ConfigDict
+from dalle_jax.engine import sharding
+from dalle_jax.types import Array, Params, UsageError
+
+Schedule = Callable[[Array], Array]
+
+OPTIMISERS = ("adamw", "muon", "adafactor")
+SCHEDULES = ("constant", "cosine", "plateau_halving")
+HALVINGS = 5
+
+MUON_BETA = 0.95  # Jordan 2024; beta1 is Adam's
+MUON_RMS = 0.2  # Liu et al. 2025 (arXiv:2502.16982): the RMS of Adam's updates
+
+# Tables: one row is one token, code or position, so neither decay nor orthogonalisation of the
+# matrix as a whole means anything.
+_TABLES = (axes.VOCAB, axes.CODES, axes.POSITIONS)
+
+
+def make(
+    optim: ConfigDict,
+    boxed_params: Params,
+    decay_mask: Callable[[Params], Any] | None,
+    steps: int,
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """The gradient transformation and its learning rate as a function of the step.
+
+    Args:
+      optim: `config.optim`.
+      boxed_params: abstract params with their logical names (`state.abstract`); unboxed leaves
+        count as nameless.
+      decay_mask: the task's own mask, params -> pytree of bool; None = `default_decay_mask`.
+      steps: `train.steps`, the length of a schedule whose `decay_steps` is 0.
+
+    Raises:
+      UsageError: for unknown names or impossible numbers.
+    """
+    lr = make_schedule(optim, steps)
+    checks = (
+        ("name", optim.name in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}"),
+        ("beta1", 0 <= optim.beta1 < 1, "in [0, 1)"),
+        ("beta2", 0 <= optim.beta2 < 1, "in [0, 1)"),
+        ("eps", optim.eps > 0, "> 0"),
+        ("weight_decay", optim.weight_decay >= 0, ">= 0"),
+        ("clip_norm", optim.clip_norm >= 0, ">= 0 (0 = off)"),
+        ("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1) (0 = off)"),
+        ("accum_steps", optim.accum_steps >= 1, ">= 1"),
+    )
+    for field, holds, expected in checks:
+        if not holds:
+            raise UsageError(f"optim.{field}={optim[field]!r}; expected {expected}.")
+
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    if optim.name == "adamw":
+        direction = adam
+    elif optim.name == "muon":
+        direction = _muon(boxed_params, adam)
+    else:
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    mask = decay_mask(sharding.unbox(boxed_params)) if decay_mask else None
+    mask = default_decay_mask(boxed_params) if mask is None else mask
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(optim.weight_decay, mask)
+    return optax.chain(clip, direction, decay, optax.scale_by_learning_rate(lr)), lr
+
+
+def make_schedule(optim: ConfigDict, steps: int) -> Schedule:
+    """Learning rate as a function of the number of finished updates.
+
+    Raises:
+      UsageError: for an unknown schedule or impossible numbers.
+    """
+    if optim.schedule not in SCHEDULES:
+        raise UsageError(
+            f"optim.schedule={optim.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}."
+        )
+    if optim.lr <= 0 or optim.warmup_steps < 0 or not 0 <= optim.end_lr_ratio <= 1:
+        raise UsageError(
+            f"optim.lr={optim.lr}, warmup_steps={optim.warmup_steps}, end_lr_ratio="
+            f"{optim.end_lr_ratio}; expected lr > 0, warmup_steps >= 0, ratio in [0, 1]."
+        )
+    warmup, total = optim.warmup_steps, optim.decay_steps or steps
+    if optim.schedule != "constant" and warmup >= total:
+        raise UsageError(
+            f"optim.warmup_steps={warmup} leaves nothing of the {total} steps of the schedule; "
+            f"use fewer, e.g. {total // 10}."
+        )
+    peak = optim.lr
+    if optim.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif optim.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, total - warmup, alpha=optim.end_lr_ratio)
+    else:
+        milestones = [round(total * (1 - 0.5**i)) - warmup for i in range(1, HALVINGS + 1)]
+        # A milestone inside the warmup halves from its end; equal ones (tiny runs) multiply.
+        scales: dict[int, float] = {}
+        for step in milestones:
+            step = max(step, 0)
+            scales[step] = scales.get(step, 1.0) * 0.5
+        after = optax.piecewise_constant_schedule(peak, scales)
+    if not warmup:
+        return after
+    # From lr / warmup and not from 0: the first update would do nothing.
+    rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def depends_on_steps(optim: ConfigDict) -> bool:
+    """Whether a longer run would have had another learning rate from the start."""
+    return optim.schedule != "constant" and not optim.decay_steps
+
+
+def default_decay_mask(boxed_params: Params) -> Any:
+    """True for matrices and kernels: rank >= 2 beyond stacked layers, and no table of rows."""
+
+    def decays(leaf: Array, names: sharding.Names) -> bool:
+        dims = _own_names(leaf, names)
+        return len(dims) >= 2 and dims[0] not in _TABLES
+
+    return jax.tree.map(decays, sharding.unbox(boxed_params), sharding.names(boxed_params))
+
+
+def ema_decay(limit: float, step: Array) -> Array:
+    """Decay of the weight average at an update: min(limit, (1 + t) / (10 + t)).
+
+    The warmup forgets the initial weights: after 100 updates they weigh 1e-9 of the average,
+    under a constant 0.999 it would be 0.9.
+
+    Args:
+      limit: `optim.ema_decay`.
+      step: number of updates before this one.
+    """
+    t = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(limit, (1 + t) / (10 + t))
+
+
+def _own_names(leaf: Array, names: sharding.Names) -> tuple[str | None, ...]:
+    """Axis names of one layer's array: without the stacked axes."""
+    dims = names.axes if names.axes is not None else (None,) * leaf.ndim
+    return tuple(name for name in dims if name != axes.LAYERS)
+
+
+def _muon(boxed_params: Params, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    def dimensions(leaf, names):
+        dims = _own_names(leaf, names)
+        if len(dims) != 2 or any(name in _TABLES for name in dims):
+            return None
+        all_dims = names.axes or dims
+        a, b = (i for i, name in enumerate(all_dims) if name != axes.LAYERS)
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=a, output_axis=b)
+
+    params = sharding.unbox(boxed_params)
+    numbers = jax.tree.map(dimensions, params, sharding.names(boxed_params))
+    labels = jax.tree.map(
+        lambda _, n: "adam" if n is None else "muon",
+        params,
+        numbers,
+        is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers),
+    )
+    masked = jax.tree.map(
+        lambda n: optax.MaskedNode() if n is None else n,
+        numbers,
+        is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers),
+    )
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(beta=MUON_BETA, weight_dimension_numbers=lambda _: masked),
+        optax.contrib.scale_by_shape(
+            weight_dimension_numbers=lambda _: masked, consistent_rms=MUON_RMS
+        ),
+    )
+    return optax.partition({"muon": matrices, "adam": adam}, labels)

@@ -1,0 +1,261 @@
+"""Where arrays live: the mesh, the rules, and the shardings that follow from logical axis names.
+
+The only module that makes a mesh or enters one. Models name the axes of their arrays with the
+constants of `axes`; a rule table (`axes.RULES`, chosen by `config.mesh.rules`) says which mesh
+axes may carry a name. Changing the parallelism of a run is a change of config, and a checkpoint
+of one mesh restores on another.
+
+How one array is placed, dimension by dimension from the left: of the mesh axes that the rule
+allows, in order, each is taken that (a) no earlier dimension of this array has taken and (b)
+divides what is left of the dimension. So if a rule table puts two dimensions of an array on one
+mesh axis, the first dimension wins. A dimension that takes none is replicated; if that is because
+of (b) it is reported once, since at scale it costs memory.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax import axes
+from dalle_jax.config import ConfigDict
+from dalle_jax.types import Batch, UsageError
+
+logger = logging.getLogger(__name__)
+
+Rules = Mapping[str, tuple[str, ...]]
+
+_reported: set[str] = set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Logical axis names of one array; a leaf, unlike a tuple. None = the array has none."""
+
+    axes: tuple[str | None, ...] | None
+
+
+def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (data, fsdp, tensor) mesh that `config.mesh` asks for; one device is (1, 1, 1).
+
+    Axes are `AxisType.Auto` (jax.make_mesh's default, Explicit, refuses linen's constraints).
+
+    Args:
+      mesh_config: sizes `data, fsdp, tensor`; one of them may be -1 = what is left.
+      devices: all devices of all processes by default.
+
+    Raises:
+      UsageError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [int(mesh_config[name]) for name in axes.MESH_AXES]
+    asked = ", ".join(f"{n}={s}" for n, s in zip(axes.MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        raise UsageError(f"mesh {asked}: sizes are positive, and at most one is -1 (the rest).")
+    given = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes:
+        if len(devices) % given:
+            raise UsageError(
+                f"mesh {asked}: {len(devices)} devices are not a multiple of {given}, the product "
+                "of the given sizes; change one of them."
+            )
+        sizes[sizes.index(-1)] = len(devices) // given
+    elif given != len(devices):
+        product = " x ".join(str(size) for size in sizes)
+        raise UsageError(
+            f"mesh {asked}: {product} = {given}, but there are {len(devices)} devices; "
+            "set one size to -1 to fill it."
+        )
+    # allow_split_physical_axes: (2, 128) on a 16x16 torus is refused without it.
+    grid = mesh_utils.create_device_mesh(
+        tuple(sizes), devices=devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def rules(mesh_config: ConfigDict) -> dict[str, tuple[str, ...]]:
+    """The rule table named by `config.mesh.rules`: logical name -> mesh axes.
+
+    Raises:
+      UsageError: for an unknown table.
+    """
+    name = mesh_config.rules
+    if name not in axes.RULES:
+        raise UsageError(f"mesh.rules={name!r} is unknown; use one of {sorted(axes.RULES)}.")
+    return axes.RULES[name]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[Mesh]:
+    """Enters the mesh and the rules together; constraints inside models take effect within."""
+    pairs = [(name, tuple(where) or None) for name, where in rules.items()]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(pairs):
+        yield mesh
+
+
+def check_names(boxed: Any, rules: Rules) -> None:
+    """Refuses logical names without a rule: flax would silently replicate such arrays.
+
+    Raises:
+      ValueError: naming the array, the axis name and the known names.
+    """
+    for path, leaf in _leaves(boxed):
+        for name in _names(leaf) or ():
+            if name is not None and name not in rules:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} has the axis name {name!r}, which no rule "
+                    f"knows; use the constants of dalle_jax.axes: {', '.join(sorted(rules))}."
+                )
+
+
+def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """NamedShardings of a tree of (boxed) arrays or ShapeDtypeStructs.
+
+    Args:
+      boxed: leaves boxed by `nn.with_logical_partitioning`; an unboxed leaf is replicated.
+      mesh: the device mesh.
+      rules: logical name -> mesh axes.
+
+    Returns:
+      The tree of `unbox(boxed)` with a NamedSharding per leaf.
+
+    Raises:
+      ValueError: for a name without a rule, or names that are not one per dimension.
+    """
+    check_names(boxed, rules)
+    uneven = []
+
+    def place(path, leaf):
+        names = _names(leaf)
+        if names is None:
+            return replicated(mesh)
+        shape = np.shape(unbox(leaf))
+        where = jax.tree_util.keystr(path)
+        if len(names) != len(shape):
+            raise ValueError(f"{where} has shape {shape} but axis names {names}.")
+        return NamedSharding(mesh, spec(shape, names, mesh, rules, where, uneven))
+
+    tree = jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
+    text = "; ".join(uneven)
+    if text and text not in _reported:
+        _reported.add(text)
+        logger.warning("not divisible by their mesh axis, so replicated: %s.", text)
+    return tree
+
+
+def spec(
+    shape: Sequence[int],
+    names: Sequence[str | None],
+    mesh: Mesh,
+    rules: Rules,
+    where: str = "",
+    uneven: list[str] | None = None,
+) -> PartitionSpec:
+    """PartitionSpec of one array by the rule of this module's docstring.
+
+    Args:
+      shape: the array's shape.
+      names: one logical name (or None) per dimension.
+      mesh: the device mesh.
+      rules: logical name -> mesh axes.
+      where: the array's name in reports.
+      uneven: list that gets a line for every dimension that divisibility kept from its axis.
+    """
+    taken: set[str] = set()
+    parts = []
+    for size, name in zip(shape, names, strict=True):
+        part: list[str] = []
+        for axis in rules[name] if name is not None else ():
+            count = mesh.shape[axis]
+            if count == 1 or axis in taken:
+                continue
+            if size % (count * math.prod(mesh.shape[a] for a in part)):
+                if uneven is not None:
+                    uneven.append(f"{where} {tuple(shape)} {name} over {axis}={count}")
+                continue
+            part.append(axis)
+            taken.add(axis)
+        parts.append(tuple(part) if len(part) > 1 else part[0] if part else None)
+    return PartitionSpec(*parts)
+
+
+def unbox(boxed: Any) -> Any:
+    """The plain arrays of a boxed tree.
+
+    Not `nn.meta.unbox`: inside a mesh that adds flax's own constraints, which know nothing of
+    divisibility and refuse a ShapeDtypeStruct.
+    """
+
+    def value(leaf):
+        return leaf.value if _is_box(leaf) else leaf
+
+    return jax.tree.map(value, boxed, is_leaf=_is_box)
+
+
+def names(boxed: Any) -> Any:
+    """The tree of `unbox` with a `Names` per leaf."""
+    return jax.tree.map(lambda leaf: Names(_names(leaf)), boxed, is_leaf=_is_box)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over data and fsdp together, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec((axes.DATA, axes.FSDP)))
+
+
+def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None:
+    """Refuses a global batch that cannot be split evenly.
+
+    Raises:
+      UsageError: with the nearest sizes that can.
+    """
+    shards = mesh.shape[axes.DATA] * mesh.shape[axes.FSDP]
+    unit = math.lcm(shards * accum_steps, jax.process_count())
+    if size % unit:
+        parts = f"{shards} data shards" + (f" x {accum_steps} micro-batches" * (accum_steps > 1))
+        lower = size // unit * unit
+        near = f"{lower} or {lower + unit}" if lower else f"{unit}"
+        raise UsageError(f"{field}={size} is not a multiple of {unit} ({parts}); use {near}.")
+
+
+def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Global arrays from this process's rows of the batch.
+
+    Args:
+      batch: name -> host array, leading axis = the rows of this process, in global order.
+      sharding: `batch_sharding`'s.
+    """
+    make = jax.make_array_from_process_local_data
+    return {name: make(sharding, np.asarray(value)) for name, value in batch.items()}
+
+
+def describe(mesh: Mesh) -> str:
+    """One line: mesh axes and the devices by kind."""
+    kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)
+    sizes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"mesh ({sizes}) over {', '.join(f'{n} x {kind}' for kind, n in kinds.items())}"
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def _leaves(boxed: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
+
+
+def _names(leaf: Any) -> tuple[str | None, ...] | None:
+    return tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else None

@@ -1,0 +1,108 @@
+"""A task small enough to train thousands of steps a second: linear regression with a counter.
+
+Also a program (`python linear_task.py WORKDIR key=value …`) for the tests that kill a run.
+"""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dalle_jax import axes
+from dalle_jax import config as cfg
+from dalle_jax.engine import task as task_lib
+
+D_IN, D_OUT = 8, 16
+
+
+def make_config(**overrides) -> cfg.ConfigDict:
+    c = cfg.ConfigDict(
+        dict(
+            task="linear",
+            seed=1,
+            data=dict(batch=16, eval_batch=16, prefetch=2, threads=1, cache_mib=1, data_dir="d"),
+            optim=dict(
+                name="adamw", lr=0.05, schedule="constant", warmup_steps=3, decay_steps=0,
+                end_lr_ratio=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01,
+                clip_norm=1.0, ema_decay=0.9, accum_steps=1,
+            ),
+            train=dict(
+                steps=20, log_every_steps=5, eval_every_steps=0, eval_batches=2,
+                save_every_steps=6, keep_last=2, keep_every_steps=0, preview_every_steps=0,
+                tensorboard=False, wandb_project="",
+            ),
+            mesh=dict(data=-1, fsdp=1, tensor=1, rules="fsdp"),
+        )
+    )  # fmt: skip
+    return cfg.override(c, overrides)
+
+
+def make_task(batch: int = 16, *, noise: float = 0.1, **fields) -> task_lib.Task:
+    def init(key):
+        kernel = nn.with_logical_partitioning(nn.initializers.normal(0.1), (axes.EMBED, axes.MLP))(
+            key, (D_IN, D_OUT), jnp.float32
+        )
+        bias = nn.with_logical_partitioning(nn.initializers.zeros, (axes.MLP,))(
+            key, (D_OUT,), jnp.float32
+        )
+        return {"dense": {"kernel": kernel, "bias": bias}}, {"seen": jnp.zeros((), jnp.int32)}
+
+    def loss(params, extra, frozen, batch, key, step):
+        predicted = batch["x"] @ params["dense"]["kernel"] + params["dense"]["bias"][None]
+        # Noise per example, so that a wrong key shows up in the bits.
+        predicted = predicted + noise * jax.random.normal(key, predicted.shape)
+        error = jnp.mean((predicted - frozen["scale"] * batch["y"]) ** 2)
+        seen = extra["seen"] + len(batch["x"])
+        return error, task_lib.Output({"seen": seen.astype(jnp.float32)}, {"seen": seen})
+
+    return task_lib.Task(
+        name="linear",
+        batch_spec={
+            "x": jax.ShapeDtypeStruct((batch, D_IN), jnp.float32),
+            "y": jax.ShapeDtypeStruct((batch, D_OUT), jnp.float32),
+        },
+        init=init,
+        loss=loss,
+        frozen={"scale": np.float32(2.0)},
+        flops=6.0 * batch * D_IN * D_OUT,
+        **fields,
+    )
+
+
+class Batches:
+    """Batches that are a function of the step; remembers which steps were asked for."""
+
+    def __init__(self, batch: int = 16, *, bad_step: int | None = None, delay: float = 0.0):
+        self.asked, self._batch, self._bad, self._delay = [], batch, bad_step, delay
+        self._weights = np.random.default_rng(0).normal(size=(D_IN, D_OUT)).astype(np.float32)
+
+    def __call__(self, step: int):
+        self.asked.append(step)
+        time.sleep(self._delay)
+        x = np.random.default_rng(step + 1).normal(size=(self._batch, D_IN)).astype(np.float32)
+        if step == self._bad:
+            x[3] = np.nan
+        return {"x": x, "y": x @ self._weights, "unused": np.zeros(3)}
+
+    def ids(self, step: int) -> list[str]:
+        return [f"ex{step}-{row}" for row in range(self._batch)]
+
+
+def main() -> None:
+    from dalle_jax.engine import loop
+
+    workdir, *pairs = sys.argv[1:]
+    config = make_config(**dict(pair.split("=") for pair in pairs if not pair.startswith("delay")))
+    delay = float(dict(pair.split("=") for pair in pairs).get("delay", 0))
+    try:
+        loop.train(config, make_task(), Batches(delay=delay), Batches(), workdir)
+    except loop.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signum)
+
+
+if __name__ == "__main__":
+    main()
