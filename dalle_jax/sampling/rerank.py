@@ -1,0 +1,112 @@
+"""CLIP scores of drawn pictures, and their order: the one place of the house that uses pmap.
+
+Reranking is embarrassingly parallel and its networks fit one device, which is what pmap is for.
+The scores themselves are a pure function (`score_fn`), so jit over a mesh could replace pmap here
+without anybody noticing. Called by cli/sample.py and evaluation.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.models import clip
+from dalle_jax.sampling import stages
+from dalle_jax.types import Array, Params
+
+
+def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> Array:
+    """Cosine between each picture and its own caption; pure and jit-able.
+
+    Args:
+      model: the CLIP module.
+      params: its parameters.
+      images: [B, h, w, 3] float in [-1, 1]; resized (bicubic, antialiased) to the model's size.
+      tokens: [B, T] int32, one caption per picture.
+
+    Returns:
+      [B] float32 in [-1, 1]. Not multiplied by exp(logit_scale), which changes no order.
+
+    Source: DALL·E (arXiv:2102.12092) §2.6; the cosine of CLIP (arXiv:2103.00020) §2.3.
+    """
+    text = model.apply({"params": params}, tokens, method="encode_text")
+    return _score_embedded(model, params, images, text)
+
+
+def score(stage: stages.ClipStage, images: Array, text: Array, batch: int = 64) -> np.ndarray:
+    """CLIP scores of M pictures, spread over the local devices with pmap.
+
+    Each distinct caption is embedded once, however many pictures it has. The last batch is padded
+    to a multiple of the devices, and the padding's scores are dropped: the scores do not depend
+    on the number of devices.
+
+    Args:
+      stage: the CLIP, from `stages.load_clip`.
+      images: [M, h, w, 3] float in [-1, 1].
+      text: [M, T] int32 by the CLIP's own tokenizer, one caption per picture.
+      batch: pictures per device and call; bounds memory only.
+
+    Returns:
+      [M] float32 host array: cosines in [-1, 1].
+
+    Raises:
+      ValueError: if the counts differ or T is not the CLIP's text length.
+    """
+    images, text = np.asarray(images, np.float32), np.asarray(text, np.int32)
+    if len(images) != len(text) or text.shape[1:] != (stage.text_len,):
+        raise ValueError(
+            f"got {len(images)} images and text {text.shape}; expected one caption of "
+            f"{stage.text_len} ids per image."
+        )
+    if not len(images):
+        return np.zeros((0,), np.float32)
+    devices = jax.local_device_count()
+    prompts, which = np.unique(text, axis=0, return_inverse=True)
+    embedded = np.asarray(_embed_text(stage.model)(stage.params, prompts))  # [P, E]
+    # A power of two per device: a run whose last batch is smaller compiles at most log2 programs.
+    per_device = min(batch, 1 << (-(-len(images) // devices) - 1).bit_length())
+    mapped, scores = _pmapped(stage.model), []
+    for start in range(0, len(images), devices * per_device):
+        stop = start + devices * per_device
+        part, owner = images[start:stop], which.reshape(-1)[start:stop]
+        padding = stop - start - len(part)
+        part = np.concatenate([part, np.zeros((padding, *part.shape[1:]), np.float32)])
+        owner = np.concatenate([owner, np.zeros((padding,), owner.dtype)])
+        out = mapped(
+            stage.params,
+            part.reshape(devices, per_device, *part.shape[1:]),
+            embedded[owner].reshape(devices, per_device, -1),
+        )
+        scores.append(np.asarray(out).reshape(-1)[: len(part) - padding])
+    return np.concatenate(scores)
+
+
+def order(scores: Array) -> np.ndarray:
+    """Indices from best to worst, [M] int: highest score first, ties in order of drawing.
+
+    A score that is not a number goes last: it must never be shown as the best picture.
+    """
+    scores = np.asarray(scores, np.float64)
+    return np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
+
+
+def _score_embedded(model: clip.Clip, params: Params, images: Array, text: Array) -> Array:
+    """Cosines of images [B, h, w, 3] with unit caption embeddings [B, E]."""
+    px = model.config.image_px
+    if images.shape[1:3] != (px, px):
+        shape = (images.shape[0], px, px, 3)
+        images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), -1.0, 1.0)
+    image = model.apply({"params": params}, images, method="encode_image")
+    return jnp.einsum("BE,BE->B", image, text)
+
+
+@functools.lru_cache(maxsize=8)
+def _embed_text(model: clip.Clip):
+    return jax.jit(lambda params, text: model.apply({"params": params}, text, method="encode_text"))
+
+
+@functools.lru_cache(maxsize=8)
+def _pmapped(model: clip.Clip):
+    # Parameters are broadcast (in_axes None): jax.device_put_replicated is gone from jax 0.10.
+    return jax.pmap(functools.partial(_score_embedded, model), in_axes=(None, 0, 0))

@@ -1,0 +1,370 @@
+"""Workdirs as callable stages: a trained codec, DALL·E or CLIP from its folder alone.
+
+The config travels with the checkpoint, so a stage needs nothing but its folder: a run's workdir,
+or the small exported folder of `export`. Weights are the EMA where there is one. Everything that
+can be wrong with a folder (missing, of another task, not trained yet, weights of another shape)
+is a `UsageError` before anything compiles. Called by tasks/dalle.py and tasks/clip.py, whose
+frozen codec this is, and by cli and evaluation.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import config as cfg
+from dalle_jax.engine import checkpoint
+from dalle_jax.models import clip as clip_model
+from dalle_jax.models import dalle as dalle_model
+from dalle_jax.models import dvae, vqvae
+from dalle_jax.types import Array, DtypePolicy, Params, UsageError
+
+PRETRAINED = pathlib.Path(__file__).resolve().parent.parent / "pretrained"
+STAGES = ("dvae", "clip", "dalle")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Codec:
+    """Images to codes and back: a trained dVAE or VQ-VAE.
+
+    Attributes:
+      model: the linen module, with `encode` and `decode_codes` methods.
+      params: all its variables, `{"params": ..., other collections}`, host arrays. What a task
+        puts into `Task.frozen`.
+      grid: g, side of the code grid.
+      num_codes: V, entries of the codebook.
+      image_px: h = w of the images.
+      fingerprint: 16 hex digits of weights and architecture: stored codes carry it, so that codes
+        of one codec are never read with another.
+      workdir: where it came from.
+      config: its run's config.
+      step: training step of the weights.
+      encode_fn: pure (params, images [B, h, w, 3] float in [-1, 1]) -> codes [B, g, g] int32.
+      decode_fn: pure (params, codes [B, g, g] or [B, g*g] int32) -> images [B, h, w, 3] float32
+        in [-1, 1].
+    """
+
+    model: nn.Module
+    params: Params
+    grid: int
+    num_codes: int
+    image_px: int
+    fingerprint: str
+    workdir: str
+    config: cfg.ConfigDict
+    step: int
+    encode_fn: Callable[[Params, Array], Array]
+    decode_fn: Callable[[Params, Array], Array]
+
+    def encode(self, images: Array) -> Array:
+        """Codes [B, g, g] int32 of images [B, h, w, 3], float in [-1, 1]; compiled."""
+        return self._encode(self._on_device, images)
+
+    def decode(self, codes: Array) -> Array:
+        """Images [B, h, w, 3] float32 in [-1, 1] of codes [B, g, g] or [B, g*g]; compiled."""
+        return self._decode(self._on_device, codes)
+
+    @functools.cached_property
+    def _on_device(self) -> Params:
+        return jax.device_put(self.params)
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(self.encode_fn)
+
+    @functools.cached_property
+    def _decode(self):
+        return jax.jit(self.decode_fn)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClipStage:
+    """A trained CLIP.
+
+    Attributes:
+      model: the linen module, with `encode_image` and `encode_text` methods.
+      params: its parameters, host arrays (no collection level).
+      config: its run's config.
+      tokenizer_bytes: the SentencePiece model it was trained with.
+      image_px: side of the pictures it takes.
+      text_len: text ids per caption, bos and eos included.
+      fingerprint: 16 hex digits of weights and architecture.
+      workdir: where it came from.
+      step: training step of the weights.
+    """
+
+    model: nn.Module
+    params: Params
+    config: cfg.ConfigDict
+    tokenizer_bytes: bytes
+    image_px: int
+    text_len: int
+    fingerprint: str
+    workdir: str
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DalleStage:
+    """A trained DALL·E with the codec whose codes it draws.
+
+    Attributes:
+      model: the linen module.
+      params: its parameters, host arrays (no collection level).
+      config: its run's config.
+      tokenizer_bytes: the SentencePiece model it was trained with.
+      text_len: text positions before the image.
+      codec: the codec, loaded.
+      fingerprint: 16 hex digits of weights and architecture.
+      workdir: where it came from.
+      step: training step of the weights.
+    """
+
+    model: nn.Module
+    params: Params
+    config: cfg.ConfigDict
+    tokenizer_bytes: bytes
+    text_len: int
+    codec: Codec
+    fingerprint: str
+    workdir: str
+    step: int
+
+
+def load_codec(workdir: str, step: int | None = None) -> Codec:
+    """The codec that an autoencoder run's workdir (or exported folder) holds.
+
+    Raises:
+      UsageError: if the folder is missing, of another task, not trained yet or damaged.
+    """
+    config, variables = _open(workdir, "autoencode", step)
+    model, image_px = autoencoder(config), config.data.image_px
+    grid = model.config.grid
+    images = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.float32)
+    params = _floats({"params": variables.params, **(variables.extra or {})}, config)
+
+    def encode_fn(params: Params, images: Array) -> Array:
+        return model.apply(params, images, method="encode")
+
+    def decode_fn(params: Params, codes: Array) -> Array:
+        codes = codes.reshape(codes.shape[0], grid, grid)
+        return model.apply(params, codes, method="decode_codes")
+
+    _abstract(workdir, lambda p, x: decode_fn(p, encode_fn(p, x)), params, images)
+    return Codec(
+        model=model,
+        params=params,
+        grid=grid,
+        num_codes=model.config.num_codes,
+        image_px=image_px,
+        fingerprint=fingerprint(params, config),
+        workdir=str(workdir),
+        config=config,
+        step=variables.step,
+        encode_fn=encode_fn,
+        decode_fn=decode_fn,
+    )
+
+
+def load_clip(workdir: str, step: int | None = None) -> ClipStage:
+    """The CLIP that a clip run's workdir (or exported folder) holds.
+
+    Raises:
+      UsageError: if the folder is missing, of another task, not trained yet or damaged.
+    """
+    config, variables = _open(workdir, "clip", step)
+    model = clip(config)
+    params = _floats(variables.params, config)
+    px, length = config.data.image_px, config.data.text_len
+    images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    _abstract(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, images, text)
+    return ClipStage(
+        model=model,
+        params=params,
+        config=config,
+        tokenizer_bytes=_tokenizer_bytes(workdir),
+        image_px=px,
+        text_len=length,
+        fingerprint=fingerprint(params, config),
+        workdir=str(workdir),
+        step=variables.step,
+    )
+
+
+def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleStage:
+    """The DALL·E that a dalle run's workdir (or exported folder) holds, with its codec.
+
+    Args:
+      workdir: the run's folder.
+      dvae: the codec's folder if it has moved; by default the one that the run's config names,
+        else a folder `dvae` beside the workdir, as pretrained sets are laid out.
+      step: training step; the latest by default.
+
+    Raises:
+      UsageError: if a folder is missing, of another task, not trained yet or damaged, or if the
+        codec does not fit the transformer.
+    """
+    config, variables = _open(workdir, "dalle", step)
+    codec = load_codec(_codec_workdir(workdir, config, dvae))
+    model = dalle(config, codec.grid, codec.num_codes)
+    params = _floats(variables.params, config)
+    text = jax.ShapeDtypeStruct((1, config.data.text_len), jnp.int32)
+    codes = jax.ShapeDtypeStruct((1, codec.grid**2), jnp.int32)
+    _abstract(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, text, codes)
+    return DalleStage(
+        model=model,
+        params=params,
+        config=config,
+        tokenizer_bytes=_tokenizer_bytes(workdir),
+        text_len=config.data.text_len,
+        codec=codec,
+        fingerprint=fingerprint(params, config),
+        workdir=str(workdir),
+        step=variables.step,
+    )
+
+
+def pretrained(name: str) -> dict[str, str]:
+    """Folders of a pretrained set that ships with the package: stage name -> folder.
+
+    Raises:
+      UsageError: for an unknown name; the text lists the known ones.
+    """
+    folder = PRETRAINED / name
+    names = (
+        sorted(p.name for p in PRETRAINED.iterdir() if p.is_dir()) if PRETRAINED.is_dir() else []
+    )
+    if name not in names:
+        known = ", ".join(names) or "none in this installation"
+        raise UsageError(f"there is no pretrained set {name!r}; known sets: {known}.")
+    return {stage: str(folder / stage) for stage in STAGES if (folder / stage).is_dir()}
+
+
+def fingerprint(params: Params, config: cfg.ConfigDict) -> str:
+    """16 hex digits that change with any weight or with the architecture.
+
+    Args:
+      params: nested dict of host arrays.
+      config: the run's config; its `model` section counts, its training sections do not.
+    """
+    digest = hashlib.sha256(json.dumps(config.model.to_dict(), sort_keys=True).encode())
+    for name, leaf in sorted(checkpoint.flatten(params).items()):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def policy(config: cfg.ConfigDict) -> DtypePolicy:
+    """The dtype policy that a config names."""
+    return DtypePolicy.from_names(config.dtype.param, config.dtype.compute)
+
+
+def autoencoder(config: cfg.ConfigDict) -> dvae.Dvae | vqvae.Vqvae:
+    """The autoencoder module of a config: a dVAE or a VQ-VAE.
+
+    Raises:
+      UsageError: for an unknown model.kind, or sizes that do not fit.
+    """
+    kinds = {"dvae": (dvae.DvaeConfig, dvae.Dvae), "vqvae": (vqvae.VqvaeConfig, vqvae.Vqvae)}
+    kind = config.model.get("kind", "")
+    if kind not in kinds:
+        raise UsageError(f"model.kind {kind!r} is unknown; use one of {', '.join(kinds)}.")
+    made, module = kinds[kind]
+    return module(cfg.build(made, config.model, image_px=config.data.image_px), policy(config))
+
+
+def dalle(config: cfg.ConfigDict, grid: int, num_codes: int) -> dalle_model.Dalle:
+    """The DALL·E module of a config over codes [g, g] of a codec with `num_codes` entries."""
+    made = cfg.build(
+        dalle_model.DalleConfig,
+        config.model,
+        text_len=config.data.text_len,
+        vocab_size=config.data.vocab_size,
+        grid=grid,
+        num_codes=num_codes,
+    )
+    return dalle_model.Dalle(made, policy(config))
+
+
+def clip(config: cfg.ConfigDict) -> clip_model.Clip:
+    """The CLIP module of a config; the one place that joins its data and model sections."""
+    made = cfg.build(
+        clip_model.ClipConfig,
+        config.model,
+        image_px=config.data.image_px,
+        text_len=config.data.text_len,
+        vocab_size=config.data.vocab_size,
+    )
+    return clip_model.Clip(made, policy(config))
+
+
+def _open(workdir: str, task: str, step: int | None):
+    """Config and variables of a folder that must hold a run of `task`."""
+    if not pathlib.Path(workdir).is_dir():
+        raise UsageError(
+            f"workdir {str(workdir)!r} does not exist; expected the folder of a {task} run: "
+            "give the --workdir that `train` was given."
+        )
+    config = checkpoint.load_config(workdir)
+    if config.task != task:
+        raise UsageError(
+            f"workdir {str(workdir)!r} holds a {config.task!r} run; expected a {task!r} run: "
+            "check which folder goes with which option."
+        )
+    return config, checkpoint.load_variables(workdir, step)
+
+
+def _codec_workdir(workdir: str, config: cfg.ConfigDict, given: str) -> str:
+    if given:
+        return given
+    named = config.stages.get("dvae", "")
+    beside = pathlib.Path(workdir).resolve().parent / "dvae"
+    for folder in (named, str(beside)):
+        if folder and pathlib.Path(folder).is_dir():
+            return folder
+    raise UsageError(
+        f"the codec of {str(workdir)!r} is not at {named!r}, which its config names, nor at "
+        f"{str(beside)!r}; give its folder with --dvae."
+    )
+
+
+def _tokenizer_bytes(workdir: str) -> bytes:
+    path = pathlib.Path(workdir) / "tokenizer.model"
+    if not path.is_file():
+        raise UsageError(
+            f"{path} is missing; `train` copies the tokenizer there: copy it from the original "
+            "run, or train again."
+        )
+    return path.read_bytes()
+
+
+def _floats(tree: Params, config: cfg.ConfigDict) -> Params:
+    """Host arrays, floats in the config's parameter dtype: an export may store 16-bit ones."""
+    dtype = policy(config).param
+
+    def cast(leaf):
+        leaf = np.asarray(leaf)
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _abstract(workdir: str, apply: Callable, params: Params, *inputs):
+    """Traces `apply` without running it; linen then names any weight whose shape differs."""
+    try:
+        return jax.eval_shape(apply, params, *inputs)
+    except flax.errors.FlaxError as error:
+        raise UsageError(
+            f"the weights in {str(workdir)!r} do not fit the model of its config: {error} "
+            "Was config.json edited, or is the codec another one than it was trained with?"
+        ) from error

@@ -1,0 +1,278 @@
+"""CLIP's objective: the symmetric contrastive loss over the global batch.
+
+Every picture is scored against every caption of the whole batch, on however many devices it
+lies: image rows stay where they are, caption embeddings are gathered (B x E numbers, the only
+traffic), and each device computes its rows of the B x B logits.
+
+Source: Radford et al. 2021 (arXiv:2103.00020) §2.3 and figure 3. Deliberate differences, both
+options: identical captions inside a batch do not count as negatives of one another
+(`loss.mask_duplicates`; among 32,768 web captions they are rare, in a small grammar they are
+not), and a part of the pictures can be passed through a frozen codec (`loss.recon_prob`), so that
+a reranker has seen what decoders draw.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import axes, images
+from dalle_jax import config as cfg
+from dalle_jax.engine import checkpoint
+from dalle_jax.engine.task import Output, Task
+from dalle_jax.models import clip
+from dalle_jax.nn import partition
+from dalle_jax.sampling import stages
+from dalle_jax.types import Array, Params, UsageError
+
+# Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
+# finite, so that a row whose negatives are all duplicates has no NaN.
+_EXCLUDED = -1e9
+_PREVIEW_CAPTIONS, _PREVIEW_BEST = 6, 4
+
+
+def wanted(config: cfg.ConfigDict) -> set[str]:
+    """What a batch holds."""
+    return {"image", "text"}
+
+
+def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
+    """The task that trains a CLIP.
+
+    Args:
+      config: with the sections of configs/clip.py.
+      tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+
+    Raises:
+      UsageError: for values that do not fit together.
+    """
+    _check(config, tokenizer)
+    model = stages.clip(config)
+    codec = _codec(config)
+    data, batch = config.data, config.data.batch
+    picture = jax.ShapeDtypeStruct((batch, data.image_px, data.image_px, 3), jnp.uint8)
+    caption = jax.ShapeDtypeStruct((batch, data.text_len), jnp.int32)
+
+    def init(key):
+        pictures = jnp.zeros((1, data.image_px, data.image_px, 3))
+        return model.init(key, pictures, jnp.zeros((1, data.text_len), jnp.int32))["params"], None
+
+    def embed(params, pictures, text):
+        return model.apply({"params": params}, pictures, text)
+
+    def loss(params, extra, frozen, batch, key, step):
+        pictures = images.to_float(batch["image"])
+        if codec is not None:
+            pictures = reconstruct_some(codec, frozen, pictures, config.loss.recon_prob)
+        image, text, logit_scale = embed(params, pictures, batch["text"])
+        tokens = batch["text"] if config.loss.mask_duplicates else None
+        scalar, metrics = contrastive(image, text, clamp(logit_scale), tokens)
+        return scalar, Output({"loss": scalar, **metrics}, extra)
+
+    def evaluate(params, extra, frozen, batch, key):
+        image, text, logit_scale = embed(params, images.to_float(batch["image"]), batch["text"])
+        # Two pictures of one caption are both right answers, whatever the training loss says.
+        scalar, metrics = contrastive(image, text, clamp(logit_scale), batch["text"])
+        return {
+            "loss": scalar,
+            "recall1_image_to_text": metrics["accuracy_image_to_text"],
+            "recall1_text_to_image": metrics["accuracy_text_to_image"],
+            "recall1_chance": jnp.float32(1 / len(batch["text"])),
+        }
+
+    embed_jit = jax.jit(embed)
+
+    def preview(params, extra, frozen, batch, key):
+        pictures = images.to_float(batch["image"])
+        image, text, _ = embed_jit(params, pictures, batch["text"])
+        return {"own_then_best_matches": best_matches(np.asarray(pictures), image, text)}
+
+    return Task(
+        name="clip",
+        batch_spec={"image": picture, "text": caption},
+        init=init,
+        loss=loss,
+        frozen=None if codec is None else codec.params,
+        preview=preview,
+        evaluate=evaluate,
+        flops=3 * (batch * clip.flops(model.config) + 2 * batch**2 * model.config.joint_width),
+        decay_mask=decay_mask,
+        warm_start=_warm_start(config, init),
+    )
+
+
+def contrastive(
+    image: Array, text: Array, logit_scale: Array, tokens: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """The mean of the cross-entropies of picture to caption and of caption to picture.
+
+    Args:
+      image: [B, E] float32, unit length; may be sharded over B.
+      text: [B, E] float32, unit length; row b belongs to picture b.
+      logit_scale: float32 scalar, log of the inverse temperature, already clamped.
+      tokens: [B, T] int32 to leave identical captions out of each other's negatives; None = every
+        other caption is a negative.
+
+    Returns:
+      (float32 scalar, metrics: accuracies both ways and logit_scale as the factor that is used).
+    """
+    image = partition.constrain(image, axes.ACT_BATCH, None)
+    everybody = partition.constrain(text, None, None)  # the one gather
+    logits = jnp.exp(logit_scale) * jnp.einsum("BE,SE->BS", image, everybody)
+    logits = partition.constrain(logits, axes.ACT_BATCH, None)
+    own = jnp.diagonal(logits)
+    if tokens is not None:
+        logits = jnp.where(duplicates(tokens), _EXCLUDED, logits)
+    label = jnp.arange(len(image))
+    to_text = jax.nn.logsumexp(logits, axis=1) - own
+    to_image = jax.nn.logsumexp(logits, axis=0) - own
+    metrics = {
+        "accuracy_image_to_text": jnp.mean(logits.argmax(axis=1) == label),
+        "accuracy_text_to_image": jnp.mean(logits.argmax(axis=0) == label),
+        "logit_scale": jnp.exp(logit_scale),
+    }
+    return (to_text.mean() + to_image.mean()) / 2, metrics
+
+
+def duplicates(tokens: Array) -> Array:
+    """bool [B, B]: whether caption s is another example's copy of caption b.
+
+    Two 32-bit hashes are compared instead of T ids: at the paper's batch the ids would be
+    32,768**2 x 77 comparisons. Equal captions always match; unequal ones with chance 2**-64.
+    """
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 2**32, size=(2, tokens.shape[1]), dtype=np.uint32) | np.uint32(1)
+    # Ids are squared into the sum too: a sum linear in the ids has colliding shifts.
+    ids = tokens.astype(jnp.uint32) * jnp.uint32(2654435761)  # Knuth's multiplicative hash
+    ids = ids ^ (ids >> 15)
+    digests = [jnp.sum(ids * w[None], axis=1, dtype=jnp.uint32) for w in jnp.asarray(weights)]
+    same = [d[:, None] == d[None, :] for d in digests]
+    return same[0] & same[1] & ~jnp.eye(len(tokens), dtype=bool)
+
+
+@jax.custom_vjp
+def clamp(logit_scale: Array) -> Array:
+    """min(logit_scale, ln 100), with a gradient that can only push back across the bound.
+
+    The paper clamps the stored parameter after each step, which a loss cannot do. The projected
+    gradient here has its effect: at the bound a push outwards is dropped, a push inwards passes,
+    and what an optimiser's momentum carries over the bound is pulled back.
+    """
+    return jnp.minimum(logit_scale, clip.MAX_LOGIT_SCALE)
+
+
+def _clamp_forward(logit_scale):
+    return clamp(logit_scale), logit_scale
+
+
+def _clamp_backward(logit_scale, gradient):
+    over = logit_scale - clip.MAX_LOGIT_SCALE
+    return (jnp.where(over < 0, gradient, jnp.maximum(gradient, 0) + over),)
+
+
+clamp.defvjp(_clamp_forward, _clamp_backward)
+
+
+def reconstruct_some(codec: stages.Codec, params: Params, pictures: Array, share: float) -> Array:
+    """`pictures` [B, h, w, 3] with a share of them replaced by the codec's reconstructions.
+
+    Which ones is fixed, evenly spread over the batch (so also over devices): examples come in
+    random order, so a coin per picture would only add the cost of encoding all of them.
+    """
+    count = round(len(pictures) * share)
+    if not count:
+        return pictures
+    which = np.floor(np.arange(count) * len(pictures) / count).astype(np.int32)
+    drawn = codec.decode_fn(params, codec.encode_fn(params, pictures[which]))
+    return pictures.at[which].set(jax.lax.stop_gradient(drawn).astype(pictures.dtype))
+
+
+def best_matches(pictures: np.ndarray, image: Array, text: Array) -> np.ndarray:
+    """For the first captions: their own picture, then the best-scoring ones of the batch.
+
+    Args:
+      pictures: [B, h, w, 3] float.
+      image: [B, E] unit embeddings.
+      text: [B, E] unit embeddings.
+
+    Returns:
+      [rows * (1 + best), h, w, 3]; a perfect model repeats the first picture as the second.
+    """
+    scores = np.asarray(text)[:_PREVIEW_CAPTIONS] @ np.asarray(image).T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :_PREVIEW_BEST]
+    rows = np.concatenate([np.arange(len(best))[:, None], best], axis=1)
+    return pictures[rows.reshape(-1)]
+
+
+def decay_mask(params: Params) -> Params:
+    """True where weight decay applies: all but gains, biases, class token and temperature.
+
+    Source: the paper's §2.5, "all weights that are not gains or biases"; embeddings do decay.
+    """
+
+    def decays(path, leaf):
+        names = [str(getattr(part, "key", "")) for part in path]
+        return not any(
+            name.endswith("bias") or name in ("scale", "class_embed", "logit_scale")
+            for name in names
+        )
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _check(config: cfg.ConfigDict, tokenizer) -> None:
+    data = config.data
+    if not data.add_bos_eos:
+        raise UsageError(
+            "data.add_bos_eos=False, but CLIP reads its caption at the end token; "
+            "set --config.data.add_bos_eos=true."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > data.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, but data.vocab_size is "
+            f"{data.vocab_size}; set --config.data.vocab_size={tokenizer.vocab_size}."
+        )
+    if data.batch < 2:
+        raise UsageError(f"data.batch={data.batch} leaves no negatives; use 32 or more.")
+    if not 0 <= config.loss.recon_prob <= 1:
+        raise UsageError(f"loss.recon_prob={config.loss.recon_prob} is not in [0, 1].")
+    if config.loss.recon_prob and not config.stages.dvae:
+        raise UsageError(
+            f"loss.recon_prob={config.loss.recon_prob} needs a codec; give its workdir with "
+            "--config.stages.dvae=DIR, or set --config.loss.recon_prob=0."
+        )
+
+
+def _codec(config: cfg.ConfigDict) -> stages.Codec | None:
+    if not config.loss.recon_prob:
+        return None
+    codec = stages.load_codec(config.stages.dvae)
+    if codec.image_px != config.data.image_px:
+        raise UsageError(
+            f"the codec {config.stages.dvae} takes {codec.image_px} px pictures, but "
+            f"data.image_px is {config.data.image_px}; use the same for both."
+        )
+    return codec
+
+
+def _warm_start(config: cfg.ConfigDict, init):
+    """`init_from`: the weights of another CLIP of the same shape; None without."""
+    if not config.init_from:
+        return None
+    loaded = stages.load_clip(config.init_from).params
+
+    def shapes(tree):
+        return {k: tuple(v.shape) for k, v in checkpoint.flatten(tree).items()}
+
+    fresh = jax.eval_shape(init, jax.random.key(0))[0]
+    fresh = {
+        "/".join(str(part.key) for part in path if hasattr(part, "key")): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
+    }
+    wrong = [k for k, v in sorted((fresh | shapes(loaded)).items()) if fresh.get(k) != v]
+    wrong += sorted(fresh.keys() - shapes(loaded).keys())
+    if wrong:
+        raise UsageError(
+            f"init_from={config.init_from!r} has other shapes than this config, first "
+            f"{wrong[0]!r}; use the same model and data sizes."
+        )
+    return lambda params, extra: (loaded, extra)
