@@ -1,0 +1,368 @@
+"""Global batches, seekable by step: `pipeline(step)` is this process's slice of that batch.
+
+The batch of a step is a pure function of (seed, step): which examples, which captions, crops,
+BPE-dropout and dropped captions. Position p = step * batch + place counts through shuffled epochs;
+process i of n computes places [i * batch / n, (i + 1) * batch / n). So the data state of a
+checkpoint is one integer, valid for any number of processes.
+
+A record that cannot be used is replaced by the one at the next position that can, everywhere in
+the same way; it is counted in `skipped` and named in `skipped_ids`.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import difflib
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dalle_jax.data import order, preprocess, sources
+from dalle_jax.data import tokenizer as tokenizers
+from dalle_jax.types import UsageError
+
+_LOG = logging.getLogger(__name__)
+_WANTED = ("image", "text", "codes")
+# Streams of random numbers; stream 0 is the order itself.
+_CAPTION, _DROP, _DROPOUT, _CROP = 1, 2, 3, 4
+_NAMED = 100  # ids of skipped records that are kept
+_GIVE_UP = 1000  # unusable records in a row
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    """A record read, decoded and, where nothing random follows, cropped and tokenised."""
+
+    image: np.ndarray | None  # uint8 [px, px, 3], or [h, w, 3] if the crop is random
+    captions: list[str]
+    tokens: np.ndarray | None  # int32 [captions, text_len] without BPE-dropout
+    cut: list[bool]  # which captions are longer than text_len
+    codes: np.ndarray | None
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.image, self.tokens, self.codes)
+        text = sum(len(caption) for caption in self.captions)
+        return 500 + text + sum(a.nbytes for a in arrays if a is not None)
+
+
+class Pipeline:
+    """Batches of one split; `make` opens the split and builds one.
+
+    Attributes:
+      num_examples: examples in the split.
+      skipped: reason -> how many distinct records this process could not use.
+      skipped_ids: "id: reason" of the first 100 of them.
+      truncated: captions served that were longer than text_len and were cut.
+    """
+
+    def __init__(
+        self,
+        source: sources.Source,
+        data_config,
+        seed: int,
+        *,
+        wanted: set[str],
+        tokenizer: tokenizers.Tokenizer | None = None,
+        training: bool,
+        batch: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """See `make`; `source` needs len(), [i] -> sources.Example and .fields."""
+        _check(source, data_config, wanted, tokenizer, training, batch, process_count)
+        self._source = source
+        self._config = data_config
+        self._seed = int(seed)
+        self._wanted = frozenset(wanted)
+        self._tokenizer = tokenizer
+        self._training = training
+        self._batch = batch
+        self._places = np.arange(batch).reshape(process_count, -1)[process_index]
+        self._crop = preprocess.CROPS[data_config.crop]
+        self._random_crop = training and data_config.crop not in preprocess.DETERMINISTIC
+        self._dropout = data_config.bpe_dropout if training else 0.0
+        self._caption_drop = data_config.caption_drop if training else 0.0
+        self._lock = threading.Lock()
+        self._cache: dict[int, _Item] = {}
+        self._cache_room = data_config.cache_mib * 2**20
+        self._bad: set[int] = set()
+        threads = data_config.threads
+        self._threads = threads
+        self._pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
+        self.num_examples = len(source)
+        self.skipped: collections.Counter[str] = collections.Counter()
+        self.skipped_ids: list[str] = []
+        self.truncated = 0
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """This process's slice of the global batch of `step`, b = batch / process_count.
+
+        Returns:
+          Of these, what was wanted: image uint8 [b, px, px, 3], text int32 [b, text_len],
+          codes int32 [b, g*g].
+
+        Raises:
+          UsageError: if 1000 records in a row, or all, cannot be used.
+        """
+        positions = self._positions(step)
+        items = [item for _, item in self._resolve(positions)]
+        batch = {}
+        if "image" in self._wanted:
+            pictures = [item.image for item in items]
+            if self._random_crop:
+                seeds = order.hashed(positions, self._seed, _CROP).tolist()
+                pictures = self._map(self._cropped, list(zip(pictures, seeds, strict=True)))
+            batch["image"] = np.stack(pictures)
+        if "text" in self._wanted:
+            batch["text"] = self._text(positions, items)
+        if "codes" in self._wanted:
+            batch["codes"] = np.stack([item.codes for item in items])
+        return batch
+
+    def ids(self, step: int) -> list[str]:
+        """Ids of the examples of `self(step)`, for reports."""
+        return [self._source[index].id for index, _ in self._resolve(self._positions(step))]
+
+    def close(self) -> None:
+        """Ends the decoding threads and forgets the cache."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._cache = {}
+
+    def _positions(self, step: int) -> np.ndarray:
+        return step * self._batch + self._places
+
+    def _indices(self, positions: np.ndarray) -> list[int]:
+        if self._training:
+            return order.shuffled(positions, self.num_examples, self._seed).tolist()
+        return (positions % self.num_examples).tolist()
+
+    def _resolve(self, positions: np.ndarray) -> list[tuple[int, _Item]]:
+        """The example at each position, or at the next position that has a usable one."""
+        indices = self._indices(positions)
+        items = self._items(indices)
+        for slot, first in enumerate(positions.tolist()):
+            position = first
+            while items[slot] is None:
+                position += 1
+                if position - first >= min(_GIVE_UP, 2 * self.num_examples):
+                    raise UsageError(
+                        f"{position - first} records in a row cannot be used "
+                        f"({dict(self.skipped)}; first: {self.skipped_ids[0]}). Is this the right "
+                        "set, and are data.image_key and data.caption_key right? "
+                        "Else prepare it again."
+                    )
+                indices[slot] = self._indices(np.array([position]))[0]
+                items[slot] = self._items(indices[slot : slot + 1])[0]
+        return list(zip(indices, items, strict=True))
+
+    def _items(self, indices: Sequence[int]) -> list[_Item | None]:
+        """Items from the cache or freshly decoded; None for records that cannot be used."""
+        found = {i: self._cache.get(i) for i in indices}
+        missing = [i for i, item in found.items() if item is None and i not in self._bad]
+        for index, item in zip(missing, self._map(self._load, missing), strict=True):
+            if isinstance(item, preprocess.BadRecord):
+                self._skip(index, item)
+                continue
+            found[index] = item
+            # Nothing is ever evicted: each epoch reads everything once, so what is in the cache
+            # is as good as what would replace it.
+            if item.nbytes <= self._cache_room:
+                with self._lock:
+                    if index not in self._cache:
+                        self._cache_room -= item.nbytes
+                        self._cache[index] = item
+        return [found[i] for i in indices]
+
+    def _load(self, index: int) -> _Item | preprocess.BadRecord:
+        config = self._config
+        try:
+            try:
+                example = self._source[index]
+            except (ValueError, OSError, RuntimeError, KeyError, EOFError) as error:
+                raise preprocess.BadRecord("damaged record", str(error)) from error
+            image = codes = tokens = None
+            captions, cut = [], []
+            if "image" in self._wanted:
+                image = preprocess.decode(example.image, example.id)
+                if not self._random_crop:
+                    image = self._crop(image, config.image_px)
+            if "codes" in self._wanted:
+                if example.codes is None:
+                    raise preprocess.BadRecord("no codes")
+                codes = np.asarray(example.codes, np.int32)
+            if "text" in self._wanted:
+                if not example.captions:
+                    raise preprocess.BadRecord("no caption")
+                captions = list(example.captions) if self._training else example.captions[:1]
+                if not self._dropout:
+                    tokens, cut = self._encode(captions)
+            return _Item(image, captions, tokens, cut, codes)
+        except preprocess.BadRecord as error:
+            return error
+
+    def _skip(self, index: int, error: preprocess.BadRecord) -> None:
+        with self._lock:
+            if index in self._bad:
+                return
+            self._bad.add(index)
+            self.skipped[error.reason] += 1
+            if len(self.skipped_ids) >= _NAMED:
+                return
+            try:
+                name = self._source[index].id
+            except (ValueError, OSError, RuntimeError, KeyError, EOFError):
+                name = f"record {index}"
+            self.skipped_ids.append(f"{name}: {error}")
+        _LOG.warning("skipping %s", self.skipped_ids[-1])
+
+    def _cropped(self, job: tuple[np.ndarray, int]) -> np.ndarray:
+        image, seed = job
+        return self._crop(image, self._config.image_px, np.random.default_rng(seed))
+
+    def _text(self, positions: np.ndarray, items: list[_Item]) -> np.ndarray:
+        """Ids int32 [b, text_len] of one caption of each item."""
+        config = self._config
+        choice = np.zeros(len(items), np.int64)
+        if self._training and any(len(item.captions) > 1 for item in items):
+            counts = np.array([len(item.captions) for item in items], np.uint64)
+            choice = (order.hashed(positions, self._seed, _CAPTION) % counts).astype(np.int64)
+        if self._dropout:
+            captions = [item.captions[k] for item, k in zip(items, choice, strict=True)]
+            seeds = order.hashed(positions, self._seed, _DROPOUT) >> np.uint64(32)
+            tokens, cut = self._encode(captions, seeds.tolist())
+        else:
+            tokens = np.stack([item.tokens[k] for item, k in zip(items, choice, strict=True)])
+            cut = [item.cut[k] for item, k in zip(items, choice, strict=True)]
+        if self._caption_drop:
+            dropped = order.uniform(positions, self._seed, _DROP) < self._caption_drop
+            tokens[dropped] = tokenizers.pack([[]], config.text_len, config.add_bos_eos)
+        if any(cut):
+            if not self.truncated:
+                place = cut.index(True)
+                _LOG.warning(
+                    "caption %.60r has more than data.text_len=%d tokens and is cut; raise "
+                    "data.text_len if many are (Pipeline.truncated counts them)",
+                    items[place].captions[choice[place]],
+                    config.text_len,
+                )
+            self.truncated += sum(cut)
+        return tokens
+
+    def _encode(
+        self, captions: Sequence[str], seeds: Sequence[int] | None = None
+    ) -> tuple[np.ndarray, list[bool]]:
+        config = self._config
+        rows = self._tokenizer.pieces(captions, self._dropout, seeds)
+        cut = [tokenizers.overlong(row, config.text_len, config.add_bos_eos) for row in rows]
+        return tokenizers.pack(rows, config.text_len, config.add_bos_eos), cut
+
+    def _map(self, function: Callable, jobs: list) -> list:
+        """[function(job) for job in jobs], in `threads` chunks where that pays."""
+        if self._pool is None or len(jobs) < 2 * self._threads:
+            return [function(job) for job in jobs]
+        chunks = [jobs[k :: self._threads] for k in range(self._threads)]
+        results = self._pool.map(lambda chunk: [function(job) for job in chunk], chunks)
+        out = [None] * len(jobs)
+        for k, result in enumerate(results):
+            out[k :: self._threads] = result
+        return out
+
+
+def make(
+    data_config,
+    seed: int,
+    *,
+    split: str,
+    wanted: set[str],
+    tokenizer: tokenizers.Tokenizer | None = None,
+    training: bool,
+    batch: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Pipeline:
+    """The pipeline of a split of the set that a config's `data` section names.
+
+    Args:
+      data_config: the `data` section of a config (configs/base.py).
+      seed: of the run.
+      split: a TFDS split expression.
+      wanted: which of image, text, codes the batches hold.
+      tokenizer: needed for text; None takes the prepared set's own.
+      training: shuffled epochs, augmentation, a random caption, BPE-dropout, caption_drop. False
+        gives the split in order (it wraps at the end), central crops and the first caption.
+      batch: examples in the global batch.
+      process_index: which slice of it, in [0, process_count).
+      process_count: how many processes share it.
+
+    Raises:
+      UsageError: for a set, split, crop or size that cannot work, before anything is read.
+    """
+    source = sources.open_split(data_config, split)
+    if "text" in wanted and "text" in source.fields and tokenizer is None:
+        tokenizer = tokenizers.find(data_config)
+    return Pipeline(
+        source,
+        data_config,
+        seed,
+        wanted=wanted,
+        tokenizer=tokenizer,
+        training=training,
+        batch=batch,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _check(source, config, wanted, tokenizer, training, batch, process_count) -> None:
+    """Raises UsageError for what cannot work."""
+    if unknown := set(wanted) - set(_WANTED):
+        raise ValueError(f"wanted holds {unknown}; a batch can hold {_WANTED}.")
+    if lacking := sorted(set(wanted) - set(source.fields)):
+        raise UsageError(
+            f"data.source {config.source!r} has no {' and no '.join(lacking)}; it holds "
+            f"{', '.join(sorted(source.fields)) or 'nothing'}. Choose another --config.data.source"
+            + (", or make codes with `python -m dalle_jax encode`." if "codes" in lacking else ".")
+        )
+    if config.crop not in preprocess.CROPS:
+        near = difflib.get_close_matches(config.crop, preprocess.CROPS, n=1)
+        raise UsageError(
+            f"data.crop {config.crop!r} is unknown;"
+            f"{f' did you mean {near[0]!r}?' if near else ''} use one of "
+            f"{', '.join(preprocess.CROPS)}."
+        )
+    name = "data.batch" if training else "data.eval_batch"
+    shortest = 3 if config.add_bos_eos else 1
+    for field, value, fits, expected in (
+        (name, batch, batch >= 1, "1 or more"),
+        ("data.image_px", config.image_px, config.image_px >= 1, "1 or more"),
+        ("data.text_len", config.text_len, config.text_len >= shortest, f"{shortest} or more"),
+        ("data.bpe_dropout", config.bpe_dropout, 0 <= config.bpe_dropout < 1, "0 up to below 1"),
+        ("data.caption_drop", config.caption_drop, 0 <= config.caption_drop <= 1, "0 to 1"),
+        ("data.threads", config.threads, config.threads >= 1, "1 or more"),
+        ("data.cache_mib", config.cache_mib, config.cache_mib >= 0, "0 (no cache) or more"),
+    ):
+        if not fits:
+            raise UsageError(f"{field}={value} is out of range; expected {expected}.")
+    if batch % process_count:
+        raise UsageError(
+            f"{name}={batch} cannot be shared by {process_count} processes; use a multiple, e.g. "
+            f"--config.{name}={-(-batch // process_count) * process_count}."
+        )
+    if training and len(source) < batch:
+        raise UsageError(
+            f"data.source {config.source!r} has {len(source)} training examples, fewer than "
+            f"data.batch={batch}; set --config.data.batch={len(source)} or smaller, or prepare "
+            "more examples."
+        )
+    if "text" in wanted:
+        if tokenizer is None:
+            raise ValueError("text is wanted, so a tokenizer is needed.")
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UsageError(
+                f"the tokenizer has {tokenizer.vocab_size} pieces, more than data.vocab_size="
+                f"{config.vocab_size}; set --config.data.vocab_size={tokenizer.vocab_size}."
+            )
