@@ -194,6 +194,8 @@ class Pipeline:
                 if example.codes is None:
                     raise preprocess.BadRecord("no codes")
                 codes = np.asarray(example.codes, np.int32)
+                if (codes < 0).any():  # `encode` could not decode the picture
+                    raise preprocess.BadRecord("no codes")
             if "text" in self._wanted:
                 if not example.captions:
                     raise preprocess.BadRecord("no caption")

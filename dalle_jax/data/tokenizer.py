@@ -283,12 +283,15 @@ def find(data_config) -> Tokenizer:
     return tokenizer
 
 
-def model_path(data_dir: str | os.PathLike, source: str, vocab_size: int) -> pathlib.Path:
-    """Where the tokenizer of a prepared set lies; `source` is a name, or a folder of its own."""
+def folder(data_dir: str | os.PathLike, source: str) -> pathlib.Path:
+    """Where the tokenizers of a prepared set lie; `source` is a name, or a folder of its own."""
     root = pathlib.Path(data_dir) / source
-    if not root.is_dir() and pathlib.Path(source).is_dir():
-        root = pathlib.Path(source)
-    return root / f"tokenizer-{vocab_size}.model"
+    return pathlib.Path(source) if not root.is_dir() and pathlib.Path(source).is_dir() else root
+
+
+def model_path(data_dir: str | os.PathLike, source: str, vocab_size: int) -> pathlib.Path:
+    """The tokenizer file of a prepared set."""
+    return folder(data_dir, source) / f"tokenizer-{vocab_size}.model"
 
 
 def _clean(text: str) -> str:
