@@ -67,11 +67,11 @@ HELD_OUT_RELATIONS = frozenset(
     (shape, _RELATION_NAMES[i % 4], SHAPES[(i + 3) % len(SHAPES)]) for i, shape in enumerate(SHAPES)
 )
 
-# Bounding radii in fractions of the side; small enough for five objects to fit, large enough for
+# Radii in fractions of the side; small enough for five objects to fit, large enough for
 # a star to be told from a circle at 32 px (3.8 px).
 _RADII = {"single": (0.2, 0.4), "count": (0.12, 0.16), "binding": (0.16, 0.23)}
 _RADII["relation"] = _RADII["binding"]
-_GAP = 0.06  # between bounding circles: 2 px at 32 px, so that soft edges do not join
+_GAP = 0.06  # between the circles that objects reach: 2 px at 32 px, so that soft edges do not join
 _MARGIN = 0.02  # to the border, where the judge reads the background
 _MIN_OFFSET, _MAX_DRIFT = 0.28, 0.18  # along and across a relation's direction
 _SUPERSAMPLING = 4
@@ -82,7 +82,7 @@ _TRIES = 30  # positions tried for an object before the layout is begun anew
 class Object:
     """One coloured shape; x, y and radius are fractions of the side, None in a layout-free scene.
 
-    The radius is that of the bounding circle around (x, y); y points down.
+    (x, y) is the middle of the circle that the shape is drawn in, y pointing down.
     """
 
     color: str
@@ -296,14 +296,20 @@ def _place(rng, scene: Scene) -> tuple[Object, ...]:
     low, high = _RADII[scene.kind]
     while True:
         placed: list[tuple[float, float, float]] = []  # x, y, radius
-        for _ in scene.objects:
+        reached: list[float] = []
+        for item in scene.objects:
             for u, v, w in rng.random((_TRIES, 3)).tolist():
                 # Rounded before use, so that the JSON of a scene renders to the same bytes.
                 radius = round(low + (high - low) * w, 4)
                 inset = radius + _MARGIN
                 x, y = (round(inset + (1 - 2 * inset) * share, 4) for share in (u, v))
-                if all(math.hypot(x - a, y - b) >= radius + r + _GAP for a, b, r in placed):
+                reach = radius * EXTENT[item.shape]
+                if all(
+                    math.hypot(x - a, y - b) >= reach + other + _GAP
+                    for (a, b, _), other in zip(placed, reached, strict=True)
+                ):
                     placed.append((x, y, radius))
+                    reached.append(reach)
                     break
         if len(placed) == len(scene.objects):
             if scene.relation:
@@ -356,7 +362,10 @@ def _turn(angles: Iterable[float], radius=1.0) -> np.ndarray:
 
 
 def _parts() -> dict[str, list[tuple[float, np.ndarray]]]:
-    """Each shape as (shade, polygon [n, 2]) parts inside the unit circle, y down."""
+    """Each shape as (shade, polygon [n, 2]) parts, y down, of about equal weight to the eye.
+
+    Inside the unit circle, but for the corners of squares and triangles: see EXTENT.
+    """
     arm, reach = 0.32, 0.94
     cross = [(arm, -reach), (arm, -arm), (reach, -arm)]
     quarter_turns = [np.array([[0, -1], [1, 0]])]
@@ -368,8 +377,8 @@ def _parts() -> dict[str, list[tuple[float, np.ndarray]]]:
     star = _turn(np.arange(10) / 10, np.where(np.arange(10) % 2, 0.42, 1.0))
     return {
         "circle": [(1, circle)],
-        "square": [(1, 0.86 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
-        "triangle": [(1, np.array([(0, -1), (0.95, 0.8), (-0.95, 0.8)]))],
+        "square": [(1, 0.78 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
+        "triangle": [(1, 0.92 * np.array([(0, -1), (0.95, 0.8), (-0.95, 0.8)]))],
         "star": [(1, star)],
         "cross": [(1, np.concatenate([np.array(cross) @ turn for turn in quarter_turns[::-1]]))],
         # Top, left and right face, each darker than the one before.
@@ -384,6 +393,11 @@ def _parts() -> dict[str, list[tuple[float, np.ndarray]]]:
 
 
 PARTS = _parts()
+# How far a shape of radius 1 reaches: 1.10 for a square, 1.14 for a triangle, others 1 or less.
+EXTENT = {
+    shape: float(max(np.linalg.norm(vertices, axis=1).max() for _, vertices in parts))
+    for shape, parts in PARTS.items()
+}
 _SINGULAR = {form: shape for shape in SHAPES for form in (shape, _plural(shape))}
 _THING = f"(?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})"
 _CAPTION = re.compile(

@@ -64,7 +64,8 @@ def test_layout_is_inside_apart_and_true():
             low, high = item.radius, 1 - item.radius
             assert low <= item.x <= high and low <= item.y <= high
         for a, b in itertools.combinations(scene.objects, 2):
-            assert math.hypot(a.x - b.x, a.y - b.y) >= a.radius + b.radius + 0.05
+            reach = sum(item.radius * shapes.EXTENT[item.shape] for item in (a, b))
+            assert math.hypot(a.x - b.x, a.y - b.y) >= reach + 0.05
         if scene.relation:
             a, b = scene.objects
             along = {
