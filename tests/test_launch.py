@@ -1,0 +1,148 @@
+"""launch: the demo's flow, with a stub in the place of Python; scripts that shellcheck accepts."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+STEPS = ["prepare", "vqvae", "dvae", "clip", "dalle", "evaluate", "samples", "completion", "report"]
+
+# Tells what it was called with, then does what the test has asked of that step.
+STUB = """#!/usr/bin/env bash
+[[ $1 == -c ]] && exit 0
+echo "$*" >>"$STUB_CALLS"
+echo "step 7/9 loss 0.5"
+case "$*" in
+  *"$STUB_FAIL"*) echo "error: the stub was told to fail" >&2; exit 3 ;;
+  *"$STUB_HANG"*) exec sleep 60 ;;
+esac
+"""
+
+
+@pytest.fixture
+def house(tmp_path) -> pathlib.Path:
+    """A copy of what the demo reads, with a stub environment that counts as installed."""
+    for name in ("launch", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    stub = tmp_path / "venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    hashed = "cat setup.cfg pyproject.toml constraints.txt | cksum"
+    text = subprocess.run(["bash", "-c", hashed], cwd=tmp_path, capture_output=True, text=True)
+    version = "{}.{}".format(*sys.version_info[:2])
+    (stub.parent.parent / ".installed-").write_text(f"{text.stdout.strip()} {version} {tmp_path}\n")
+    return tmp_path
+
+
+def environment(house: pathlib.Path, fail: str = "<none>", hang: str = "<none>") -> dict:
+    return os.environ | {
+        "PYTHON": sys.executable,
+        "VENV": str(house / "venv"),
+        "STUB_CALLS": str(house / "calls"),
+        "STUB_FAIL": fail,
+        "STUB_HANG": hang,
+    }
+
+
+def demo(house: pathlib.Path, *arguments: str, **stub: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "launch/demo.sh", *arguments],
+        cwd=house,
+        env=environment(house, **stub),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def calls(house: pathlib.Path) -> list[str]:
+    file = house / "calls"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("data", ["shapes", "emoji"])
+def test_the_demo_runs_every_step_once(house, data):
+    done = demo(house, f"--data={data}", "--out=runs/x")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "runs/x/index.html" in done.stdout
+    made = calls(house)
+    assert len(made) == len(STEPS)
+    where = {name: i for i, call in enumerate(made) for name in STEPS if f"/{name}.py" in call}
+    assert where["vqvae"] < where["dvae"] < where["dalle"]
+    assert {p.stem for p in (house / "runs/x/logs").glob("*.done")} == set(STEPS)
+
+    started = time.monotonic()
+    again = demo(house, f"--data={data}", "--out=runs/x")
+    assert again.returncode == 0 and "nothing left to do" in again.stdout
+    assert calls(house) == made and time.monotonic() - started < 10
+
+
+def test_a_failed_step_fails_the_demo_and_is_tried_again(house):
+    failed = demo(house, fail="configs/dvae.py")
+    assert failed.returncode == 3
+    assert "dvae failed with exit code 3" in failed.stderr
+    assert "the stub was told to fail" in failed.stderr
+    before = len(calls(house))
+    assert demo(house).returncode == 0
+    assert not any("prepare" in call or "vqvae.py" in call for call in calls(house)[before:])
+
+
+def test_a_failure_in_the_background_is_not_lost(house):
+    failed = demo(house, fail="configs/clip.py", hang="configs/vqvae.py")  # seen at once
+    assert failed.returncode == 3 and "clip failed" in failed.stderr
+
+
+@pytest.mark.skipif(not shutil.which("flock"), reason="flock is not installed")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_the_demo_ends_its_children(house, number):
+    process = subprocess.Popen(
+        ["bash", "launch/demo.sh"],
+        cwd=house,
+        env=environment(house, hang="configs/"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        # As a terminal starts it: a test runner in the background may be ignoring SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    pids = [house / "runs/demo/logs" / f"{name}.pid" for name in ("clip", "vqvae")]
+    for _ in range(200):
+        if all(p.exists() and p.read_text().strip() for p in pids):
+            break
+        time.sleep(0.05)
+    children = [int(p.read_text()) for p in pids]
+    second = demo(house)
+    assert second.returncode == 1 and "another demo is at work" in second.stderr
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+@pytest.mark.parametrize("arguments", [["--data=cats"], ["--size="], ["fast"]])
+def test_the_demo_refuses_what_it_does_not_understand(house, arguments):
+    done = demo(house, *arguments)
+    assert done.returncode == 2 and arguments[0] in done.stderr and "usage" in done.stderr
+
+
+def test_a_dry_run_touches_nothing(house):
+    done = demo(house, "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("python -m dalle_jax") == len(STEPS)
+    assert not calls(house) and not (house / "runs").exists()
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_scripts_pass_shellcheck():
+    scripts = [".ci/run", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("launch/*.sh"))]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
