@@ -5,15 +5,37 @@ The scores themselves are a pure function (`score_fn`), so jit over a mesh could
 without anybody noticing. Called by cli/sample.py and evaluation.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.models import clip
+from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import stages
-from dalle_jax.types import Array, Params
+from dalle_jax.types import Array, Key, Params
+
+MAX_CHUNK = 128  # candidates at a time and device; beyond it drawing gets no faster
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """The best of one prompt's candidates, best first.
+
+    Attributes:
+      candidates: [K] int, their global indices.
+      codes: [K, g*g] int32.
+      images: [K, h, w, 3] float32 in [-1, 1].
+      scores: [N] float32 of *all* candidates in the order drawn; None without a CLIP.
+    """
+
+    candidates: np.ndarray
+    codes: np.ndarray
+    images: np.ndarray
+    scores: np.ndarray | None
 
 
 def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> Array:
@@ -80,6 +102,76 @@ def score(stage: stages.ClipStage, images: Array, text: Array, batch: int = 64) 
         )
         scores.append(np.asarray(out).reshape(-1)[: len(part) - padding])
     return np.concatenate(scores)
+
+
+def draw_best(
+    dalle: stages.DalleStage,
+    clip_stage: stages.ClipStage | None,
+    text: Array,
+    clip_text: Array | None,
+    *,
+    num_candidates: int,
+    keep: int,
+    chunk: int,
+    key: Key,
+    progress: Callable[[int], None] = lambda done: None,
+    **options,
+) -> Ranked:
+    """Draws N candidates for one prompt in chunks, scores them and keeps the best K.
+
+    Of all others only the scores stay in memory, so that N is bounded by patience alone.
+
+    Args:
+      dalle: draws and decodes.
+      clip_stage: ranks; None = the first K in the order drawn.
+      text: [T] int32 by DALL-E's tokenizer.
+      clip_text: [T] int32 by CLIP's tokenizer; None without a CLIP.
+      num_candidates: N.
+      keep: K.
+      chunk: candidates at a time.
+      key: typed key. The same key draws the same pictures for every chunk and device count.
+      progress: called with the number drawn so far.
+      **options: of `sampling.dalle.sample`.
+    """
+    chunks = sampling.sample_batches(
+        dalle.model,
+        dalle.params,
+        np.asarray(text)[None],
+        num_candidates=num_candidates,
+        chunk=chunk,
+        key=key,
+        **options,
+    )
+    scores, best = [], None
+    for first, codes in chunks:
+        codes = codes[0]  # [n, g*g]: one prompt
+        # One shape for the decoder too: the last chunk may be smaller.
+        padding = min(chunk, num_candidates) - len(codes)
+        drawn = np.asarray(dalle.codec.decode(np.pad(codes, ((0, padding), (0, 0)))))[: len(codes)]
+        if clip_stage is None:
+            here = np.zeros(len(codes), np.float32)
+        else:
+            here = score(clip_stage, drawn, np.repeat(clip_text[None], len(codes), axis=0))
+        scores.append(here)
+        found = (first + np.arange(len(codes)), here, codes, drawn)
+        if best is not None:
+            found = tuple(np.concatenate(pair) for pair in zip(best, found, strict=True))
+        top = order(found[1])[:keep]
+        best = tuple(values[top] for values in found)
+        progress(first + len(codes))
+    everything = None if clip_stage is None else np.concatenate(scores)
+    return Ranked(best[0], best[2], best[3], everything)
+
+
+def fitting_chunk(dalle: stages.DalleStage, guidance: float = 1.0) -> int:
+    """Candidates that one device draws at a time within half of its memory (a CPU: 0.5 GiB)."""
+    c, codec = dalle.model.config, dalle.codec
+    streams = 1 if guidance == 1 else 2
+    caches = 2 * c.num_layers * c.num_image_tokens * c.width * 4 * streams
+    # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
+    each = 2 * caches + codec.image_px**2 * 64 * 4
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return max(1, min(MAX_CHUNK, stats.get("bytes_limit", 2**30) // 2 // each))
 
 
 def order(scores: Array) -> np.ndarray:
