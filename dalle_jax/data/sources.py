@@ -288,6 +288,8 @@ def _choose(found: list[pathlib.Path], root: pathlib.Path, data_config: Any) -> 
     wanted = f"{data_config.image_px}px"
     exact = [p for p in found if p.parent.name == wanted]
     names = [p.parent.relative_to(root.parent).as_posix() for p in found]
+    if not exact:
+        exact = [p for p in found if p.parent.name == "original"]  # kept at full size
     if exact:
         return exact[0]
     if len(found) > 1:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from absl import logging
+
 from dalle_jax.types import UsageError
 
 VERSION = "1.0.0"
@@ -171,19 +173,24 @@ class Progress:
     """A line of progress with rate and time left: rewritten on a terminal, every 10 s in a log."""
 
     def __init__(self, total: int | None, what: str, stream: Any = None):
-        """`total` items called `what`; None if not known."""
-        self.total, self.what, self.done, self.skipped = total, what, 0, 0
+        """`total` items called `what`; None if not known: then set `fraction` before `add`."""
+        self.total, self.what = total, what
+        self.done = self.skipped = self.resumed = 0
+        self.fraction: float | None = None  # of the work
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
         self._start = self._shown = time.monotonic()
-        self._resumed = 0
+        self._fraction_resumed = 0.0
 
     def add(self, done: int = 1, skipped: int = 0, resumed: bool = False) -> None:
         """Counts; `resumed` items cost no time and are kept out of the rate."""
         self.done += done
         self.skipped += skipped
-        self._resumed += (done + skipped) * resumed
         now = time.monotonic()
+        if resumed:
+            self.resumed += done + skipped
+            self._start = now
+            self._fraction_resumed = self._fraction()
         if now - self._shown >= (0.2 if self._live else 10.0):
             self._shown = now
             self._print(now)
@@ -194,16 +201,24 @@ class Progress:
         self._print(now, last=True)
         return now - self._start
 
+    def _fraction(self) -> float:
+        if self.fraction is not None:
+            return self.fraction
+        return (self.done + self.skipped) / self.total if self.total else 0.0
+
     def _print(self, now: float, last: bool = False) -> None:
         seen = self.done + self.skipped
         seconds = max(now - self._start, 1e-3)
-        rate = (seen - self._resumed) / seconds
         of = f"/{max(self.total, seen):,}" if self.total else ""
-        text = f"  {seen:,}{of} {self.what}  {rate:,.0f}/s"
+        text = f"  {seen:,}{of} {self.what}  {(seen - self.resumed) / seconds:,.0f}/s"
         if self.skipped:
             text += f"  {self.skipped:,} skipped"
-        if self.total and not last and rate > 0:
-            text += f"  {duration((self.total - seen) / rate)} left"
+        if self.resumed:
+            text += f"  {self.resumed:,} were done before"
+        fraction = self._fraction()
+        fresh = fraction - self._fraction_resumed
+        if not last and fresh > 0:
+            text += f"  {fraction:.0%}, {duration(seconds * (1 - fraction) / fresh)} left"
         if last:
             text += f"  in {duration(seconds)}"
         end = "\n" if last or not self._live else ""
@@ -226,8 +241,10 @@ def _quiet() -> Iterator[None]:
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # tfds warns of every config that is made at run time
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tfds.enable_progress_bar()
+        logging.set_verbosity(verbosity)

@@ -1,0 +1,392 @@
+"""Turns what users have on disk into a TFDS set: `prepare pairs`.
+
+Items are checked, resized and staged in parts of a thousand; a part appears whole or not at all,
+so an interrupted run goes on where it stopped. The finished parts then become one array_record
+set. Nothing that cannot be used is dropped silently: reasons are counted, and skipped.jsonl in the
+set names every item.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import struct
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from dalle_jax import images
+from dalle_jax.data.builders import formats, store
+from dalle_jax.types import UsageError
+
+# A model reads 256 ids at most, some 1,200 letters; what comes later would never be seen.
+MAX_CAPTION_CHARS = 2000
+MAX_CAPTIONS = 64  # of one picture
+# Up to this side pictures are stored without loss: a PNG of 128 px is 25 kB, a JPEG 8 kB.
+LOSSLESS_PX = 128
+_PART = 1000  # items; half a minute of work at 256 px
+_HEAD = struct.Struct("<II")
+_FORMAT = 1  # of staged parts; part of their fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How items become examples.
+
+    Attributes:
+      image_px: the shorter side is made this long; smaller pictures are left; 0 keeps all.
+      validation: share of pictures in the validation split, by a hash of their id.
+      fields: names of columns, see formats.Fields.
+      workers: threads that decode. The result is the same for any number.
+    """
+
+    image_px: int = 0
+    validation: float = 0.01
+    fields: formats.Fields = formats.Fields()
+    workers: int = 1
+
+    def __post_init__(self):
+        if self.image_px and not 8 <= self.image_px <= 4096:
+            raise UsageError(
+                f"--image_px={self.image_px} is out of range; use 8 to 4096, or 0 to keep sizes."
+            )
+        if not 0 <= self.validation < 1:
+            raise UsageError(f"--validation={self.validation} is not a share; use 0 to 0.99.")
+        if self.workers < 1:
+            raise UsageError(f"--workers={self.workers}; at least one thread must work.")
+
+
+def prepare(
+    data_dir: str | pathlib.Path,
+    name: str,
+    kind: str,
+    path: str | pathlib.Path,
+    options: Options = Options(),  # noqa: B008
+    overwrite: bool = False,
+) -> tuple[pathlib.Path, dict[str, Any]]:
+    """Writes the pairs at `path` as set `name`; its folder and a summary.
+
+    Args:
+      data_dir: the set goes to DATA_DIR/NAME/<image_px>px/1.0.0 ("original" for image_px 0).
+      name: lower-case, as `store.check_name` says.
+      kind: folder | wds | jsonl | csv | parquet.
+      path: the input.
+      options: sizes, splits, columns.
+      overwrite: replace a finished set of other options or input.
+
+    Raises:
+      UsageError: for bad options, an input without a single good pair, a set of that name made
+        otherwise, or another process writing it.
+    """
+    config = f"{options.image_px}px" if options.image_px else "original"
+    target = store.folder(data_dir, store.check_name(name), config)
+    recipe = {
+        "kind": "pairs",
+        "from": kind,
+        "input": os.path.abspath(path) if "://" not in str(path) else str(path),
+        "image_px": options.image_px,
+        "validation": options.validation,
+        "fields": dataclasses.asdict(options.fields),
+    }
+    if store.already_done(target, recipe, overwrite):
+        return target, store.read_json(target / "prepare.json")
+    work = formats.units(kind, path, options.fields)
+    work = itertools.chain([next(work)], work)  # complains of a wrong input before a folder is made
+    staging = target.parent / "staging"
+    with _staging(staging), _quiet_pictures():
+        progress = store.Progress(None, "pairs")
+        parts = _stage(work, staging, options, progress)
+        seconds = progress.close()
+        counts, skipped = Counter(), []
+        sizes = _choose_splits(parts, options.validation, counts, skipped)
+        if not sizes["train"]:
+            reasons = "; ".join(f"{n} x {why}" for why, n in counts.most_common(6))
+            raise UsageError(
+                f"none of the {sum(counts.values())} items of --input={path} can be used: "
+                f"{reasons or 'it is empty'}. See docs/data.md for what --from={kind} reads."
+            )
+        for stale in target.parent.glob("incomplete.*"):  # of a run that was killed while writing
+            shutil.rmtree(stale, ignore_errors=True)
+        store.write(
+            data_dir=data_dir,
+            name=name,
+            config=config,
+            features=store.image_text_features(),
+            splits={
+                split: (lambda split=split: _examples(parts, split, sizes["edge"]))
+                for split in ("train", "validation")
+                if sizes[split]
+            },
+            description=f"Image-caption pairs from {kind} {os.path.basename(str(path))}.",
+        )
+        with open(target / "skipped.jsonl", "w", encoding="utf-8") as file:
+            for item in skipped:
+                file.write(json.dumps(item, ensure_ascii=False) + "\n")
+        summary = {
+            "examples": {split: sizes[split] for split in ("train", "validation")},
+            "skipped": {why: n for why, n in counts.most_common() if why not in _NOTES},
+            "notes": {why: counts[why] for why in _NOTES if counts[why]},
+            "first_skipped": [f"{item['id']}: {item['reason']}" for item in skipped[:5]],
+            "resumed": progress.resumed,
+            "seconds": round(seconds, 1),
+        }
+        store.finish(target, recipe, summary)
+        shutil.rmtree(staging)
+    return target, summary
+
+
+_CUT = f"caption cut at {MAX_CAPTION_CHARS} characters"
+_MANY = f"more than {MAX_CAPTIONS} captions: the first are kept"
+_NOTES = (_CUT, _MANY)
+
+
+def clean_caption(text: str) -> str:
+    """One line without control characters, cut at a space before MAX_CAPTION_CHARS."""
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text[: 2**20])
+    text = " ".join(text.split())
+    if len(text) > MAX_CAPTION_CHARS:
+        head = text[:MAX_CAPTION_CHARS]
+        text = head.rsplit(" ", 1)[0] if " " in head[-200:] else head
+    return text
+
+
+def encode(data: bytes, image_px: int) -> bytes:
+    """The picture as it is stored: checked to its last pixel, upright, RGB, resized.
+
+    The bytes stay as they are if nothing has to change.
+
+    Args:
+      data: an encoded picture.
+      image_px: length of the shorter side; a smaller picture is not blown up. 0 = as it is.
+
+    Raises:
+      _Problem: with the reason.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
+            width, height = image.size
+            kind, mode = image.format, image.mode
+            # Asking a PNG without the mark would decode it here.
+            turned = "exif" in image.info and image.getexif().get(0x0112, 1) != 1
+    except Image.DecompressionBombError as error:
+        raise _Problem("picture with too many pixels", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
+        raise _Problem("not a picture", str(error)) from error
+    if width * height > images.MAX_PIXELS:
+        raise _Problem("picture with too many pixels", f"{width} x {height}")
+    try:
+        pixels = images.decode(data)
+    except UsageError as error:
+        raise _Problem("broken picture", str(error)) from error
+    shrink = image_px and min(pixels.shape[:2]) > image_px
+    if not shrink and not turned and kind in ("JPEG", "PNG", "WEBP") and mode in ("RGB", "L"):
+        return data
+    image = Image.fromarray(pixels)
+    if shrink:
+        factor = image_px / min(image.size)
+        size = tuple(max(image_px, round(side * factor)) for side in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if kind not in ("JPEG", "WEBP") or min(image.size) <= LOSSLESS_PX:
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+class _Problem(Exception):
+    """Why an item is skipped: reason, detail."""
+
+
+def _convert(raw: formats.Raw, image_px: int) -> tuple[dict[str, Any], bytes]:
+    """Header and picture of a staged item; the header of a skipped one has a reason."""
+    head: dict[str, Any] = {"id": raw.id.encode("utf-8", "replace").decode()}
+    try:
+        if raw.problem:
+            raise _Problem(raw.problem, raw.detail)
+        captions = list(dict.fromkeys(filter(None, map(clean_caption, raw.captions))))
+        if not captions:
+            raise _Problem("empty caption", "")
+        notes = [_CUT] if any(len(text) > MAX_CAPTION_CHARS for text in raw.captions) else []
+        notes += [_MANY] if len(captions) > MAX_CAPTIONS else []
+        image = encode(_bytes(raw.image), image_px)
+    except _Problem as problem:
+        reason, detail = problem.args
+        return head | {"reason": reason, "detail": detail[:300]}, b""
+    return head | {"captions": captions[:MAX_CAPTIONS], "notes": notes}, image
+
+
+def _bytes(image: bytes | pathlib.Path) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    try:
+        if os.path.getsize(image) > formats.MAX_IMAGE_BYTES:
+            raise _Problem("picture file over 256 MiB", str(image))
+        return image.read_bytes()
+    except FileNotFoundError as error:
+        raise _Problem("no such picture file", str(error)) from error
+    except (OSError, ValueError) as error:
+        raise _Problem("file cannot be read", str(error)) from error
+
+
+def _stage(
+    work: Iterator[formats.Unit],
+    staging: pathlib.Path,
+    options: Options,
+    progress: store.Progress,
+) -> list[pathlib.Path]:
+    """Checks and stages what is not staged yet; the parts in order."""
+    parts, before = [], 0.0
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        for unit in work:
+            key = f"{_FORMAT} {options.image_px} {unit.key}"
+            stem = staging / hashlib.sha256(key.encode()).hexdigest()[:24]
+            names = store.read_json(stem.with_suffix(".done")) or []
+            if names and all((staging / name).is_file() for name in names):
+                progress.fraction = before + unit.share
+                for name in names:
+                    progress.add(*_count(staging / name), resumed=True)
+            else:
+                names = _stage_unit(unit, stem, options, progress, before, pool)
+            parts += [staging / name for name in names]
+            before += unit.share
+    return parts
+
+
+def _stage_unit(
+    unit: formats.Unit,
+    stem: pathlib.Path,
+    options: Options,
+    progress: store.Progress,
+    before: float,
+    pool: concurrent.futures.Executor,
+) -> list[str]:
+    """Names of the unit's parts. A part that is there is read over, but not decoded again."""
+    names, items = [], unit.read()
+    while chunk := list(itertools.islice(items, _PART)):
+        part = stem.with_name(f"{stem.name}-{len(names):05d}.part")
+        if part.is_file():
+            progress.fraction = before + unit.share * chunk[-1].at
+            progress.add(*_count(part), resumed=True)
+        else:
+            with _whole(part) as file:
+                converted = pool.map(lambda raw: _convert(raw, options.image_px), chunk)
+                for raw, (head, image) in zip(chunk, converted, strict=True):
+                    text = json.dumps(head, ensure_ascii=False).encode()
+                    file.write(_HEAD.pack(len(text), len(image)) + text + image)
+                    progress.fraction = before + unit.share * raw.at
+                    progress.add(int("reason" not in head), int("reason" in head))
+        names.append(part.name)
+    with _whole(stem.with_suffix(".done")) as file:
+        file.write(json.dumps(names).encode())
+    return names
+
+
+@contextlib.contextmanager
+def _whole(path: pathlib.Path) -> Iterator[Any]:
+    """A file that appears under its name only when all of it is on disk."""
+    part = path.with_suffix(".writing")
+    with open(part, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _heads(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], Any, int]]:
+    """(header, open file at the picture, its length) of every item of a part."""
+    with open(path, "rb") as file:
+        while start := file.read(_HEAD.size):
+            text, image = _HEAD.unpack(start)
+            head = json.loads(file.read(text))
+            after = file.tell() + image
+            yield head, file, image
+            file.seek(after)
+
+
+def _count(path: pathlib.Path) -> tuple[int, int]:
+    bad = [("reason" in head) for head, _, _ in _heads(path)]
+    return len(bad) - sum(bad), sum(bad)
+
+
+def _choose_splits(
+    parts: list[pathlib.Path], validation: float, counts: Counter, skipped: list[dict]
+) -> dict[str, Any]:
+    """Sizes of the splits, and the edge below which an id's hash means validation.
+
+    A small set whose hashes all lie above `validation` still gets one validation picture.
+    """
+    hashes = []
+    for part in parts:
+        for head, _, _ in _heads(part):
+            if "reason" in head:
+                counts[head["reason"]] += 1
+                skipped.append(head)
+            else:
+                counts.update(head["notes"])
+                hashes.append(_hash(head["id"]))
+    edge = validation
+    if validation and len(set(hashes)) > 1:  # a handful of pictures: one on either side at least
+        edge = min(max(edge, math.nextafter(min(hashes), 1)), max(hashes))
+    held = sum(h < edge for h in hashes)
+    return {"train": len(hashes) - held, "validation": held, "edge": edge}
+
+
+def _examples(parts: list[pathlib.Path], split: str, edge: float) -> store.Examples:
+    for i, part in enumerate(parts):
+        for j, (head, file, length) in enumerate(_heads(part)):
+            if "reason" in head or (_hash(head["id"]) < edge) != (split == "validation"):
+                continue
+            image = io.BytesIO(file.read(length))
+            values = {"image": image, "captions": head["captions"], "id": head["id"]}
+            # One file may be listed twice, so its place makes the key, not its id.
+            yield f"{i:06d}/{j:04d}/{head['id']}", values
+
+
+def _hash(id: str) -> float:
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:6], "big") / 2**48
+
+
+@contextlib.contextmanager
+def _staging(path: pathlib.Path) -> Iterator[None]:
+    """The folder of parts, for this process alone. Kept on failure if there is work in it."""
+    with open(store.make_folder(path) / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"another process is preparing {path.parent}; wait for it, or use another --name."
+            ) from error
+        try:
+            yield
+        except UsageError:
+            if not any(_count(part)[0] for part in path.glob("*.part")):
+                shutil.rmtree(path)
+                with contextlib.suppress(OSError):  # other sizes of the set, a tokenizer
+                    path.parent.rmdir()
+                    path.parent.parent.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def _quiet_pictures() -> Iterator[None]:
+    """Pillow warns of odd metadata and of large pictures; here they are checked and counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module=re.escape("PIL."))
+        yield

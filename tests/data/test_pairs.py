@@ -1,0 +1,499 @@
+import contextlib
+import csv
+import io
+import json
+import struct
+import tarfile
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax.data import sources
+from dalle_jax.data.builders import formats, pairs
+from dalle_jax.types import UsageError
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def picture(i, size=(24, 16), kind="PNG"):
+    buffer = io.BytesIO()
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    pixels = np.stack([x * 9 % 256, y * 13 % 256, np.full_like(x, i * 7 % 256)], -1)
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+GOOD = 6
+BROKEN = picture(0, size=(200, 200))
+BROKEN = BROKEN[: len(BROKEN) // 2]  # ends inside its pixels
+
+
+def bomb():
+    """A PNG of 60,000 x 60,000 pixels in a few bytes."""
+
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def rows():
+    """Name, bytes, captions of six good pairs and one broken picture."""
+    good = [(f"p{i}", picture(i), [f"picture {i}", f"number {i} é😀"]) for i in range(GOOD)]
+    return [*good, ("bad", BROKEN, ["a broken one"])]
+
+
+def make_folder(root):
+    for name, image, captions in rows():
+        path = root / "pics" / ("a" if name < "p3" else "b") / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        path.with_suffix(".txt").write_text("\n".join(captions) + "\n\n", encoding="utf-8")
+    return root / "pics"
+
+
+def add(tar, name, data, **changes):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for key, value in changes.items():
+        setattr(info, key, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def make_wds(root):
+    shards = root / "shards"
+    shards.mkdir()
+    for k in range(2):
+        with tarfile.open(shards / f"{k:05d}.tar", "w") as tar:
+            for name, image, captions in rows()[k::2]:
+                add(tar, f"{name}.png", image)
+                add(tar, f"{name}.txt", "\n".join(captions).encode())
+                add(tar, f"{name}.json", json.dumps({"caption": "from json"}).encode())
+    return shards
+
+
+def make_jsonl(root):
+    lines = []
+    for name, image, captions in rows():
+        (root / f"{name}.png").write_bytes(image)
+        lines.append(json.dumps({"file_name": f"{name}.png", "text": captions}))
+    (root / "captions.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return root / "captions.jsonl"
+
+
+def make_csv(root):
+    with open(root / "pairs.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["filepath", "title"])
+        for name, image, captions in rows():
+            (root / f"{name}.png").write_bytes(image)
+            for caption in captions:
+                writer.writerow([f"{name}.png", caption])
+    return root / "pairs.csv"
+
+
+def make_parquet(root):
+    names, images, captions = zip(*rows(), strict=True)
+    table = {"key": names, "jpg": images, "caption": captions, "status": ["success"] * len(names)}
+    pq.write_table(pa.table({k: list(v) for k, v in table.items()}), root / "00000.parquet")
+    return root / "00000.parquet"
+
+
+MAKERS = {
+    "folder": make_folder,
+    "wds": make_wds,
+    "jsonl": make_jsonl,
+    "csv": make_csv,
+    "parquet": make_parquet,
+}
+
+
+def run(tmp_path, kind, path, **changes):
+    overwrite = changes.pop("overwrite", False)
+    fields = formats.Fields(**changes.pop("fields", {}))
+    options = pairs.Options(fields=fields, **{"validation": 0.0, **changes})
+    return pairs.prepare(tmp_path / "data", "mine", kind, path, options, overwrite)
+
+
+def read(tmp_path, split="train", **changes):
+    config = SimpleNamespace(
+        source="mine",
+        data_dir=str(tmp_path / "data"),
+        image_px=8,
+        image_key="image",
+        caption_key="captions",
+        label_template="",
+    )
+    vars(config).update(changes)
+    source = sources.open_split(config, split)
+    return {source[i].id: source[i] for i in range(len(source))}
+
+
+def skipped_of(target):
+    lines = (target / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    return {item["id"]: item["reason"] for item in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_every_format_keeps_good_pairs_and_names_the_broken_one(tmp_path, kind):
+    target, summary = run(tmp_path, kind, MAKERS[kind](tmp_path))
+    assert summary["examples"] == {"train": GOOD, "validation": 0}
+    assert summary["skipped"] == {"broken picture": 1}
+    (bad,) = skipped_of(target)
+    assert "bad" in bad
+    found = read(tmp_path)
+    by_image = {example.image: example.captions for example in found.values()}
+    assert by_image == {image: captions for _, image, captions in rows()[:GOOD]}
+    assert len(found) == GOOD  # ids are unique
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_same_input_same_ids_in_the_same_order(tmp_path, kind):
+    path = MAKERS[kind](tmp_path)
+    run(tmp_path, kind, path, workers=3)
+    first = list(read(tmp_path))
+    run(tmp_path, kind, path, overwrite=True)
+    assert list(read(tmp_path)) == first
+
+
+def test_again_is_a_no_op_and_other_options_are_refused(tmp_path):
+    path = make_folder(tmp_path)
+    target, _ = run(tmp_path, "folder", path)
+    before = (target / "prepare.json").stat().st_mtime_ns
+    run(tmp_path, "folder", path)
+    assert (target / "prepare.json").stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="validation=0.0; now it is validation=0.5.*--overwrite"):
+        run(tmp_path, "folder", path, validation=0.5)
+    _, summary = run(tmp_path, "folder", path, validation=0.5, overwrite=True)
+    assert summary["examples"]["validation"] > 0
+
+
+def test_resizing_shorter_side_and_never_up(tmp_path):
+    path = make_folder(tmp_path)
+    target, _ = run(tmp_path, "folder", path, image_px=12)
+    assert target.parent.name == "12px"
+    for example in read(tmp_path, image_px=12).values():
+        assert Image.open(io.BytesIO(example.image)).size == (18, 12)
+    run(tmp_path, "folder", path, image_px=20)
+    sizes = {Image.open(io.BytesIO(e.image)).size for e in read(tmp_path, image_px=20).values()}
+    assert sizes == {(24, 16)}
+
+
+def test_pictures_are_stored_upright_rgb_and_untouched_if_nothing_changes():
+    jpeg = picture(1, (300, 200), "JPEG")
+    assert pairs.encode(jpeg, 0) == jpeg
+    image = Image.open(io.BytesIO(jpeg))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert Image.open(io.BytesIO(pairs.encode(buffer.getvalue(), 0))).size == (200, 300)
+    buffer = io.BytesIO()
+    Image.new("RGBA", (9, 9), (255, 0, 0, 0)).save(buffer, "PNG")
+    stored = Image.open(io.BytesIO(pairs.encode(buffer.getvalue(), 0)))
+    assert stored.mode == "RGB" and stored.getpixel((4, 4)) == (255, 255, 255)
+    small = Image.open(io.BytesIO(pairs.encode(jpeg, 100)))
+    large = Image.open(io.BytesIO(pairs.encode(jpeg, 150)))
+    assert (small.format, small.size) == ("PNG", (150, 100))
+    assert (large.format, large.size) == ("JPEG", (225, 150))
+
+
+def test_validation_is_a_hash_of_the_id_and_disjoint(tmp_path):
+    path = make_folder(tmp_path)
+    run(tmp_path, "folder", path, validation=0.5)
+    train, held = set(read(tmp_path)), set(read(tmp_path, "validation"))
+    assert held and train and not held & train and len(held | train) == GOOD
+    run(tmp_path, "folder", path, validation=1e-9, overwrite=True)
+    assert len(read(tmp_path, "validation")) == 1  # a small set still gets one
+
+
+def test_folder_problems_are_counted_by_reason(tmp_path):
+    root = make_folder(tmp_path)
+    (root / "alone.png").write_bytes(picture(9))
+    (root / "only.txt").write_text("words")
+    (root / "empty.png").write_bytes(picture(9))
+    (root / "empty.txt").write_text(" \n\t\n")
+    (root / "latin.png").write_bytes(picture(9))
+    (root / "latin.txt").write_bytes(b"caf\xe9")
+    (root / "bomb.png").write_bytes(bomb())
+    (root / "bomb.txt").write_text("boom")
+    (root / "text.png").write_bytes(b"I am not a picture")
+    (root / "text.txt").write_text("x")
+    (root / "none.png").write_bytes(b"")
+    (root / "none.txt").write_text("x")
+    (root / "long.png").write_bytes(picture(9))
+    (root / "long.txt").write_text("word " * 2000)
+    (root / "emoji.png").write_bytes(picture(9))
+    (root / "emoji.txt").write_text("😀😀")
+    (root / "utf16.png").write_bytes(picture(9))
+    (root / "utf16.txt").write_bytes("día".encode("utf-16"))
+    (root / "._p1.jpg").write_bytes(b"")
+    (root / "twice.png").write_bytes(picture(9))
+    (root / "twice.jpg").write_bytes(picture(8))
+    (root / "twice.txt").write_text("two files")
+    target, summary = run(tmp_path, "folder", root)
+    assert skipped_of(target) == {
+        "b/bad" if (root / "b/bad.png").exists() else "a/bad": "broken picture",
+        "alone": "no caption file",
+        "only.txt": "caption file without a picture",
+        "empty": "empty caption",
+        "latin": "caption is not UTF-8",
+        "bomb": "picture with too many pixels",
+        "text": "not a picture",
+        "none": "not a picture",
+        "twice.png": "second picture of one name",
+    }
+    assert summary["notes"] == {"caption cut at 2000 characters": 1}
+    found = read(tmp_path)
+    assert len(found) == GOOD + 4
+    assert len(found["long"].captions[0]) == 1999
+    assert found["emoji"].captions == ["😀😀"]
+    assert found["utf16"].captions == ["día"]
+
+
+def test_tar_with_unsafe_names_and_links(tmp_path):
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("../../outside", "/abs/olute", "C:/drive", "ok/../../up"):
+            add(tar, f"{name}.png", picture(1))
+            add(tar, f"{name}.txt", b"evil")
+        add(tar, "link.png", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add(tar, "link.txt", b"a link")
+        add(tar, "hard.png", b"", type=tarfile.LNKTYPE, linkname="good.png")
+        add(tar, "pipe.png", b"", type=tarfile.FIFOTYPE)
+        add(tar, "./good.png", picture(2))
+        add(tar, "./good.txt", b"good")
+        add(tar, "stats.json", b"{}")
+        add(tar, "only_json.png", picture(3))
+        add(tar, "only_json.json", json.dumps({"caption": "from json"}).encode())
+    before = sorted(p for p in tmp_path.rglob("*"))
+    target, summary = run(tmp_path, "wds", path)
+    assert summary["skipped"]["unsafe name in a tar"] == 8
+    assert summary["skipped"]["link in a tar"] == 2
+    assert summary["skipped"]["not a file in a tar"] == 1
+    captions = {e.captions[0] for e in read(tmp_path).values()}
+    assert captions == {"good", "from json"}
+    new = {p for p in tmp_path.rglob("*")} - set(before)
+    assert all((tmp_path / "data") in (p, *p.parents) for p in new)  # nothing was extracted
+
+
+def test_truncated_tar_keeps_what_comes_before(tmp_path):
+    shards = make_wds(tmp_path)
+    data = (shards / "00000.tar").read_bytes()
+    (shards / "00000.tar").write_bytes(data[: 3 * 1024 + 600])  # inside its second picture
+    (shards / "00002.tar").write_bytes(b"not a tar at all" * 100)
+    _, summary = run(tmp_path, "wds", shards)
+    assert summary["skipped"]["damaged tar: the rest is lost"] == 2
+    assert summary["examples"]["train"] == 4
+
+
+def test_gzipped_tar_and_pattern(tmp_path):
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        add(tar, "a.b/p1.jpg", picture(1, kind="JPEG"))
+        add(tar, "a.b/p1.txt", b"one")
+    run(tmp_path, "wds", tmp_path / "*.tar.gz")
+    assert list(read(tmp_path)) == ["x/a.b/p1"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'image,caption\np0.png,a\np1.png,"b, with comma"\n',
+        "image_name| comment_number| comment\np0.png| 0| a\np1.png| 0| b, with comma\n",
+        "p0.png\ta\np1.png\tb, with comma\n",
+        "\ufefftitle\tfilepath\r\na\tp0.png\r\nb, with comma\tp1.png\r\n",
+        'filepath\ttitle\nsub/../p0.png\ta\np1.png\t"b, with comma"\n',
+    ],
+)
+def test_csv_variants(tmp_path, text):
+    make_jsonl(tmp_path)
+    (tmp_path / "t.csv").write_bytes(text.encode())
+    run(tmp_path, "csv", tmp_path / "t.csv")
+    assert sorted(e.captions for e in read(tmp_path).values()) == [["a"], ["b, with comma"]]
+
+
+def test_csv_problems_by_row(tmp_path):
+    make_jsonl(tmp_path)
+    good = b'filepath\ttitle\np0.png\tfine\np1.png\t"open quote\n'
+    bad = b"p2.png\np3.png\tcaf\xe9\n../secret.png\tout\n/etc/passwd\tout\nhttp://x/y.png\tweb\n"
+    (tmp_path / "t.csv").write_bytes(good + bad + b"gone.png\tx\np4.png\tlast\n")
+    target, summary = run(tmp_path, "csv", tmp_path / "t.csv")
+    assert summary["skipped"] == {
+        "too few columns": 1,
+        "row is not UTF-8": 1,
+        "file outside of the pictures' folder (--images=/ allows any)": 2,
+        "a URL, not a file (download it first, e.g. with img2dataset)": 1,
+        "no such picture file": 1,
+    }
+    assert set(read(tmp_path)) == {"p0.png", "p1.png", "p4.png"}
+    (tmp_path / "u.csv").write_text(f"name,what\n{tmp_path}/p0.png,absolute\n")
+    with pytest.raises(UsageError, match="columns name, what.*--image_field=NAME"):
+        run(tmp_path, "csv", tmp_path / "u.csv", overwrite=True)
+    fields = {"image": "name", "text": "what", "root": "/"}
+    run(tmp_path, "csv", tmp_path / "u.csv", fields=fields, overwrite=True)
+    assert [e.captions for e in read(tmp_path).values()] == [["absolute"]]
+
+
+def test_jsonl_variants_and_problems(tmp_path):
+    make_jsonl(tmp_path)
+    lines = [
+        b'\xef\xbb\xbf{"image": "p0.png", "caption": "zero"}',
+        b'{"filepath": "p1.png", "captions": ["one", "uno"]}',
+        b'{"file_name": "p2.png", "sentences": [{"raw": "two"}, {"raw": "dos"}]}',
+        b'{"file_name": "p3.png", "text": "line 1\\u0000\\nline 2 \\ud83d"}',
+        b'{"file_name": "p4.png"',
+        b'{"text": "no picture"}',
+        b'["p5.png"]',
+        b'{"file_name": "p5.png", "text": "caf\xe9"}',
+        b'{"file_name": "p5.png", "text": null}',
+    ]
+    (tmp_path / "v.jsonl").write_bytes(b"\n".join(lines))
+    _, summary = run(tmp_path, "jsonl", tmp_path / "v.jsonl")
+    assert summary["skipped"] == {
+        "broken JSON": 1,
+        "row names no picture": 1,
+        "row is not a JSON object": 1,
+        "row is not UTF-8": 1,
+        "empty caption": 1,
+    }
+    found = {id: e.captions for id, e in read(tmp_path).items()}
+    assert found == {
+        "p0.png": ["zero"],
+        "p1.png": ["one", "uno"],
+        "p2.png": ["two", "dos"],
+        "p3.png": ["line 1 line 2"],
+    }
+    (tmp_path / "w.json").write_text(json.dumps([{"file_name": "p0.png", "text": "list"}]))
+    run(tmp_path, "jsonl", tmp_path / "w.json", overwrite=True)
+    assert read(tmp_path)["p0.png"].captions == ["list"]
+
+
+def test_parquet_variants_and_problems(tmp_path):
+    table = pa.table(
+        {
+            "image": [{"bytes": picture(1), "path": None}, {"bytes": None, "path": "x"}],
+            "text": ["one", "two"],
+        }
+    )
+    folder = tmp_path / "pq"
+    folder.mkdir()
+    pq.write_table(table, folder / "a.parquet")
+    (folder / "b.parquet").write_bytes(b"PAR1 nothing")
+    _, summary = run(tmp_path, "parquet", folder)
+    assert summary["skipped"] == {"no picture in the row": 1, "damaged parquet file": 1}
+    assert list(read(tmp_path)) == ["a/0"]
+    pq.write_table(pa.table({"url": ["http://x"], "text": ["t"]}), folder / "c.parquet")
+    with pytest.raises(UsageError, match="c.parquet has columns url, text.*img2dataset"):
+        run(tmp_path, "parquet", folder, overwrite=True)
+
+
+class Stop(BaseException):
+    """Like a signal: nothing catches it."""
+
+
+@pytest.mark.parametrize("kind", ["folder", "wds", "parquet"])
+def test_interrupted_run_goes_on_where_it_stopped(tmp_path, kind, monkeypatch):
+    path = MAKERS[kind](tmp_path)
+    monkeypatch.setattr(pairs, "_PART", 2)
+    monkeypatch.setattr(formats, "_GROUP", 4)
+    unbroken = tmp_path / "unbroken"
+    pairs.prepare(unbroken, "mine", kind, path, pairs.Options(validation=0.3))
+    encode, calls = pairs.encode, []
+
+    def stopping(data, image_px):
+        if len(calls) == 3:
+            raise Stop
+        calls.append(data)
+        return encode(data, image_px)
+
+    monkeypatch.setattr(pairs, "encode", stopping)
+    with pytest.raises(Stop):
+        run(tmp_path, kind, path, validation=0.3)
+    assert not list((tmp_path / "data").rglob("features.json"))
+    (tmp_path / "data" / "mine" / "original" / "incomplete.ABC_1.0.0").mkdir()  # a kill in tfds
+    again = []
+    monkeypatch.setattr(pairs, "encode", lambda d, px: again.append(d) or encode(d, px))
+    _, summary = run(tmp_path, kind, path, validation=0.3)
+    assert summary["resumed"] == 2
+    assert len(again) == GOOD + 1 - 2  # two good ones were staged before
+    monkeypatch.undo()
+    whole = lambda root, split: [  # noqa: E731
+        (e.id, e.image, e.captions) for e in read(root, split, data_dir=str(root)).values()
+    ]
+    for split in ("train", "validation"):
+        assert whole(tmp_path / "data", split) == whole(unbroken, split)
+    left = sorted(p.name for p in (tmp_path / "data" / "mine" / "original").iterdir())
+    assert left == ["1.0.0"]
+
+
+def test_changed_file_is_read_again_after_an_interruption(tmp_path, monkeypatch):
+    path = make_folder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pairs.store, "write", lambda **_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            run(tmp_path, "folder", path)
+    bad = next(path.rglob("bad.png"))
+    bad.write_bytes(picture(3))
+    _, summary = run(tmp_path, "folder", path)
+    assert summary["examples"]["train"] == GOOD + 1
+
+
+def test_two_processes_do_not_write_one_set(tmp_path):
+    path = make_folder(tmp_path)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pairs._staging(tmp_path / "data" / "mine" / "original" / "staging"))
+        with pytest.raises(UsageError, match="another process is preparing"):
+            run(tmp_path, "folder", path)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_missing_and_empty_inputs_are_usage_errors(tmp_path, kind):
+    with pytest.raises(UsageError, match="nowhere"):
+        run(tmp_path, kind, tmp_path / "nowhere")
+    empty = tmp_path / "empty"
+    if kind in ("jsonl", "csv"):
+        empty.write_bytes(b"")
+    else:
+        empty.mkdir()
+    with pytest.raises(UsageError, match="empty"):
+        run(tmp_path, kind, empty)
+    assert not (tmp_path / "data").exists()
+
+
+def test_input_without_one_good_pair_says_why(tmp_path):
+    root = tmp_path / "pics"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(b"no")
+    (root / "a.txt").write_text("x")
+    with pytest.raises(UsageError, match="none of the 1 items.*1 x not a picture"):
+        run(tmp_path, "folder", root)
+    assert not (tmp_path / "data" / "mine").exists()
+
+
+def test_wrong_format_is_hinted(tmp_path):
+    shards = make_wds(tmp_path)
+    with pytest.raises(UsageError, match="try --from=wds"):
+        run(tmp_path, "folder", shards)
+    with pytest.raises(UsageError, match="--from=zip is unknown; use one of folder, wds"):
+        run(tmp_path, "zip", shards)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"image_px": 4}, {"image_px": -1}, {"validation": 1.0}, {"workers": 0}]
+)
+def test_options_out_of_range(changes):
+    with pytest.raises(UsageError, match="--"):
+        pairs.Options(**changes)
+
+
+def test_names_that_cannot_be_sets(tmp_path):
+    for name in ("", "My Photos", "../x", "a/b", "1st"):
+        with pytest.raises(UsageError, match="cannot name a set"):
+            pairs.prepare(tmp_path, name, "folder", tmp_path)
