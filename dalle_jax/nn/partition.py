@@ -34,3 +34,12 @@ def constrain(x: Array, *names: str | None) -> Array:
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}.")
     return nn.with_logical_constraint(x, names)
+
+
+def unconstrained():
+    """A context in which `constrain` leaves everything to the partitioner.
+
+    For decoding, whose arrays have other leading axes (few prompts, many candidates) than the
+    training batch that the rules speak of.
+    """
+    return nn.logical_axis_rules(())

@@ -1,0 +1,153 @@
+"""DALL-E's objective: the transformer learns codes of a frozen codec after their caption.
+
+Images become codes inside the step (argmax, no noise), or come from the prepared set when
+`stages.from_codes` says that it stores them. The codec's own image size and the data's must
+agree; grid and codebook size come from the codec, never from the config.
+
+Source: Ramesh et al. 2021 (arXiv:2102.12092), §2.2: argmax codes without Gumbel noise, text and
+image cross-entropy weighted 1/8 and 7/8.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import config as cfg
+from dalle_jax import images
+from dalle_jax.engine.task import Output, Task
+from dalle_jax.models import dalle
+from dalle_jax.sampling import dalle as sampling
+from dalle_jax.sampling import stages
+from dalle_jax.types import Array, Key, Params, UsageError
+
+NAME = "dalle"
+PREVIEW_CAPTIONS = 6
+PREVIEW_CANDIDATES = 4
+
+
+def wanted(config: cfg.ConfigDict) -> set[str]:
+    """What a batch holds: text, and stored codes or pictures."""
+    return {"codes", "text"} if config.stages.from_codes else {"image", "text"}
+
+
+def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
+    """The task that trains a DALL-E on top of the codec in `config.stages.dvae`.
+
+    Args:
+      config: with the sections of configs/dalle.py.
+      tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+
+    Raises:
+      UsageError: for a missing codec, or values that do not fit together.
+    """
+    _check(config, tokenizer)
+    codec = stages.load_codec(config.stages.dvae)
+    _check_codec(config, codec)
+    return build(config, codec)
+
+
+def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
+    """`make` for a codec that is already loaded."""
+    model = stages.dalle(config, codec.grid, codec.num_codes)
+    made, data = model.config, config.data
+    text_spec = jax.ShapeDtypeStruct((data.batch, data.text_len), jnp.int32)
+    if config.stages.from_codes:
+        spec = {"codes": jax.ShapeDtypeStruct((data.batch, made.num_image_tokens), jnp.int32)}
+    else:
+        shape = (data.batch, data.image_px, data.image_px, 3)
+        spec = {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+    def init(key: Key) -> tuple[Params, None]:
+        text = jnp.zeros((1, made.text_len), jnp.int32)
+        codes = jnp.zeros((1, made.num_image_tokens), jnp.int32)
+        return model.init(key, text, codes)["params"], None
+
+    def codes_of(frozen: Params, batch) -> Array:
+        if "codes" in batch:
+            return batch["codes"]
+        codes = codec.encode_fn(frozen, images.to_float(batch["image"]))
+        return jax.lax.stop_gradient(codes.reshape(len(codes), -1))
+
+    def losses(params, frozen, batch, key):
+        codes = codes_of(frozen, batch)
+        logits = model.apply({"params": params}, batch["text"], codes, key)
+        return dalle.loss(*logits, batch["text"], codes)
+
+    def loss(params, extra, frozen, batch, key, step):
+        del step
+        total, metrics = losses(params, frozen, batch, key if made.dropout else None)
+        return total, Output(metrics, extra)
+
+    def evaluate(params, extra, frozen, batch, key):
+        del extra, key
+        return losses(params, frozen, batch, None)[1]
+
+    codes_jit = jax.jit(codes_of)
+
+    def preview(params, extra, frozen, batch, key):
+        """Rows: the reconstruction of the caption's own picture, then samples."""
+        del extra
+        few = {name: value[:PREVIEW_CAPTIONS] for name, value in batch.items()}
+        own = codes_jit(frozen, few)
+        drawn = sampling.sample(
+            model, params, few["text"], num_candidates=PREVIEW_CANDIDATES, key=key
+        )
+        rows = np.concatenate([np.asarray(own)[:, None], np.asarray(drawn)], axis=1)
+        return {"own_then_samples": codec.decode(rows.reshape(-1, made.num_image_tokens))}
+
+    return Task(
+        name=NAME,
+        batch_spec={"text": text_spec, **spec},
+        init=init,
+        loss=loss,
+        frozen=None if config.stages.from_codes else codec.params,
+        preview=preview,
+        evaluate=evaluate,
+        flops=3 * data.batch * dalle.flops(made),
+        decay_mask=None,
+        warm_start=_warm_start(config, init),
+        unit=("tokens", made.length),
+    )
+
+
+def _check(config: cfg.ConfigDict, tokenizer) -> None:
+    data = config.data
+    if not config.stages.dvae:
+        raise UsageError(
+            "stages.dvae is empty; a DALL-E needs a trained codec: give its workdir with "
+            "--config.stages.dvae=DIR."
+        )
+    if data.add_bos_eos:
+        raise UsageError(
+            "data.add_bos_eos=True, but DALL-E's stream has neither; "
+            "set --config.data.add_bos_eos=false."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > data.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, but data.vocab_size is "
+            f"{data.vocab_size}; set --config.data.vocab_size={tokenizer.vocab_size}."
+        )
+
+
+def _check_codec(config: cfg.ConfigDict, codec: stages.Codec) -> None:
+    if codec.image_px != config.data.image_px:
+        raise UsageError(
+            f"the codec {config.stages.dvae} takes {codec.image_px} px pictures, but "
+            f"data.image_px is {config.data.image_px}; "
+            f"set --config.data.image_px={codec.image_px}."
+        )
+
+
+def _warm_start(config: cfg.ConfigDict, init):
+    """`init_from`: the weights of another DALL-E of the same shape; None without."""
+    if not config.init_from:
+        return None
+    loaded = stages.load_dalle(config.init_from, dvae=config.stages.dvae).params
+    fresh = jax.eval_shape(init, jax.random.key(0))[0]
+    wanted_shapes = [x.shape for x in jax.tree.leaves(fresh)]
+    if wanted_shapes != [x.shape for x in jax.tree.leaves(loaded)]:
+        raise UsageError(
+            f"init_from={config.init_from!r} has other shapes than this config; use the same "
+            "model sizes, text_len, vocab_size and codec."
+        )
+    return lambda params, extra: (loaded, extra)
