@@ -1,47 +1,86 @@
-"""VQ-VAE: the tokenizer that trains in minutes (van den Oord et al. 2017, arXiv:1711.00937).
+"""VQ-VAE (van den Oord et al. 2017, arXiv:1711.00937): the tokenizer that trains in minutes.
 
-  python -m dalle_jax train --config=configs/vqvae.py:size=shapes --workdir=runs/vqvae
+    python -m dalle_jax train --config=configs/vqvae.py:size=shapes --workdir=runs/vqvae
 
-Sizes: `smoke`, `shapes` (32 px, 8 x 8 codes of 512), `emoji` (64 px, 16 x 16 codes of 1024).
+Sizes (`size=`): smoke (under a minute on a CPU), shapes (32 px generated scenes, 8x8 codes of
+512), emoji (captioned emoji; `px=64` gives 16x16 codes), paper (the ImageNet-128 model: 32x32
+codes of 512; not run here).
+
+Measured, shapes, one CPU core, batch 32: 90 ms a step (60 GFLOP/s), 26.8 dB on unseen scenes
+after 1,000 steps with 423 of 512 codes in use; a prototype of the same size reached 27.9 dB after
+2,200 steps, where captions could be read off 81 % of the reconstructions.
+
+What matters here, all against dead codes: codes drawn from the first batch, moving averages
+instead of gradients, and revival until four fifths of the run. Squared error, because absolute
+error and logit-Laplace first learn the background (a median) and draw small shapes last. A dVAE
+that starts from this run keeps its codes exactly: configs/dvae.py.
 """
 
 from dalle_jax import config as cfg
 
-base = cfg.sibling(__file__, "base")
+# px, width, codes, code_dim, steps
+_SIZES = {
+    "smoke": (32, 48, 128, 16, 300),
+    "shapes": (32, 96, 512, 32, 2200),
+    "emoji": (32, 128, 1024, 32, 6000),
+    "paper": (128, 256, 512, 64, 250_000),
+}
 
 
 def get_config(arg: str | None = None) -> cfg.ConfigDict:
-    """See the module's docstring."""
-    args = cfg.parse_args(arg, size="shapes")
-    c = base.get_config()
+    """A VQ-VAE of the given size; `px` and `steps` change it, 0 keeps its own."""
+    args = cfg.parse_args(arg, size="shapes", px=0, steps=0)
+    if args.size not in _SIZES:
+        raise cfg.UsageError(f"size={args.size!r} is unknown; use one of {', '.join(_SIZES)}.")
+    px, width, num_codes, code_dim, steps = _SIZES[args.size]
+    steps = args.steps or steps
+    c = cfg.sibling(__file__, "base").get_config()
     c.task = "autoencode"
+
+    c.data.image_px = args.px or px
     c.model = cfg.ConfigDict(
         dict(
             kind="vqvae",
-            trunk="patch",
+            trunk="patch",  # or pyramid, the released dVAE's
             halvings=2,
-            width=96,
+            width=width,
             num_blocks=2,
             use_remat=False,
-            num_codes=512,
-            code_dim=32,
+            num_codes=num_codes,
+            code_dim=code_dim,
             n_init=0,
             commitment=0.25,
             codebook="ema",
-            ema_decay=0.98,
+            ema_decay=0.98,  # paper 0.99: ten times more steps
             revive_share=0.02,
-            revive_steps=1760,
+            revive_steps=steps * 4 // 5,
         )
     )
+
     c.optim.lr = 2e-3
     c.optim.warmup_steps = 50
-    # The codebook follows the weights of the last hundred steps; averaged weights lag behind it.
+    # The codebook follows the encoder of the last fifty steps; averaged weights would be another
+    # encoder than the one whose outputs it holds.
     c.optim.ema_decay = 0.0
-    c.train.steps = 2200
-    c.train.eval_every_steps = 500
+    c.train.steps = steps
+    c.train.eval_every_steps = c.train.preview_every_steps = max(100, steps // 5)
+
     if args.size == "smoke":
-        c.data.batch = 16
-        c.model.width = 48
-        c.model.num_codes = 128
-        c.train.steps = 300
+        c.data.batch, c.data.eval_batch = 16, 32
+        c.train.save_every_steps = 100
+    if args.size == "emoji":
+        c.data.source, c.data.crop = "emoji", "none"
+    if args.size == "paper":
+        c.data.batch, c.data.crop = 128, "dvae"
+        c.model.ema_decay, c.model.revive_share = 0.99, 0.0  # no revival in the paper
+        c.optim.lr, c.optim.schedule, c.optim.warmup_steps = 2e-4, "constant", 0
+        c.optim.beta2, c.optim.weight_decay, c.optim.clip_norm = 0.999, 0.0, 0.0
+        c.train.save_every_steps = 5000
     return c
+
+
+def get_hyper() -> list[dict]:
+    """Codebook size against width, at equal steps."""
+    return cfg.product(
+        cfg.sweep("model.num_codes", [256, 512, 1024]), cfg.sweep("model.width", [64, 96])
+    )

@@ -90,6 +90,7 @@ class Dvae(nn.Module):
     policy: DtypePolicy = DtypePolicy()
 
     def setup(self):
+        """Declares the layers."""
         c, p = self.config, self.policy
         n_init = c.n_init or c.width
         self.encoder = trunks.make_encoder(c, p.compute, p.param)
@@ -104,8 +105,8 @@ class Dvae(nn.Module):
         self.decoder_stem = conv.Conv(
             c.num_codes,
             n_init,
-            # A one-hot input meets a single row: gain 1 (the released model's) makes that row
-            # N(0, 1/sqrt V), which the pyramid's many steps repair and the patch trunk's few do not.
+            # A one-hot input meets a single row: gain 1 (the released model's) makes it
+            # N(0, 1/sqrt V), which the pyramid's many steps repair; the patch trunk has few.
             gain=1.0 if c.trunk == "pyramid" else c.num_codes**0.5,
             dtype=p.accum,
             param_dtype=p.param,
@@ -125,7 +126,7 @@ class Dvae(nn.Module):
 
     def encode(self, images: Array) -> Array:
         """Codes [B, g, g] int32 of images [B, h, w, 3] in [-1, 1]: the likeliest, no noise."""
-        return jnp.argmax(self.logits(images), -1).astype(jnp.int32)
+        return quantize.likeliest(self.logits(images))
 
     def decode_soft(self, z: Array) -> Array:
         """Decoder outputs [B, h, w, channels] float32 of soft codes [B, g, g, V]."""
@@ -175,7 +176,7 @@ def loss(
         "temperature": temperature,
         "kl_weight": kl_weight,
         "psnr": vqvae.psnr(error),
-        **quantize.usage(jnp.argmax(logits, -1), c.num_codes),
+        **quantize.usage(quantize.likeliest(logits), c.num_codes),
     }
     return total, jax.lax.stop_gradient(metrics), extra
 

@@ -69,6 +69,7 @@ class Vqvae(nn.Module):
     policy: DtypePolicy = DtypePolicy()
 
     def setup(self):
+        """Declares the layers."""
         c, p = self.config, self.policy
         n_init = c.n_init or c.width
         self.encoder = trunks.make_encoder(c, p.compute, p.param)

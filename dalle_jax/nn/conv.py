@@ -29,6 +29,7 @@ class Conv(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
+        """Declares kernel [k, k, in, out] and bias [out]."""
         k = self.kernel_size
         std = self.gain / (self.in_features * k * k) ** 0.5
         self.kernel = self.param(

@@ -174,6 +174,7 @@ class PyramidBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[B, h, w, in_features] -> [B, h, w, features]."""
         kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         hidden = self.features // 4
         sizes = (self.in_features, hidden, hidden, hidden, self.features)
@@ -265,6 +266,7 @@ class PatchBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """[B, g, g, width] -> [B, g, g, width]."""
         kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         y = conv.Conv(self.width, self.width, 3, 2**0.5, name="conv_1", **kinds)(jax.nn.relu(x))
         y = conv.Conv(self.width, self.width, 1, 0.3, name="conv_2", **kinds)(jax.nn.relu(y))

@@ -1,8 +1,10 @@
 """What can be trained: one file per objective, plugged into the engine's socket."""
 
-from dalle_jax.tasks import autoencode
+from dalle_jax.tasks import autoencode, clip, dalle
 
 # Name in config.task -> make(config, tokenizer=None) -> engine.task.Task. The one list.
 TASKS = {
     "autoencode": autoencode.make,
+    "clip": clip.make,
+    "dalle": dalle.make,
 }

@@ -12,10 +12,10 @@ from dalle_jax import images as pictures
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dvae, vqvae
-from dalle_jax.types import Array, Batch, DtypePolicy, Key, Params, UsageError
+from dalle_jax.sampling import stages
+from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
 NAME = "autoencode"
-KINDS = ("dvae", "vqvae")
 PREVIEW = 16  # pictures
 
 COLLAPSED = "alarm/collapsed"
@@ -36,7 +36,7 @@ def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
       UsageError: for an unknown kind, or sizes that do not fit, before anything compiles.
     """
     del tokenizer  # pictures only
-    model = build_model(config)
+    model = stages.autoencoder(config)
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px
     # Early codes are few in a healthy run too; a run has collapsed if they still are later.
@@ -95,23 +95,6 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"image"}
 
 
-def build_model(config: cfg.ConfigDict) -> dvae.Dvae | vqvae.Vqvae:
-    """The network that an autoencoder run's config describes.
-
-    Raises:
-      UsageError: for an unknown kind, or sizes that do not fit.
-    """
-    policy = DtypePolicy.from_names(config.dtype.param, config.dtype.compute)
-    kind = config.model.get("kind", None)
-    if kind not in KINDS:
-        raise UsageError(f"model.kind {kind!r} is unknown; use one of {', '.join(KINDS)}.")
-    if kind == "dvae":
-        made = cfg.build(dvae.DvaeConfig, config.model, image_px=config.data.image_px)
-        return dvae.Dvae(made, policy)
-    made = cfg.build(vqvae.VqvaeConfig, config.model, image_px=config.data.image_px)
-    return vqvae.Vqvae(made, policy)
-
-
 def is_collapsed(perplexity: Array, most: int) -> Array:
     """1.0 where a batch uses hardly any codes, else 0.0.
 
@@ -133,7 +116,7 @@ def _warm_start(config: cfg.ConfigDict, made, params: Params, extra) -> tuple[Pa
         raise UsageError(
             f"init_from {source_dir!r} holds a {source.task!r} run; expected an {NAME!r} run."
         )
-    old = build_model(source).config
+    old = stages.autoencoder(source).config
     converts = (old.kind, made.kind) == ("vqvae", "dvae")
     if old.kind != made.kind and not converts:
         raise UsageError(
