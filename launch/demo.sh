@@ -200,6 +200,8 @@ finish dalle
 finish clip
 
 # ---- What has it learnt? -------------------------------------------------------------------------
+# Of the networks as they are now: drawn again if any of them has just been trained.
+((ran == 0)) || rm -f "$logs"/{evaluate,samples,completion,report}.done
 stages=("--workdir=$out/dalle" "--clip=$out/clip")
 if [[ $data == shapes ]]; then
   start evaluate 1 evaluate --suite=shapes "${stages[@]}" --data_dir="$sets" \
@@ -210,11 +212,15 @@ fi
 start samples 0 sample "${stages[@]}" --prompts_file="launch/prompts/$data.txt" \
   --candidates=32 --keep=8 --out="$out/samples"
 finish samples
-start completion 0 sample "${stages[@]}" --prompt="$(head -n 1 "launch/prompts/$data.txt")" \
-  --image="$out/samples/first.png" --keep_rows=4 --candidates=8 --keep=8 --out="$out/completion"
+# The best picture of the first prompt, its lower half drawn anew; `sample` names folders so.
+prompt=$(head -n 1 "launch/prompts/$data.txt")
+start completion 0 sample "${stages[@]}" --prompt="$prompt" --image="$out/samples/${prompt// /-}/01.png" \
+  --candidates=8 --keep=8 --out="$out/completion"
 finish completion
 finish evaluate
+[[ $dry_run || ! -f $logs/evaluate.out ]] || cp "$logs/evaluate.out" "$out/evaluate.json"
 
+((ran == 0)) || rm -f "$logs/report.done"
 start report any report --demo="$out"
 finish report
 

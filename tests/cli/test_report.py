@@ -1,0 +1,158 @@
+"""report: a page of whatever is there, and a sentence for whatever is not."""
+
+import html.parser
+import json
+
+import numpy as np
+import pytest
+
+from dalle_jax import __main__ as program
+from dalle_jax import images
+
+SKILL = {
+    "n": 24, "seen": 0.5, "held_out": 0.25, "reconstruction": 0.9,
+    "best_of": {"1": 0.4, "8": 0.6, "16": 0.5}, "oracle": {"1": 0.4, "8": 0.8, "16": 0.9},
+}  # fmt: skip
+
+
+class Words(html.parser.HTMLParser):
+    """The text of a page, and how many pictures and charts it has."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.images, self.charts = "", 0, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.images += tag == "img"
+        self.charts += ("role", "img") in attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def lines(folder, *events):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def pictures(folder, prompt, rng, **settings):
+    place = folder / prompt.replace(" ", "-")
+    place.mkdir(parents=True)
+    kept = []
+    for rank in (1, 2, 3):
+        file = place / f"{rank:02d}.png"
+        file.write_bytes(images.png_bytes(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+        kept.append(dict(rank=rank, candidate=rank, score=0.4 - rank / 10, file=str(file)))
+    scores = dict(prompt=prompt, settings=settings, kept=kept, scores=[0.3, 0.2, 0.1, 0.0])
+    (place / "scores.json").write_text(json.dumps(scores))
+    return kept[0]["file"]
+
+
+def codec_events():
+    for step in range(50, 1100, 50):
+        use = dict(codes_used=300 + step / 10, perplexity=100 + step / 20)
+        loss = dict(psnr=20 + step / 200, temperature=1 / step, loss=1 / step)
+        yield dict(step=step, kind="train", **loss, **use)
+    yield dict(step=1050, kind="eval", psnr=26.2, codes_used=478, perplexity=111.4)
+
+
+@pytest.fixture
+def demo(tmp_path, rng):
+    """What launch/demo.sh leaves behind, in the small."""
+    folder = tmp_path / "demo"
+    for name in ("vqvae", "dvae"):
+        lines(folder / name, *codec_events())
+    steps = range(50, 3000, 50)
+    accuracy = dict(recall1_image_to_text=0.4)
+    clip = [dict(step=s, kind="train", loss=9 / s, accuracy_image_to_text=s / 3000) for s in steps]
+    lines(folder / "clip", *clip, dict(step=2950, kind="eval", loss=0.2, **accuracy))
+    dalle = [
+        dict(step=s, kind="train", text_loss=1 + 9 / s, image_loss=2 + 9 / s, image_accuracy=0.5)
+        for s in steps
+    ]
+    lines(folder / "dalle", *dalle, {**dalle[-1], "kind": "eval"})
+    (folder / "dvae" / "previews").mkdir()
+    for step in (50, 1050):
+        grid = images.grid(rng.integers(0, 256, (8, 64, 32, 3), dtype=np.uint8), 8, scale=4)
+        grid.save(folder / "dvae" / "previews" / f"reconstructions-{step}.png")
+    evaluation = dict(
+        judge=dict(oracle_accuracy=0.998),
+        skills={name: SKILL for name in ("single", "count", "binding", "relation")},
+        seconds_per_picture={"1": 0.03, "8": 0.2, "16": 0.4},
+    )
+    (folder / "evaluate.json").write_text(json.dumps(evaluation))
+    given = pictures(folder / "samples", "a red <cube> on a white background", rng)
+    pictures(folder / "samples", "three green crosses on a black background", rng)
+    pictures(folder / "completion", "a red cube", rng, image=given, keep_rows=4)
+    logs = folder / "logs"
+    logs.mkdir()
+    for name in ("prepare", "vqvae", "dvae", "clip", "dalle", "evaluate", "samples", "completion"):
+        command = f"python -m dalle_jax {name} --prompt=a\\ red\\ cube --out=runs/demo/{name} "
+        (logs / f"{name}.done").write_text(f"{command}\n125\n")
+    return folder
+
+
+def report(demo) -> Words:
+    assert program.main(["report", f"--demo={demo}"]) == 0
+    return Words((demo / "index.html").read_text("utf-8"))
+
+
+def test_the_page_shows_all_of_a_finished_demo(demo):
+    page = report(demo)
+    assert page.images == 1 + 3 + 3 + 3 + 1  # grid, two prompts, completion and its given picture
+    assert page.charts == 2 + 1 + 2 + 3 + 2 + 2
+    command = "python -m dalle_jax samples '--prompt=a red cube'"
+    words = ("26.2 dB", "478", "40 %", "a red <cube>", "held out", "ceiling", "99.8 %", command)
+    for said in (*words, "longer training"):
+        assert said in page.text, said
+    assert "yet" not in page.text
+    numbers = json.loads((demo / "metrics.json").read_text())
+    assert numbers["stages"]["dvae"]["eval"]["codes_used"] == 478
+    assert numbers["evaluation"]["skills"]["single"]["best_of"]["8"] == 0.6
+    assert numbers["seconds"]["dalle"] == 125
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("evaluate.json", "no evaluation yet"),
+        ("samples", "No pictures were drawn yet"),
+        ("completion", "No picture was completed yet"),
+        ("clip", "Not trained yet"),
+        ("dvae/previews", "No reconstructions yet"),
+        ("logs", "ran none in this folder"),
+    ],
+)
+def test_what_is_missing_is_said(demo, missing, sentence):
+    (demo / missing).rename(demo / "elsewhere")
+    assert sentence in report(demo).text
+
+
+def test_an_empty_folder_makes_a_page_too(tmp_path):
+    assert "Nothing is trained yet" in report(tmp_path).text
+
+
+def test_damaged_files_do_not_stop_the_page(demo):
+    (demo / "evaluate.json").write_text('{"skills": {"sin')
+    (demo / "dalle" / "metrics.jsonl").write_text(
+        '{"step": 5, "kind": "train", "image_loss": 1}\n{"st'
+    )
+    (demo / "samples" / "a-red-<cube>-on-a-white-background" / "scores.json").write_text("")
+    page = report(demo)
+    assert "three green crosses" in page.text and "no evaluation yet" in page.text
+
+
+def test_a_moved_demo_still_finds_its_pictures(demo):
+    there = demo.rename(demo.with_name("moved"))
+    assert report(there).images == 1 + 3 + 3 + 3 + 1
+
+
+def test_other_evaluations_become_a_table(demo):
+    (demo / "evaluate.json").write_text('{"recall": {"1": 0.25, "5": 0.5}, "chance": 0.01}')
+    assert "recall / 5" in report(demo).text
+
+
+def test_a_missing_folder_is_named(tmp_path, capsys):
+    assert program.main(["report", f"--demo={tmp_path / 'none'}"]) == 2
+    assert "launch/demo.sh" in capsys.readouterr().err
