@@ -61,7 +61,7 @@ def find_set(data_config: Any) -> pathlib.Path:
         )
     for root in (data_dir / source, pathlib.Path(source)):
         if root.is_dir():
-            found = _versions(root)
+            found = version_folders(root)
             if found:
                 return _choose(found, root, data_config)
     raise UsageError(
@@ -155,15 +155,13 @@ def open_split(data_config: Any, split: str) -> Source:
         file_format = builder.info.file_format.value
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise UsageError(
-            f"{path} is damaged: its description cannot be read ({_first_line(error)}). Delete the "
+            f"{path} is damaged: its description cannot be read ({first_line(error)}). Delete the "
             f"folder and prepare it again: {prepare_command(data_config)}"
         ) from error
     if file_format not in ("array_record", "parquet"):
-        name = path.parent.name if path.parent.name in stock.STOCK else path.parent.parent.name
         raise UsageError(
             f"{path} is stored as {file_format}, which has no random access. Convert it once: "
-            f"python -m dalle_jax prepare tfds --input={path} --name={name} "
-            f"--data_dir={data_config.data_dir} (needs the tf extra: pip install 'dalle-jax[tf]')"
+            f"python -m dalle_jax prepare tfds --input={path} --data_dir={data_config.data_dir}"
         )
     layout = _Layout.of(builder.info.features, path, data_config)
     known = sorted(builder.info.splits)
@@ -171,7 +169,7 @@ def open_split(data_config: Any, split: str) -> Source:
         count = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
         raise UsageError(
-            f"split {split!r} of {path} cannot be read ({_first_line(error)}); it has "
+            f"split {split!r} of {path} cannot be read ({first_line(error)}); it has "
             f"{_listed(known)}, and parts such as '{known[0] if known else 'train'}[:99%]'."
         ) from error
     if not count:
@@ -180,7 +178,7 @@ def open_split(data_config: Any, split: str) -> Source:
         return Source(path, split, layout, builder)
     except OSError as error:
         raise UsageError(
-            f"the files of {path} are incomplete ({_first_line(error)}). Delete the folder and "
+            f"the files of {path} are incomplete ({first_line(error)}). Delete the folder and "
             f"prepare it again: {prepare_command(data_config)}"
         ) from error
 
@@ -270,7 +268,7 @@ class _Layout:
         )
 
 
-def _versions(root: pathlib.Path) -> list[pathlib.Path]:
+def version_folders(root: pathlib.Path) -> list[pathlib.Path]:
     """Version folders at, one or two levels below `root`: the newest of each config."""
     for pattern in ("features.json", "*/features.json", "*/*/features.json"):
         folders = [p.parent for p in root.glob(pattern)]
@@ -384,7 +382,8 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(n) for n in re.findall(r"\d+", version))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, for a message of our own."""
     text = json.dumps(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:200].strip('"')
 

@@ -284,7 +284,7 @@ def test_tfrecord_set_names_the_conversion(tmp_path):
     for split in info["splits"]:
         split["filepathTemplate"] = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(UsageError, match=r"tfrecord.*prepare tfds.*dalle-jax\[tf\]"):
+    with pytest.raises(UsageError, match="tfrecord.*prepare tfds --input="):
         sources.open_split(data_config(tmp_path), "train")
 
 

@@ -5,6 +5,7 @@ Pictures come from `emoji_sources`; words from emojibase (Unicode CLDR labels an
 label and style can be held out while both its parts are seen: a compositional test.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import io
@@ -26,6 +27,7 @@ HELD_OUT_SHARE = 0.05
 VALIDATION_SHARE = 0.02
 # A held-out label is still drawn in this many other styles, all of which may be trained on.
 OTHER_STYLES = 4
+_WINDOW = 256  # pictures drawn ahead of the writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +207,7 @@ def prepare(
     image_px: int,
     skin_tones: bool = False,
     overwrite: bool = False,
+    workers: int = 1,
     archives: Mapping[emoji_sources.Package, emoji_sources.Archive] | None = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Fetches, joins, renders and writes the set; its folder and a summary.
@@ -215,6 +218,7 @@ def prepare(
       image_px: side of the pictures, 8 to 1024.
       skin_tones: about twice as many pictures, as config <image_px>px_tones.
       overwrite: replace a set that is there.
+      workers: threads that render (resvg lets go of Python's lock). The same bytes for any number.
       archives: opened packages instead of fetched ones (tests).
 
     Raises:
@@ -222,6 +226,8 @@ def prepare(
     """
     if not 8 <= image_px <= 1024:
         raise UsageError(f"--image_px={image_px} is out of range; emoji take 8 to 1024 pixels.")
+    if workers < 1:
+        raise UsageError(f"--workers={workers}; at least one thread must work.")
     data_dir = pathlib.Path(data_dir)
     config = f"{image_px}px" + ("_tones" if skin_tones else "")
     target = store.folder(data_dir, NAME, config)
@@ -235,30 +241,39 @@ def prepare(
     skipped: dict[str, str] = {}
     progress = store.Progress(len(pictures), "pictures")
 
-    def examples(part: list[Picture]) -> store.Examples:
-        for picture in part:
-            try:
-                image = _png(render(picture, image_px))
-            except (ValueError, OSError) as error:
-                skipped[picture.id] = str(error)
-                progress.add(0, skipped=1)
-                continue
-            progress.add()
-            text = captions(picture)
-            yield picture.id, {"image": image, "captions": text, "id": picture.id}
+    def draw(picture: Picture) -> tuple[io.BytesIO | None, str]:
+        try:
+            return _png(render(picture, image_px)), ""
+        except (ValueError, OSError) as error:
+            return None, str(error)
 
-    store.write(
-        data_dir=data_dir,
-        name=NAME,
-        config=config,
-        features=store.image_text_features(),
-        splits={
-            split: (lambda part=part: examples(part)) for split, part in splits.items() if part
-        },
-        description="Emoji in eight openly licensed styles with their CLDR labels and tags.",
-        homepage="https://emojibase.dev",
-        licence=", ".join(sorted({p.licence for p in emoji_sources.STYLES})) + "; see NOTICE",
-    )
+    def examples(part: list[Picture], pool: concurrent.futures.Executor) -> store.Examples:
+        for start in range(0, len(part), _WINDOW):
+            window = part[start : start + _WINDOW]
+            for picture, (image, problem) in zip(window, pool.map(draw, window), strict=True):
+                if problem:
+                    skipped[picture.id] = problem
+                    progress.add(0, skipped=1)
+                    continue
+                progress.add()
+                text = captions(picture)
+                yield picture.id, {"image": image, "captions": text, "id": picture.id}
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        store.write(
+            data_dir=data_dir,
+            name=NAME,
+            config=config,
+            features=store.image_text_features(),
+            splits={
+                split: (lambda part=part: examples(part, pool))
+                for split, part in splits.items()
+                if part
+            },
+            description="Emoji in eight openly licensed styles with their CLDR labels and tags.",
+            homepage="https://emojibase.dev",
+            licence=", ".join(sorted({p.licence for p in emoji_sources.STYLES})) + "; see NOTICE",
+        )
     summary = {
         "examples": {split: len(part) for split, part in splits.items()},
         "styles": dict(Counter(p.style for p in pictures)),
