@@ -64,7 +64,7 @@ margin:0;min-width:0;max-width:620px}.chart svg{display:block;width:100%;height:
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;list-style:none;padding:0;margin:6px 0 0}
 .legend svg{display:inline-block;width:26px;height:8px;margin-right:5px}
 .scroll{overflow-x:auto;margin:12px 0}table{border-collapse:collapse;font-size:.93rem}
-caption{caption-side:top;text-align:left;color:var(--soft);padding-bottom:6px}
+.soft{color:var(--soft);font-size:.88rem;margin-bottom:0}td:first-child{min-width:8em}
 th,td{padding:6px 12px 6px 0;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top}td.num,th.num{text-align:right;font-variant-numeric:tabular-nums;
 white-space:nowrap}
@@ -174,10 +174,12 @@ class Page:
             + "</tr>"
             for row in rows
         )
-        title = f"<caption>{_text(caption)}</caption>" if caption else ""
-        table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # Not a <caption>: that would scroll out of sight with a wide table.
+        title = f'<p class="soft">{_text(caption)}</p>' if caption else ""
+        label = f' aria-label="{html.escape(caption, quote=True)}"' if caption else ""
+        table = f"<table{label}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         # tabindex: a keyboard can scroll what overflows.
-        return self._add(f'<div class="scroll" tabindex="0">{table}</div>')
+        return self._add(f'{title}<div class="scroll" tabindex="0">{table}</div>')
 
     def chart(
         self,

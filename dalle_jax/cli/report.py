@@ -38,8 +38,8 @@ SKILLS = {
 HONEST = (
     "A quarter of an hour on two cores teaches backgrounds, colours and, often, one object. "
     "Counting, two objects at once and their positions need longer training: their numbers here "
-    "show a trend and no more. No score can pass the ceiling, which is what the judge says of "
-    "the discrete VAE's reconstructions of true pictures."
+    "show a trend and no more. The ceiling beside a score is what the judge says of the discrete "
+    "VAE's reconstructions of true pictures: what is lost there, DALL·E cannot draw."
 )
 
 
@@ -135,7 +135,9 @@ def _headline(page, found) -> None:
             small += f"; ceiling {_percent(ceiling)}" if ceiling is not None else ""
             facts.append((f"{name} right", _percent(best[min(best, key=int)]), small))
     if facts:
-        page.section("In numbers").facts(facts).note(HONEST)
+        page.section("In numbers").facts(facts)
+        if _skills(found):
+            page.note(HONEST)
     else:
         page.section("In numbers").note("Nothing is trained yet: `bash launch/demo.sh`.")
 
@@ -200,10 +202,10 @@ def _evaluation(page, found) -> None:
             words += f" On true pictures it is right in {100 * accuracy:.1f} %."
         page.text(words).table(
             [_row(name, skill) for name, skill in skills.items()],
-            "Share of pictures with everything right; seen and held-out combinations apart.",
+            "Share of pictures with everything right, beside the ceiling of the discrete VAE; seen "
+            "and held-out combinations apart. All but single objects need longer training.",
         )
         _rerank_curves(page, evaluation, skills)
-    page.note(HONEST)
     _command(page, found, "evaluate")
 
 
