@@ -1,0 +1,121 @@
+"""Contact sheets and pages of `evaluate --out=DIR`."""
+
+import pathlib
+
+import numpy as np
+
+from dalle_jax import images, pages
+
+_PICTURE_PX = 96  # pictures are enlarged to at least this
+
+
+def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
+    """sheet.png and index.html of the shapes suite; examples: `evaluation.run.Example`s."""
+    page = pages.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
+    judge = result["judge"]
+    page.section("Success").facts(
+        [
+            ("judge on ground truth", f"{judge['oracle_accuracy']:.1%}", f"{judge['n']} scenes"),
+            *(
+                (name, f"{_headline(skill):.0%}", f"{skill['n']} prompts")
+                for name, skill in result["skills"].items()
+            ),
+        ]
+    )
+    page.table([_row(n, s) for n, s in {**result["skills"], "mean": result["mean"]}.items()])
+    if "best_of" in result["mean"]:
+        curves = {
+            "CLIP's choice, seen": "best_of",
+            "any right (oracle), seen": "oracle",
+            "CLIP's choice, held out": "held_out_best_of",
+            "any right (oracle), held out": "held_out_oracle",
+        }
+        page.section("Reranking").chart(
+            {title: _series(result["mean"][field]) for title, field in curves.items()},
+            "Right pictures against candidates, mean of the four skills",
+            "candidates",
+            "share right",
+            x_log=True,
+            y_min=0,
+            y_max=1,
+        )
+        page.chart(
+            {"seconds": _series(result["seconds_per_picture"])},
+            "Seconds per picture that is kept",
+            "candidates",
+            "seconds",
+            x_log=True,
+            y_log=True,
+        )
+    if examples:
+        rows = [
+            (f"{example.prompt.scene.caption} ({_half(example)})", example.images, example.labels)
+            for example in examples
+        ]
+        scale = _scale(examples[0].images)
+        sheet = images.contact_sheet(rows, scale=scale)
+        (out / "sheet.png").write_bytes(images.png_bytes(sheet))
+        page.section("Pictures", "Best first by CLIP, each with its verdict and score.")
+        for title, pictures, labels in rows:
+            page.heading(title).gallery(list(zip(pictures, labels, strict=True)), _PICTURE_PX)
+    page.section("Command").command(result["command"]).write(out / "index.html")
+
+
+def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:
+    """sheet.png and index.html of the recon suite; pairs [2n, h, w, 3], originals first."""
+    half = len(pairs) // 2
+    sheet = images.grid(pairs, columns=half, scale=_scale(pairs))
+    (out / "sheet.png").write_bytes(images.png_bytes(sheet))
+    codebook = result["codebook"]
+    page = pages.Page("Reconstruction", f"{result['n']:,} pictures of the {result['split']} split")
+    page.section("Figures").facts(
+        [
+            ("PSNR", f"{result['psnr']:.2f} dB", "mean over pictures"),
+            ("SSIM", f"{result['ssim']:.4f}", "mean over pictures"),
+            ("codes used", f"{codebook['used']}", f"of {codebook['codes']}"),
+            ("perplexity", f"{codebook['perplexity']:.0f}", "of the code histogram"),
+        ]
+    )
+    page.figure(sheet, "Above the pictures, below what the codec gives back.")
+    page.section("Command").command(result["command"]).write(out / "index.html")
+
+
+def write_retrieval(out: pathlib.Path, result: dict) -> None:
+    """index.html of the retrieval suite."""
+    page = pages.Page("Retrieval", f"{result['n']:,} pictures of the {result['split']} split")
+    rows = [
+        {"direction": f"{name.replace('_', ' ')}{extra}"}
+        | {f"recall@{k}": round(v, 4) for k, v in values[name].items()}
+        for name in ("image_to_text", "text_to_image")
+        for extra, values in (("", result), (" (chance)", result["chance"]))
+    ]
+    page.section("Figures").table(rows, f"{result['captions']:,} distinct captions")
+    page.section("Command").command(result["command"]).write(out / "index.html")
+
+
+def _headline(skill: dict) -> float:
+    return skill["seen"] if "seen" in skill else skill["reconstruction"]
+
+
+def _row(name: str, skill: dict) -> dict:
+    row = {"skill": name}
+    for k, value in skill.get("best_of", {}).items():
+        row[f"best of {k}"] = round(value, 3)
+    for title, field in (("held out", "held_out"), ("reconstruction", "reconstruction")):
+        if field in skill:
+            row[title] = round(skill[field], 3)
+    if "oracle" in skill:
+        row[f"oracle {list(skill['oracle'])[-1]}"] = round(list(skill["oracle"].values())[-1], 3)
+    return row
+
+
+def _series(curve: dict[str, float]):
+    return [int(k) for k in curve], list(curve.values())
+
+
+def _half(example) -> str:
+    return example.prompt.half.replace("_", "-")
+
+
+def _scale(pictures: np.ndarray) -> int:
+    return max(1, _PICTURE_PX // pictures.shape[1])
