@@ -184,7 +184,7 @@ train() { # NAME CORE [FLAG…]: a stage by its own config
 }
 
 # ---- Data ----------------------------------------------------------------------------------------
-start prepare any prepare "$data" --data_dir="$sets" --image_px=32
+start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2
 finish prepare
 
 # ---- The codec on one core, CLIP on the other ----------------------------------------------------
@@ -204,10 +204,12 @@ finish clip
 ((ran == 0)) || rm -f "$logs"/{evaluate,samples,completion,report}.done
 stages=("--workdir=$out/dalle" "--clip=$out/clip")
 if [[ $data == shapes ]]; then
-  start evaluate 1 evaluate --suite=shapes "${stages[@]}" --data_dir="$sets" \
-    --prompts=24 --candidates=16 --json
+  # 12 prompts a skill, as many held-out ones, 16 candidates each: about a minute of one core.
+  start evaluate 1 evaluate --suite=shapes "${stages[@]}" --prompts_per_skill=12 --candidates=16 \
+    --out="$out/evaluation"
 else
-  start evaluate 1 evaluate --suite=retrieval "--workdir=$out/clip" --data_dir="$sets" --json
+  start evaluate 1 evaluate --suite=retrieval --clip="$out/clip" --split=held_out \
+    --out="$out/evaluation"
 fi
 start samples 0 sample "${stages[@]}" --prompts_file="launch/prompts/$data.txt" \
   --candidates=32 --keep=8 --out="$out/samples"
@@ -218,7 +220,6 @@ start completion 0 sample "${stages[@]}" --prompt="$prompt" --image="$out/sample
   --candidates=8 --keep=8 --out="$out/completion"
 finish completion
 finish evaluate
-[[ $dry_run || ! -f $logs/evaluate.out ]] || cp "$logs/evaluate.out" "$out/evaluate.json"
 
 ((ran == 0)) || rm -f "$logs/report.done"
 start report any report --demo="$out"

@@ -85,7 +85,7 @@ def gather(demo: pathlib.Path) -> dict[str, Any]:
     commands, seconds = _notes(demo / "logs")
     return {
         "stages": stages,
-        "evaluation": _json(demo / "evaluate.json"),
+        "evaluation": _json(demo / "evaluation" / "metrics.json"),
         "samples": [_json(path) for path in _scores(demo / "samples")],
         "completion": [_json(path) for path in _scores(demo / "completion")],
         "commands": commands,
@@ -127,6 +127,8 @@ def _headline(page, found) -> None:
     if dalle and dalle.get("image_loss") is not None:
         facts.append(("DALL·E", f"{dalle['image_loss']:.2f}", "nats per image code, held out"))
     for name, skill in _skills(found).items():
+        if name == "mean":
+            continue
         best = skill.get("best_of") or {}
         if best:
             most = max(best, key=int)
@@ -230,22 +232,16 @@ def _rerank_curves(page, evaluation, skills) -> None:
         counts = sorted(values, key=int)
         return [int(count) for count in counts], [values[count] for count in counts]
 
-    def mean(field: str) -> dict[str, float]:
-        curves = [skill.get(field) or {} for skill in skills.values()]
-        shared = set.intersection(*(set(c) for c in curves)) if curves else set()
-        return {count: sum(c[count] for c in curves) / len(curves) for count in shared}
-
     axes = dict(x_label="candidates per prompt", x_log=True)
     scale = dict(y_label="share right", y_min=0, y_max=1)
-    lines = {"best by CLIP": mean("best_of"), "any is right (oracle)": mean("oracle")}
+    mean, each = skills.get("mean") or {}, {k: s for k, s in skills.items() if k != "mean"}
+    lines = {"best by CLIP": mean.get("best_of"), "any is right (oracle)": mean.get("oracle")}
     series = {name: curve(values) for name, values in lines.items() if values}
-    ceilings = [skill.get("reconstruction") for skill in skills.values()]
-    if series and None not in ceilings and ceilings:
+    if series and mean.get("reconstruction") is not None:
         ends = next(iter(series.values()))[0]
-        level = sum(ceilings) / len(ceilings)
-        series["ceiling"] = ([ends[0], ends[-1]], [level, level])
+        series["ceiling"] = ([ends[0], ends[-1]], [mean["reconstruction"]] * 2)
     page.chart(series, "Reranking, mean of the skills", **axes, **scale)
-    each = {name: curve(s["best_of"]) for name, s in skills.items() if s.get("best_of")}
+    each = {name: curve(s["best_of"]) for name, s in each.items() if s.get("best_of")}
     page.chart(each, "Best by CLIP, skill by skill", **axes, **scale)
     seconds = evaluation.get("seconds_per_picture")
     if isinstance(seconds, dict) and seconds and all(count.isdigit() for count in seconds):
@@ -372,9 +368,12 @@ def _preview(workdir: pathlib.Path) -> pathlib.Path | None:
 
 
 def _skills(found) -> dict[str, dict]:
+    """Skill -> its figures, and their `mean` last; empty for another suite."""
     evaluation = found["evaluation"]
     skills = evaluation.get("skills") if isinstance(evaluation, dict) else None
-    return skills if isinstance(skills, dict) else {}
+    if not isinstance(skills, dict):
+        return {}
+    return {**skills, "mean": evaluation["mean"]} if "mean" in evaluation else skills
 
 
 def _percent(share: float | None) -> str:

@@ -79,9 +79,11 @@ def demo(tmp_path, rng):
     evaluation = dict(
         judge=dict(oracle_accuracy=0.998),
         skills={name: SKILL for name in ("single", "count", "binding", "relation")},
+        mean=SKILL,
         seconds_per_picture={"1": 0.03, "8": 0.2, "16": 0.4},
     )
-    (folder / "evaluate.json").write_text(json.dumps(evaluation))
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(evaluation))
     given = pictures(folder / "samples", "a red <cube> on a white background", rng)
     pictures(folder / "samples", "three green crosses on a black background", rng)
     pictures(folder / "completion", "a red cube", rng, image=given, keep_rows=4)
@@ -116,7 +118,7 @@ def test_the_page_shows_all_of_a_finished_demo(demo):
 @pytest.mark.parametrize(
     ("missing", "sentence"),
     [
-        ("evaluate.json", "no evaluation yet"),
+        ("evaluation", "no evaluation yet"),
         ("samples", "No pictures were drawn yet"),
         ("completion", "No picture was completed yet"),
         ("clip", "Not trained yet"),
@@ -134,7 +136,7 @@ def test_an_empty_folder_makes_a_page_too(tmp_path):
 
 
 def test_damaged_files_do_not_stop_the_page(demo):
-    (demo / "evaluate.json").write_text('{"skills": {"sin')
+    (demo / "evaluation" / "metrics.json").write_text('{"skills": {"sin')
     (demo / "dalle" / "metrics.jsonl").write_text(
         '{"step": 5, "kind": "train", "image_loss": 1}\n{"st'
     )
@@ -149,7 +151,9 @@ def test_a_moved_demo_still_finds_its_pictures(demo):
 
 
 def test_other_evaluations_become_a_table(demo):
-    (demo / "evaluate.json").write_text('{"recall": {"1": 0.25, "5": 0.5}, "chance": 0.01}')
+    (demo / "evaluation" / "metrics.json").write_text(
+        '{"recall": {"1": 0.25, "5": 0.5}, "chance": 0.01}'
+    )
     assert "recall / 5" in report(demo).text
 
 
