@@ -10,6 +10,7 @@ tells what each kind reads and what it skips.
 """
 
 import argparse
+import collections
 import os
 import pathlib
 import shlex
@@ -49,6 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes = kind("shapes", "generated scenes with an exact judge; needs nothing", 32)
     shapes.add_argument(
         "--num_train", type=int, default=30_000, metavar="N", help="scenes (default: 30000)"
+    )
+    shapes.add_argument(
+        "--num_eval",
+        type=int,
+        default=800,
+        metavar="N",
+        help="scenes of validation and of held_out, each (default: 800)",
     )
     shapes.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     shapes.add_argument(
@@ -120,6 +128,7 @@ def _shapes(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
         args.data_dir,
         image_px=args.image_px,
         num_train=args.num_train,
+        num_eval=args.num_eval,
         seed=args.seed,
         workers=args.workers,
     )
@@ -160,6 +169,8 @@ def _data_section(args: argparse.Namespace, folder: pathlib.Path):
     root = pathlib.Path(args.data_dir)
     inside = folder.is_relative_to(root)
     source = folder.relative_to(root).parts[0] if inside else str(folder)
+    if args.kind == "tfds" and inside:  # with its config: a catalogue set may have several
+        source = folder.parent.relative_to(root).as_posix()
     size = folder.parent.name.removesuffix("px").removesuffix("px_tones")
     if args.kind == "emoji" and args.skin_tones:
         source = f"{source}/{folder.parent.name}"
@@ -188,8 +199,10 @@ def _finish(args: argparse.Namespace, folder: pathlib.Path, data: Any) -> None:
         print(f"  {error}")
         return
     if "text" in source.fields and args.vocab_size:
-        found = tokenizer.find(data)
         path = tokenizer.model_path(data.data_dir, data.source, data.vocab_size)
+        if getattr(args, "overwrite", False):
+            path.unlink(missing_ok=True)  # of the captions that were replaced
+        found = tokenizer.find(data)
         print(f"  tokenizer  {path} ({found.vocab_size:,} pieces)")
     if "image" in source.fields:
         sheet = contact_sheet(source)
@@ -200,11 +213,7 @@ def _finish(args: argparse.Namespace, folder: pathlib.Path, data: Any) -> None:
 
 
 def contact_sheet(source: Any, count: int = _SHEET):
-    """A PIL image of `count` examples spread over the split, captions below the pictures.
-
-    Every third caption is the first of its picture, the others are later ones, as training draws
-    them.
-    """
+    """A PIL image of `count` examples spread over the split, with one of their captions each."""
     import numpy as np
     from PIL import Image
 
@@ -237,7 +246,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"  {count:>9,}  {split}")
     for title in ("styles", "left_out", "notes"):
         if summary.get(title):
-            found = sorted(summary[title].items(), key=lambda item: -item[1])
+            counts = collections.Counter()
+            for name, count in summary[title].items():
+                counts[name.split(": ")[-1]] += count  # over styles; prepare.json has them apart
+            found = counts.most_common()
             print(f"  {title.replace('_', ' ')}: " + ", ".join(f"{k} {n:,}" for k, n in found))
     skipped = summary.get("skipped") or {}
     if skipped and all(isinstance(n, int) for n in skipped.values()):
