@@ -163,9 +163,12 @@ class Pipeline:
         """Items from the cache or freshly decoded; None for records that cannot be used."""
         found = {i: self._cache.get(i) for i in indices}
         missing = [i for i, item in found.items() if item is None and i not in self._bad]
-        for index, item in zip(missing, self._map(self._load, missing), strict=True):
+        examples = preprocess.read(self._source, missing)
+        for index, example, item in zip(
+            missing, examples, self._map(self._load, examples), strict=True
+        ):
             if isinstance(item, preprocess.BadRecord):
-                self._skip(index, item)
+                self._skip(index, getattr(example, "id", f"record {index}"), item)
                 continue
             found[index] = item
             # Nothing is ever evicted: each epoch reads everything once, so what is in the cache
@@ -177,13 +180,12 @@ class Pipeline:
                         self._cache[index] = item
         return [found[i] for i in indices]
 
-    def _load(self, index: int) -> _Item | preprocess.BadRecord:
+    def _load(self, example) -> _Item | preprocess.BadRecord:
+        """An example as read, without anything random; what is wrong with it if it is unusable."""
         config = self._config
+        if isinstance(example, preprocess.BadRecord):
+            return example
         try:
-            try:
-                example = self._source[index]
-            except (ValueError, OSError, RuntimeError, KeyError, EOFError) as error:
-                raise preprocess.BadRecord("damaged record", str(error)) from error
             image = codes = tokens = None
             captions, cut = [], []
             if "image" in self._wanted:
@@ -206,7 +208,7 @@ class Pipeline:
         except preprocess.BadRecord as error:
             return error
 
-    def _skip(self, index: int, error: preprocess.BadRecord) -> None:
+    def _skip(self, index: int, name: str, error: preprocess.BadRecord) -> None:
         with self._lock:
             if index in self._bad:
                 return
@@ -214,10 +216,6 @@ class Pipeline:
             self.skipped[error.reason] += 1
             if len(self.skipped_ids) >= _NAMED:
                 return
-            try:
-                name = self._source[index].id
-            except (ValueError, OSError, RuntimeError, KeyError, EOFError):
-                name = f"record {index}"
             self.skipped_ids.append(f"{name}: {error}")
         _LOG.warning("skipping %s", self.skipped_ids[-1])
 

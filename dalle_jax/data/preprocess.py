@@ -1,4 +1,4 @@
-"""Stored pictures to square uint8 training pictures: decoding and the papers' crops.
+"""Stored records to square uint8 training pictures: reading, decoding and the papers' crops.
 
 A crop is `(image uint8 [h, w, 3], image_px, rng or None) -> uint8 [px, px, 3]`. Every random
 choice comes from the generator that is handed in, so who computes an example (process, thread,
@@ -9,7 +9,8 @@ area of each target pixel. Pillow rounds once per axis, so it can differ from a 
 mean by one grey level. Enlarging, which the papers never do (they drop small pictures), is bicubic.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,31 @@ class BadRecord(ValueError):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
+
+
+# What readers raise on a damaged record: tfds, protobuf and array_record each have their own.
+_DAMAGED = (ValueError, OSError, RuntimeError, KeyError, EOFError)
+
+
+def read(source: Any, indices: Sequence[int]) -> list[Any]:
+    """Examples of a source (`sources.Source`); a BadRecord in the place of a damaged one.
+
+    Reads all at once where the source can (`__getitems__`): with array_record that takes 0.15 ms
+    a record, 0.8 ms one by one.
+    """
+    if hasattr(source, "__getitems__") and len(indices) > 1:
+        try:
+            return list(source.__getitems__(list(indices)))
+        except _DAMAGED:
+            pass  # at least one is; the others are read below
+
+    def one(index: int):
+        try:
+            return source[index]
+        except _DAMAGED as error:
+            return BadRecord("damaged record", str(error))
+
+    return [one(index) for index in indices]
 
 
 def decode(image: bytes | np.ndarray | None, name: str = "image") -> np.ndarray:

@@ -268,14 +268,21 @@ def find(data_config) -> Tokenizer:
     Raises:
       UsageError: if the set is not prepared or holds no caption.
     """
-    from dalle_jax.data import sources  # here, so that loading a model needs no dataset library
+    # Here, so that loading a model needs no dataset library.
+    from dalle_jax.data import preprocess, sources
 
     path = model_path(data_config.data_dir, data_config.source, data_config.vocab_size)
     if path.is_file():
         return Tokenizer(path)
     source = sources.open_split(data_config, data_config.split)
-    stride = -(-len(source) // 200_000)  # every caption of a small set, a sample of a large one
-    captions = (text for i in range(0, len(source), stride) for text in source[i].captions)
+    # Enough text for its size: 20 examples a piece, spread over the set (150,000 shapes would take
+    # 20 s to read).
+    stride = max(1, len(source) // max(20_000, 20 * data_config.vocab_size))
+    captions = []
+    for start in range(0, len(source), 1024 * stride):
+        indices = range(start, min(start + 1024 * stride, len(source)), stride)
+        for example in preprocess.read(source, indices):
+            captions += getattr(example, "captions", [])  # a BadRecord has none
     tokenizer = train(captions, data_config.vocab_size)
     # A read-only data folder is fine: the workdir of the run carries its own copy.
     with contextlib.suppress(OSError):

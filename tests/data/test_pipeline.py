@@ -81,6 +81,13 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name])
 
 
+class BatchedSource(FakeSource):
+    """A source that reads many at once, and fails at once if one of them is damaged."""
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
 def test_shapes_and_types(tokenizer):
     batch = build(tokenizer)(0)
     assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
@@ -193,6 +200,18 @@ def test_broken_records_are_replaced_counted_and_named(tokenizer):
     for step in range(12):
         batches(step)
     assert sum(batches.skipped.values()) == 3
+
+
+def test_reading_many_at_once_changes_nothing(tokenizer):
+    broken = {5: b"", 7: ValueError("checksum"), 8: ValueError("checksum")}
+    one, many = (
+        build(tokenizer, source=kind(48, broken), **RANDOM) for kind in (FakeSource, BatchedSource)
+    )
+    for step in range(8):
+        assert_same(one(step), many(step))
+    assert one.skipped == many.skipped == {"damaged record": 2, "unreadable picture": 1}
+    names = [[text.split(":")[0] for text in p.skipped_ids] for p in (one, many)]
+    assert names[0] == names[1] and len(names[0]) == 3
 
 
 def test_nothing_usable_is_one_message(tokenizer):

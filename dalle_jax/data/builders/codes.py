@@ -89,7 +89,8 @@ def write(
         "captions": tfds.features.Sequence(tfds.features.Text()),
         "id": tfds.features.Text(),
     }
-    has_scene = any(_scene(source) for source in splits.values())
+    first = [preprocess.read(source, [0])[0] for source in splits.values()]
+    has_scene = any(getattr(example, "scene", None) for example in first)
     if has_scene:
         features["scene"] = tfds.features.Text()
     skipped: collections.Counter[str] = collections.Counter()
@@ -186,12 +187,9 @@ def _records(
     """Records of a split in order; the next batch is decoded while the last one is computed."""
     cut = preprocess.CROPS[crop]
 
-    def load(index: int):
-        try:
-            example = source[index]
-        except (ValueError, OSError, RuntimeError, KeyError, EOFError):
-            example = sources.Example(f"record {index}", None, [""])
-            return example, None, "damaged record"
+    def load(index: int, example):
+        if isinstance(example, preprocess.BadRecord):
+            return sources.Example(f"record {index}", None, [""]), None, example.reason
         try:
             return example, cut(preprocess.decode(example.image, example.id), px), ""
         except preprocess.BadRecord as error:
@@ -213,7 +211,8 @@ def _records(
     pending = None
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), batch):
-            loaded = list(pool.map(load, range(start, min(start + batch, len(source)))))
+            indices = range(start, min(start + batch, len(source)))
+            loaded = list(pool.map(load, indices, preprocess.read(source, indices)))
             pictures = np.zeros((batch, px, px, 3), np.uint8)
             for row, (_, picture, _) in zip(pictures, loaded, strict=False):
                 if picture is not None:
@@ -224,10 +223,3 @@ def _records(
             pending = loaded, codes
     if pending is not None:
         yield from finished(*pending)
-
-
-def _scene(source) -> str | None:
-    try:
-        return source[0].scene
-    except (ValueError, OSError, RuntimeError, KeyError, EOFError):
-        return None
