@@ -5,9 +5,8 @@ cube"), `count` ("three green crosses"), `binding` ("a red cube and a green star
 ("a purple triangle above a green star"), each "on a ... background". Some combinations are held
 out of training, so that a model can be asked for what it never saw.
 
-This file draws; `data.builders.shapes` stores what it draws as a TFDS set and
-`evaluation.shapes_judge` looks at pictures and says which scene they show. Numpy and Pillow only:
-the processes that render a set start without loading JAX (0.3 s instead of 3 s).
+`data.builders.shapes` stores what this file draws; `evaluation.shapes_judge` says which scene a
+picture shows. Numpy and Pillow only: processes that render a set start without loading JAX.
 
 Names of the skills: GenEval (arXiv:2310.11513) and T2I-CompBench (arXiv:2307.06350); the split by
 held-out attribute pairs: CLEVR-CoGenT (arXiv:1612.06890). Deliberate difference: no detector is
@@ -36,19 +35,10 @@ COLORS = {
 BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "cube", "ring", "diamond")
 NUMBERS = ("one", "two", "three", "four", "five")
-# Relation -> direction from the first object to the second, y pointing down.
-RELATIONS = {
-    "to the left of": (1, 0),
-    "to the right of": (-1, 0),
-    "above": (0, 1),
-    "below": (0, -1),
-}
-OPPOSITE = {
-    "to the left of": "to the right of",
-    "to the right of": "to the left of",
-    "above": "below",
-    "below": "above",
-}
+LEFT, RIGHT = "to the left of", "to the right of"
+# Direction from the first object to the second, y pointing down.
+RELATIONS = {LEFT: (1, 0), RIGHT: (-1, 0), "above": (0, 1), "below": (0, -1)}
+OPPOSITE = {LEFT: RIGHT, RIGHT: LEFT, "above": "below", "below": "above"}
 KINDS = ("single", "count", "binding", "relation")
 HELD_OUT = ("exclude", "only", "any")
 
@@ -148,8 +138,7 @@ def sample_scene(rng: np.random.Generator, kind: str, held_out: str = "exclude")
 
 def held_out_rules(scene: Scene) -> tuple[str, ...]:
     """Which rules keep a scene out of training: some of "pair", "count", "relation", or none."""
-    rules = []
-    shapes = tuple(item.shape for item in scene.objects)
+    rules, shapes = [], tuple(item.shape for item in scene.objects)
     if any((item.color, item.shape) in HELD_OUT_PAIRS for item in scene.objects):
         rules.append("pair")
     if scene.kind == "count" and (len(shapes), shapes[0]) in HELD_OUT_COUNTS:
@@ -251,23 +240,20 @@ def hard_negatives(scene: Scene, rng: np.random.Generator, n: int) -> list[str]:
     things = [(item.color, item.shape) for item in scene.objects]
     kind, background, relation = scene.kind, scene.background, scene.relation
     found = [(things, other, relation) for other in BACKGROUNDS if background not in (None, other)]
-    alike = range(len(things)) if kind == "count" else None
-    for i in (0,) if kind == "count" else range(len(things)):
-        color, shape = things[i]
+    is_count = kind == "count"
+    for i, (color, shape) in enumerate(things[:1] if is_count else things):
         changed = [(other, shape) for other in COLORS if other != color]
         changed += [(color, other) for other in SHAPES if other != shape]
         for thing in changed:
-            swapped = [thing if j == i or alike else things[j] for j in range(len(things))]
-            if alike or len(set(swapped)) == len(swapped):
-                found.append((swapped, background, relation))
-    if kind == "count":
+            others = [thing if j == i or is_count else old for j, old in enumerate(things)]
+            if is_count or len(set(others)) == len(others):
+                found.append((others, background, relation))
+    if is_count:
         counts = [n for n in range(1, len(NUMBERS) + 1) if n != len(things)]
         found += [([things[0]] * n, background, None) for n in counts]
-    if len(set(things)) == 2:
-        (color_a, shape_a), (color_b, shape_b) = things
-        crossed = [(color_b, shape_a), (color_a, shape_b)]
-        if set(crossed) != set(things):
-            found.append((crossed, background, relation))
+    elif len(things) == 2:
+        crossed = [(things[1][0], things[0][1]), (things[0][0], things[1][1])]
+        found += [(crossed, background, relation)] if set(crossed) != set(things) else []
     if relation:
         found += [(things, background, other) for other in RELATIONS if other != relation]
         found.append((things[::-1], background, relation))
@@ -277,8 +263,7 @@ def hard_negatives(scene: Scene, rng: np.random.Generator, n: int) -> list[str]:
 
 def _sample_content(rng, kind: str) -> Scene:
     background, relation = _choice(rng, tuple(BACKGROUNDS)), None
-    first = (_choice(rng, _COLOR_NAMES), _choice(rng, SHAPES))
-    things = [first]
+    things = [first := (_choice(rng, _COLOR_NAMES), _choice(rng, SHAPES))]
     if kind == "count":
         things = [first] * int(rng.integers(1, len(NUMBERS) + 1))
     elif kind != "single":
@@ -315,10 +300,8 @@ def _place(rng, scene: Scene) -> tuple[Object, ...]:
             if scene.relation:
                 placed = _oriented(placed, *RELATIONS[scene.relation])
             if placed:
-                return tuple(
-                    Object(item.color, item.shape, *spot)
-                    for item, spot in zip(scene.objects, placed, strict=True)
-                )
+                pairs = zip(scene.objects, placed, strict=True)
+                return tuple(Object(item.color, item.shape, *spot) for item, spot in pairs)
 
 
 def _oriented(placed: list[tuple], dx: int, dy: int) -> list[tuple]:
@@ -368,22 +351,19 @@ def _parts() -> dict[str, list[tuple[float, np.ndarray]]]:
     """
     arm, reach = 0.32, 0.94
     cross = [(arm, -reach), (arm, -arm), (reach, -arm)]
-    quarter_turns = [np.array([[0, -1], [1, 0]])]
-    for _ in range(3):
-        quarter_turns.append(quarter_turns[-1] @ quarter_turns[0])
+    turns = [np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), i) for i in range(4)]
     circle = _turn(np.arange(65) / 64, 0.92)
     hexagon = _turn(np.arange(6) / 6)
-    middle = np.zeros((1, 2))
     star = _turn(np.arange(10) / 10, np.where(np.arange(10) % 2, 0.42, 1.0))
     return {
         "circle": [(1, circle)],
         "square": [(1, 0.78 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
         "triangle": [(1, 0.92 * np.array([(0, -1), (0.95, 0.8), (-0.95, 0.8)]))],
         "star": [(1, star)],
-        "cross": [(1, np.concatenate([np.array(cross) @ turn for turn in quarter_turns[::-1]]))],
+        "cross": [(1, np.concatenate([np.array(cross) @ turn for turn in turns[::-1]]))],
         # Top, left and right face, each darker than the one before.
         "cube": [
-            (shade, np.concatenate([middle, hexagon[[i, (i + 1) % 6, (i + 2) % 6]]]))
+            (shade, np.concatenate([[(0, 0)], hexagon[[i, (i + 1) % 6, (i + 2) % 6]]]))
             for shade, i in ((1, 5), (0.82, 3), (0.64, 1))
         ],
         # A keyhole polygon: once around outside, through a seam of no width, back around inside.
