@@ -7,7 +7,7 @@ without anybody noticing. Called by cli/sample.py and evaluation.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,13 @@ def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> 
     return _score_embedded(model, params, images, text)
 
 
-def score(stage: stages.ClipStage, images: Array, text: Array, batch: int = 64) -> np.ndarray:
+def score(
+    stage: stages.ClipStage,
+    images: Array,
+    text: Array,
+    batch: int = 64,
+    devices: Sequence[jax.Device] | None = None,
+) -> np.ndarray:
     """CLIP scores of M pictures, spread over the local devices with pmap.
 
     Each distinct caption is embedded once, however many pictures it has. The last batch is padded
@@ -68,6 +74,7 @@ def score(stage: stages.ClipStage, images: Array, text: Array, batch: int = 64) 
       images: [M, h, w, 3] float in [-1, 1].
       text: [M, T] int32 by the CLIP's own tokenizer, one caption per picture.
       batch: pictures per device and call; bounds memory only.
+      devices: this process's devices to use; all by default.
 
     Returns:
       [M] float32 host array: cosines in [-1, 1].
@@ -83,22 +90,22 @@ def score(stage: stages.ClipStage, images: Array, text: Array, batch: int = 64) 
         )
     if not len(images):
         return np.zeros((0,), np.float32)
-    devices = jax.local_device_count()
+    devices = tuple(jax.local_devices() if devices is None else devices)
     prompts, which = np.unique(text, axis=0, return_inverse=True)
     embedded = np.asarray(_embed_text(stage.model)(stage.params, prompts))  # [P, E]
     # A power of two per device: a run whose last batch is smaller compiles at most log2 programs.
-    per_device = min(batch, 1 << (-(-len(images) // devices) - 1).bit_length())
-    mapped, scores = _pmapped(stage.model), []
-    for start in range(0, len(images), devices * per_device):
-        stop = start + devices * per_device
+    per_device = min(batch, 1 << (-(-len(images) // len(devices)) - 1).bit_length())
+    mapped, scores = _pmapped(stage.model, devices), []
+    for start in range(0, len(images), len(devices) * per_device):
+        stop = start + len(devices) * per_device
         part, owner = images[start:stop], which.reshape(-1)[start:stop]
         padding = stop - start - len(part)
         part = np.concatenate([part, np.zeros((padding, *part.shape[1:]), np.float32)])
         owner = np.concatenate([owner, np.zeros((padding,), owner.dtype)])
         out = mapped(
             stage.params,
-            part.reshape(devices, per_device, *part.shape[1:]),
-            embedded[owner].reshape(devices, per_device, -1),
+            part.reshape(len(devices), per_device, *part.shape[1:]),
+            embedded[owner].reshape(len(devices), per_device, -1),
         )
         scores.append(np.asarray(out).reshape(-1)[: len(part) - padding])
     return np.concatenate(scores)
@@ -199,6 +206,7 @@ def _embed_text(model: clip.Clip):
 
 
 @functools.lru_cache(maxsize=8)
-def _pmapped(model: clip.Clip):
+def _pmapped(model: clip.Clip, devices: tuple[jax.Device, ...]):
     # Parameters are broadcast (in_axes None): jax.device_put_replicated is gone from jax 0.10.
-    return jax.pmap(functools.partial(_score_embedded, model), in_axes=(None, 0, 0))
+    score = functools.partial(_score_embedded, model)
+    return jax.pmap(score, in_axes=(None, 0, 0), devices=devices)
