@@ -1,6 +1,6 @@
 """Turns what users have on disk into a TFDS set: `prepare pairs`.
 
-Items are checked, resized and staged in parts of a thousand; a part appears whole or not at all,
+Items are checked, resized and staged in parts of two hundred; a part appears whole or not at all,
 so an interrupted run goes on where it stopped. The finished parts then become one array_record
 set. Nothing that cannot be used is dropped silently: reasons are counted, and skipped.jsonl in the
 set names every item.
@@ -37,7 +37,7 @@ MAX_CAPTION_CHARS = 2000
 MAX_CAPTIONS = 64  # of one picture
 # Up to this side pictures are stored without loss: a PNG of 128 px is 25 kB, a JPEG 8 kB.
 LOSSLESS_PX = 128
-_PART = 1000  # items; half a minute of work at 256 px
+_PART = 200  # items: seconds of work, at most a minute on a machine that does ten other things
 _HEAD = struct.Struct("<II")
 _FORMAT = 1  # of staged parts; part of their fingerprint
 
