@@ -7,17 +7,26 @@ Start it from a VQ-VAE of the same sizes:
         --config.init_from=runs/vqvae --workdir=runs/dvae
 
 The VQ-VAE's nearest code is written exactly into the two 1x1 layers beside the relaxation, so step
-0 has its pictures; the few hundred Gumbel steps then lower the perplexity of the codes (111
-against 154 in the prototype, at equal quality), which is what a transformer likes. Without it, a
-small dVAE collapses to 3 to 20 codes in the first hundreds of steps, whatever the temperature.
-`scratch` is the remedy that needs no VQ-VAE, an entropy bonus on the batch's mean code
-distribution: 185 of 256 codes in use, but less sharp pictures at equal steps.
+0 has its pictures. Measured, shapes, from a VQ-VAE of 30.7 dB and code perplexity 115, one seed:
+
+    kl_weight   steps   PSNR    codes used   perplexity
+    0           400     30.2    392          75
+    0.125       600     30.2    428          148
+
+The Gumbel steps without a KL term lower the perplexity at equal quality, which makes the codes
+easier for a transformer. The paper's term pulls each position towards the uniform distribution,
+against a collapse that such a start does not have, and spreads the codes again: here it is 0.
+
+Without a VQ-VAE, a small dVAE collapses to 3 to 20 codes in its first hundreds of steps, whatever
+the temperature. `scratch` adds the remedy that needs none, an entropy bonus on the batch's mean
+code distribution (185 of 256 codes in use in a prototype, but 3 dB behind at equal steps):
 
     python -m dalle_jax train --config=configs/dvae.py:size=shapes,scratch --workdir=runs/dvae
 
 Sizes (`size=`): smoke (under a minute on a CPU, from scratch), shapes (32 px, 8x8 codes of 512),
 emoji (`px=64` gives 16x16 codes). The paper's own model and schedules: configs/dvae_paper.py.
-kl_weight 0.125 belongs to squared errors in [-1, 1]; the paper's 6.6 to logit-Laplace.
+A kl_weight here is one against squared errors in [-1, 1]; the paper's 6.6 is one against
+logit-Laplace.
 """
 
 from dalle_jax import config as cfg
@@ -25,7 +34,7 @@ from dalle_jax import config as cfg
 # px, width, codes, steps from a VQ-VAE, steps from scratch
 _SIZES = {
     "smoke": (32, 48, 128, 200, 300),
-    "shapes": (32, 96, 512, 300, 2200),
+    "shapes": (32, 96, 512, 400, 2200),
     "emoji": (32, 128, 1024, 600, 6000),
 }
 
@@ -53,7 +62,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             num_codes=num_codes,
             n_init=0,
             likelihood="mse",
-            kl_weight=0.0 if scratch else 0.125,
+            kl_weight=0.0,
             kl_steps=0,
             temperature_start=1.0 if scratch else 0.5,
             temperature_end=1 / 16,
@@ -79,6 +88,6 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
 def get_hyper() -> list[dict]:
     """KL weight against the temperature at which a run from a VQ-VAE starts."""
     return cfg.product(
-        cfg.sweep("model.kl_weight", [0.05, 0.125, 0.3]),
+        cfg.sweep("model.kl_weight", [0.0, 0.05, 0.125]),
         cfg.sweep("model.temperature_start", [0.25, 0.5]),
     )

@@ -129,10 +129,11 @@ def start(book: Codebook, key: Key, z: Array) -> Codebook:
     """
     num_codes = book["vectors"].shape[0]
     share = z.shape[0] / num_codes
+    z = jnp.asarray(z, jnp.float32)
 
     def fresh():
         order = jax.random.permutation(key, z.shape[0])
-        picks = z.astype(jnp.float32)[order[jnp.arange(num_codes) % z.shape[0]]]
+        picks = z[order[jnp.arange(num_codes) % z.shape[0]]]
         return {
             "vectors": picks,
             "count": jnp.full(num_codes, share, jnp.float32),
@@ -155,7 +156,7 @@ def ema_update(book: Codebook, z: Array, codes: Array, decay: float, eps: float 
 
     Source: arXiv:1711.00937 App. A.1; smoothing as in deepmind/sonnet `VectorQuantizerEMA`.
     """
-    z = z.astype(jnp.float32)
+    z = jnp.asarray(z, jnp.float32)
     num_codes = book["vectors"].shape[0]
     total = jnp.zeros_like(book["total"]).at[codes].add(z)
     count = decay * book["count"] + (1 - decay) * counts(codes, num_codes)
@@ -175,7 +176,7 @@ def revive(book: Codebook, key: Key, z: Array, share: float) -> Codebook:
     """
     num_codes = book["vectors"].shape[0]
     threshold = share * z.shape[0] / num_codes
-    picks = z.astype(jnp.float32)[jax.random.randint(key, (num_codes,), 0, z.shape[0])]
+    picks = jnp.asarray(z, jnp.float32)[jax.random.randint(key, (num_codes,), 0, z.shape[0])]
     dead = book["count"] < threshold
     born = 5 * threshold
     return {
