@@ -84,7 +84,21 @@ def run(args: argparse.Namespace) -> int:
     except loop.NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        training.close()
+        held_out.close()
+    _report(training)
     return 0
+
+
+def _report(pipeline) -> None:
+    """Says what the data held that could not be used as it was."""
+    from dalle_jax.engine import metrics
+
+    for reason, count in pipeline.skipped.items():
+        metrics.say(f"note: {count} records skipped: {reason}")
+    if pipeline.truncated:
+        metrics.say(f"note: {pipeline.truncated} captions were longer than data.text_len and cut.")
 
 
 def _wanted(config) -> set[str]:

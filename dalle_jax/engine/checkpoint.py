@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import optim
+from dalle_jax.engine import optim, shipped
 from dalle_jax.engine.state import TrainState
 from dalle_jax.types import UsageError
 
@@ -29,14 +29,14 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 logger = logging.getLogger(__name__)
 
+# Names of leaves, "a/b/c", as in an exported file.
+flatten, unflatten = shipped.flatten, shipped.unflatten
+
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 WEIGHTS = "params.safetensors"
 TOKENIZER = "tokenizer.model"
-
-EXTRA = "extra/"  # prefix of the non-trained variables in an exported file
-EXPORT_DTYPES = ("float16", "bfloat16", "float32")
 
 
 # Fields that may differ when a workdir continues: they change what is written and how fast, not
@@ -269,7 +269,7 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
     folder = _path(workdir)
     config = load_config(workdir)
     if (folder / WEIGHTS).exists():
-        return _load_exported(folder)
+        return Variables(*shipped.decode((folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS)))
     known = steps(workdir)
     if step is not None and step not in known:
         raise UsageError(f"{workdir} has no checkpoint of step {step}; it has {known}.")
@@ -308,86 +308,20 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
     Raises:
       UsageError: for an unknown dtype, or float16 and a weight that does not fit into it.
     """
-    import ml_dtypes
-    from safetensors import numpy as safetensors
-
-    if dtype not in EXPORT_DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(EXPORT_DTYPES)}.")
+    if dtype not in shipped.DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(shipped.DTYPES)}.")
     config = load_config(workdir)
     variables = load_variables(workdir)
-    arrays = flatten(variables.params)
-    arrays |= {EXTRA + name: value for name, value in flatten(variables.extra or {}).items()}
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    stored = {}
-    for name, value in arrays.items():
-        # Non-float32 floats do not occur in checkpoints; integers are counters and tables.
-        is_float = np.issubdtype(value.dtype, np.floating)
-        with np.errstate(over="ignore"):
-            stored[name] = np.array(value, kind if is_float else None, order="C")
-        if is_float and np.isfinite(value).all() and not np.isfinite(stored[name]).all():
-            raise UsageError(
-                f"{name} has values up to {np.abs(value).max():.3g}, beyond {dtype}; "
-                "export with --dtype=bfloat16."
-            )
+    data = shipped.encode(variables.params, variables.extra, variables.step, dtype)
     folder = _path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"step": str(variables.step), "dtype": dtype}
-    (folder / WEIGHTS).write_bytes(safetensors.save(stored, metadata=meta))
+    (folder / WEIGHTS).write_bytes(data)
     save_config(out_dir, config)
     tokenizer = _path(workdir) / TOKENIZER
     if tokenizer.exists() and folder != tokenizer.parent:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
-    return {
-        "step": variables.step,
-        "parameters": sum(value.size for value in arrays.values()),
-        "bytes": (folder / WEIGHTS).stat().length,
-    }
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """A nested dict as {"a/b/c": array}."""
-    flat = {}
-    for key, value in tree.items():
-        if "/" in str(key):
-            raise ValueError(f"parameter name {key!r} holds a slash: flat names would clash.")
-        nested = isinstance(value, dict)
-        flat |= flatten(value, f"{prefix}{key}/") if nested else {prefix + key: np.asarray(value)}
-    return flat
-
-
-def unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The nested dict that `flatten` was given."""
-    tree = {}
-    for name, value in flat.items():
-        *path, leaf = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = value
-    return tree
-
-
-def _load_exported(folder: epath.Path) -> Variables:
-    from safetensors import SafetensorError
-    from safetensors import numpy as safetensors
-
-    data = (folder / WEIGHTS).read_bytes()
-    try:
-        flat = safetensors.load(data)
-    except SafetensorError as error:
-        raise UsageError(f"{folder / WEIGHTS} cannot be read: {error}; copy it again.") from error
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    step = int(header.get("__metadata__", {}).get("step", 0))
-    flat = {name: _as_float32(value) for name, value in flat.items()}
-    extra = {k.removeprefix(EXTRA): v for k, v in flat.items() if k.startswith(EXTRA)}
-    params = {k: v for k, v in flat.items() if not k.startswith(EXTRA)}
-    return Variables(unflatten(params), unflatten(extra) or None, step)
-
-
-def _as_float32(value: np.ndarray) -> np.ndarray:
-    # bfloat16 is not a subtype of np.floating: name it.
-    is_half = value.dtype == np.float16 or value.dtype.name == "bfloat16"
-    return value.astype(np.float32) if is_half else value
+    count = sum(np.size(x) for x in jax.tree.leaves((variables.params, variables.extra)))
+    return {"step": variables.step, "parameters": count, "bytes": len(data)}
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -6,27 +6,23 @@ same bits as an unbroken one on the same mesh.
 """
 
 import contextlib
-import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dalle_jax import config as cfg
+from dalle_jax.engine import checkpoint, optim, sharding
+from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
-from dalle_jax.engine import optim, sharding
 from dalle_jax.engine import state as state_lib
-from dalle_jax.engine.checkpoint import Checkpointer, claim
-from dalle_jax.engine.metrics import say
-from dalle_jax.engine.state import TrainState
+from dalle_jax.engine import steps as steps_lib
 from dalle_jax.engine.task import Task
-from dalle_jax.types import Batch, Key, Params, UsageError
+from dalle_jax.types import Batch, UsageError
 
 # fold_in numbers of the streams beside the per-step ones, which count up from 0.
 _INIT, _EVAL, _PREVIEW = 2**32 - 1, 2**32 - 2, 2**32 - 3
@@ -84,7 +80,7 @@ def train(
 
     # ---- Refuse what cannot work -------------------------------------------------------------
     check(config, task)
-    claim(workdir, config)
+    checkpoint.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     rules = sharding.rules(config.mesh)
     key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
@@ -94,10 +90,12 @@ def train(
     target, where = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
 
     # ---- Where are we? -----------------------------------------------------------------------
-    checkpointer = Checkpointer(workdir, config)
+    checkpointer = checkpoint.Checkpointer(workdir, config)
     if (checkpointer.latest_step() or 0) >= steps:
         checkpointer.close()
-        say(f"{workdir} has finished its {steps} steps; nothing to do (raise train.steps?).")
+        metrics_lib.say(
+            f"{workdir} has finished its {steps} steps; nothing to do (raise train.steps?)."
+        )
         return stored_metrics(workdir)
     if checkpointer.latest_step() is None:
         init = state_lib.make_init(task, tx, has_ema=has_ema)
@@ -106,27 +104,29 @@ def train(
             state = state_lib.warm_start(state, task, where)
     else:
         state, start = checkpointer.restore(target)
-        say(f"continuing {workdir} from step {start}.")
+        metrics_lib.say(f"continuing {workdir} from step {start}.")
     frozen_where = sharding.shardings(task.frozen, mesh, rules)
     frozen = jax.device_put(sharding.unbox(task.frozen), frozen_where)
-    say(state_lib.describe(task, target, mesh, config))
+    metrics_lib.say(state_lib.describe(task, target, mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
     batch_where = sharding.batch_sharding(mesh)
     whole = sharding.replicated(mesh)
     step_fn = jax.jit(
-        make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
+        steps_lib.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
         in_shardings=(where, frozen_where, batch_where, whole),
         out_shardings=(where, whole),
         donate_argnums=0,
     )
-    eval_fn = jax.jit(make_eval(task), out_shardings=whole)
+    eval_fn = jax.jit(steps_lib.make_eval(task), out_shardings=whole)
 
     def read_train(step: int) -> Batch:
-        return sharding.to_global(_fitting(batches(step), task, config.data.batch), batch_where)
+        return sharding.to_global(
+            feed_lib.fitting(batches(step), task, config.data.batch), batch_where
+        )
 
     def read_eval(i: int) -> Batch:
-        batch = _fitting(eval_batches(i), task, config.data.eval_batch)
+        batch = feed_lib.fitting(eval_batches(i), task, config.data.eval_batch)
         return sharding.to_global(batch, batch_where)
 
     writer = metrics_lib.Writer(workdir, config, first_step=start)
@@ -152,10 +152,10 @@ def train(
         rates = meter.read(config.data.batch, task.unit, task.flops)
         left = (steps - step) * rates["perf/step_ms"] / 1000
         writer.scalars(step, "train", mean | rates)
-        say(metrics_lib.console_line(step, steps, mean | rates, left))
+        metrics_lib.say(metrics_lib.console_line(step, steps, mean | rates, left))
         for name, text in task.alarms.items():
             if mean.get(name, 0) > 0:
-                say(f"  warning ({name}): {text}")
+                metrics_lib.say(f"  warning ({name}): {text}")
         final.update(last, step=step)
         untold.clear()
 
@@ -164,7 +164,7 @@ def train(
         params = state.ema if has_ema else state.params
         sums: dict[str, float] = {}
         count = config.train.eval_batches
-        with _Prefetch(read_eval, range(count), config.data.prefetch) as feed:
+        with feed_lib.Prefetch(read_eval, range(count), config.data.prefetch) as feed:
             for i, batch in feed:
                 noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
                 got = jax.device_get(eval_fn(params, state.extra, frozen, batch, noise, state.step))
@@ -172,7 +172,9 @@ def train(
                     sums[name] = sums.get(name, 0.0) + float(value) / count
         if sums:
             writer.scalars(step, "eval", sums)
-            say(metrics_lib.console_line(step, steps, {f"eval/{k}": v for k, v in sums.items()}))
+            metrics_lib.say(
+                metrics_lib.console_line(step, steps, {f"eval/{k}": v for k, v in sums.items()})
+            )
             final.update({f"eval/{name}": value for name, value in sums.items()})
 
     def preview(step: int) -> None:
@@ -195,9 +197,11 @@ def train(
             for name, s in task.batch_spec.items()
         }
         step_fn = step_fn.lower(state, frozen, spec, key).compile()
-        say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
+        metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
         stop = stack.enter_context(_Stop())
-        feed = stack.enter_context(_Prefetch(read_train, range(start, steps), config.data.prefetch))
+        feed = stack.enter_context(
+            feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
+        )
         meter = metrics_lib.Meter()
         waiting = time.perf_counter()
         for index, batch in feed:
@@ -239,80 +243,6 @@ def train(
                 raise Interrupted(signum, done)
             waiting = time.perf_counter()
     return final
-
-
-def make_step(
-    task: Task,
-    tx: optax.GradientTransformation,
-    lr: optim.Schedule,
-    ema_limit: float,
-    accum_steps: int,
-) -> Callable[[TrainState, Any, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure training step: (state, frozen, batch, key) -> (state, metrics).
-
-    `key` is the run's base key; the step folds its number in. With accumulation the batch is
-    split into micro-batches whose gradients and metrics are averaged, and `extra` passes through
-    them in turn: the result is that of the whole batch where the loss is a mean over examples.
-
-    Returns:
-      Function whose metrics are the task's plus loss, grad_norm (before clipping), lr and
-      update_ratio, the norm of the update over the norm of the weights: far below 1e-4 learns
-      nothing, far above 1e-2 is unstable.
-    """
-    grad_fn = jax.value_and_grad(task.loss, has_aux=True)
-
-    def gradients(state: TrainState, frozen: Any, batch: Batch, key: Key):
-        if accum_steps == 1:
-            (loss, out), grads = grad_fn(state.params, state.extra, frozen, batch, key, state.step)
-            return grads, out.extra, {**out.metrics, "loss": loss}
-
-        def split(x):
-            # Every micro-batch takes rows from every device's slice: no data moves.
-            return jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0)
-
-        def micro(carry, inputs):
-            total, extra = carry
-            i, part = inputs
-            noise = jax.random.fold_in(key, i)
-            (loss, out), grads = grad_fn(state.params, extra, frozen, part, noise, state.step)
-            total = jax.tree.map(lambda a, b: a + b / accum_steps, total, grads)
-            return (total, out.extra), {**out.metrics, "loss": loss}
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        parts = (jnp.arange(accum_steps), jax.tree.map(split, batch))
-        (grads, extra), values = jax.lax.scan(micro, (zeros, state.extra), parts)
-        return grads, extra, jax.tree.map(lambda x: x.mean(0), values)
-
-    def step(state: TrainState, frozen: Any, batch: Batch, key: Key):
-        key = jax.random.fold_in(key, state.step)
-        grads, extra, values = gradients(state, frozen, batch, key)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema is not None:
-            decay = optim.ema_decay(ema_limit, state.step)
-            ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), ema, params)
-        values = {
-            **values,
-            "grad_norm": optax.tree.norm(grads),
-            "update_ratio": optax.tree.norm(updates) / (optax.tree.norm(params) + 1e-12),
-            "lr": jnp.asarray(lr(state.step), jnp.float32),
-        }
-        return TrainState(state.step + 1, params, ema, extra, opt_state), values
-
-    return step
-
-
-def make_eval(task: Task) -> Callable[..., dict[str, jax.Array]]:
-    """(params, extra, frozen, batch, key, step) -> metrics of one held-out batch."""
-
-    def evaluate(params: Params, extra: Any, frozen: Any, batch: Batch, key: Key, step):
-        if task.evaluate:
-            return task.evaluate(params, extra, frozen, batch, key)
-        loss, out = task.loss(params, extra, frozen, batch, key, step)
-        return {**out.metrics, "loss": loss}
-
-    return evaluate
 
 
 def check(config: cfg.ConfigDict, task: Task) -> None:
@@ -391,74 +321,6 @@ def _explain(step, values, batches, checkpointer, workdir) -> str:
         "broken state was not saved. Usual cures: a lower optim.lr, a longer "
         "optim.warmup_steps, optim.clip_norm=1, dtype.compute=float32."
     )
-
-
-def _fitting(batch: Batch, task: Task, rows: int) -> Batch:
-    """The arrays that the task asks for, after comparing them with its batch_spec.
-
-    Raises:
-      UsageError: where data and task disagree.
-    """
-    local = rows // jax.process_count()
-    for name, spec in task.batch_spec.items():
-        if name not in batch:
-            raise UsageError(
-                f"task {task.name} needs {name!r} in its batches; the data gives "
-                f"{', '.join(sorted(batch))}."
-            )
-        got, want = np.asarray(batch[name]), (local, *spec.shape[1:])
-        if got.shape != want or got.dtype != spec.dtype:
-            raise UsageError(
-                f"task {task.name} expects {name} {want} {spec.dtype}; the data gives "
-                f"{got.shape} {got.dtype}. Compare data.image_px, data.text_len and data.batch "
-                "of this config with those of the prepared set."
-            )
-    return {name: batch[name] for name in task.batch_spec}
-
-
-class _Prefetch:
-    """Reads items ahead in one thread; iterating yields (i, read(i)) in order."""
-
-    def __init__(self, read: Callable[[int], Any], indices: Iterable[int], depth: int):
-        self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
-        self._closed = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(read, indices), name="prefetch", daemon=True
-        )
-
-    def __enter__(self) -> Iterator[tuple[int, Any]]:
-        self._thread.start()
-        return self._items()
-
-    def __exit__(self, *_: Any) -> None:
-        self._closed.set()
-        self._thread.join()
-
-    def _work(self, read: Callable[[int], Any], indices: Iterable[int]) -> None:
-        try:
-            for i in indices:
-                self._put((i, read(i), None))
-                if self._closed.is_set():
-                    return
-            self._put((None, None, None))
-        except BaseException as error:  # raised again in the loop's thread
-            self._put((None, None, error))
-
-    def _put(self, item: tuple) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def _items(self) -> Iterator[tuple[int, Any]]:
-        while True:
-            i, item, error = self._queue.get()
-            if error is not None:
-                raise error
-            if i is None:
-                return
-            yield i, item
 
 
 class _Stop:

@@ -52,11 +52,11 @@ class Writer:
         part = self._dir / (METRICS + ".part")
         part.write_text("".join(json.dumps(line) + "\n" for line in kept))
         part.replace(file)
-        self._lines = file.open("a")
-        if config.train.tensorboard:
-            self._board = _tensorboard(str(workdir), first_step)
         if config.train.wandb_project:
             self._wandb = _wandb(str(workdir), config)
+        if config.train.tensorboard:
+            self._board = _tensorboard(str(workdir), first_step)
+        self._lines = file.open("a")
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """One event of kind "train" or "eval"; values are Python or numpy scalars."""

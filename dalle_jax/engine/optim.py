@@ -184,21 +184,24 @@ def _muon(boxed_params: Params, adam: optax.GradientTransformation) -> optax.Gra
 
     params = sharding.unbox(boxed_params)
     numbers = jax.tree.map(dimensions, params, sharding.names(boxed_params))
-    labels = jax.tree.map(
-        lambda _, n: "adam" if n is None else "muon",
-        params,
-        numbers,
-        is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers),
-    )
-    masked = jax.tree.map(
-        lambda n: optax.MaskedNode() if n is None else n,
-        numbers,
-        is_leaf=lambda x: x is None or isinstance(x, optax.contrib.MuonDimensionNumbers),
-    )
+    labels = jax.tree.map(lambda _, n: "muon" if n else "adam", params, numbers)
+    masked = jax.tree.map(lambda n: n or optax.MaskedNode(), numbers, is_leaf=_is_dimensions)
+
+    def match_rms(updates, params=None):
+        del params
+
+        def scale(update, numbers):
+            a, b = update.shape[numbers.reduction_axis], update.shape[numbers.output_axis]
+            return update * (MUON_RMS * max(a, b) ** 0.5)
+
+        return jax.tree.map(scale, updates, masked)
+
     matrices = optax.chain(
         optax.contrib.scale_by_muon(beta=MUON_BETA, weight_dimension_numbers=lambda _: masked),
-        optax.contrib.scale_by_shape(
-            weight_dimension_numbers=lambda _: masked, consistent_rms=MUON_RMS
-        ),
+        optax.stateless(match_rms),
     )
     return optax.partition({"muon": matrices, "adam": adam}, labels)
+
+
+def _is_dimensions(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, optax.contrib.MuonDimensionNumbers)

@@ -1,0 +1,254 @@
+"""Tells whether this machine can train: versions, devices, memory, and two measured rates.
+
+  python -m dalle_jax doctor
+  python -m dalle_jax doctor --json > doctor.json
+
+Exits with 1 if something is broken, above all when there is an accelerator and JAX does not use
+it: a run would silently be a hundred times slower. Optional things that are missing are notes.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sys
+import time
+from typing import Any
+
+SUMMARY = "check versions, devices, memory and speed of this machine"
+
+PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy",
+    "tensorflow-datasets", "grain", "array_record", "sentencepiece", "Pillow", "safetensors",
+)  # fmt: skip
+OPTIONAL = {
+    "tensorboardX": "TensorBoard events; metrics.jsonl is written without it",
+    "wandb": "train.wandb_project",
+    "tensorflow": "only for TFDS sets stored as tfrecord; everything else works without it",
+}
+
+OK, NOTE, FAIL = "ok", "note", "fail"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--no_bench", action="store_true", help="skip the two measured rates")
+    parser.add_argument(
+        "--disk", default=".", metavar="DIR", help="folder whose free space counts (default: .)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 if a check failed."""
+    report = examine(args.disk, bench=not args.no_bench)
+    print(json.dumps(report, indent=2) if args.json else as_text(report))
+    failed = [check for check in report["checks"] if check["status"] == FAIL]
+    for check in failed if args.json else ():
+        print(f"FAIL {check['name']}: {check['text']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def examine(disk: str, *, bench: bool) -> dict[str, Any]:
+    """The report as plain data."""
+    import jax
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:  # a driver that does not match the installed plugin
+        devices, problem = [], str(error).splitlines()[0]
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in (*PACKAGES, *OPTIONAL)},
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "memory_gib": _memory_gib(),
+        "disk_free_gib": _disk_gib(disk),
+        "backend": devices[0].platform if devices else None,
+        "devices": [_device(device) for device in devices],
+        "rates": {},
+    }
+    checks = [check_python(sys.version_info[:2])]
+    if devices:
+        report["rates"] = measure(devices) if bench else {}
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        checks.append(check_backend(_seen_hardware(), report["backend"], platforms))
+    else:
+        checks.append(_check("devices", FAIL, f"JAX starts on no device: {problem}"))
+    checks += check_packages(report["versions"])
+    checks.append(check_disk(disk, report["disk_free_gib"]))
+    has_npm = shutil.which("npm") is not None
+    text = "found" if has_npm else "not found: `prepare` cannot fetch the emoji set without it"
+    checks.append(_check("npm", OK if has_npm else NOTE, text))
+    report["checks"] = checks
+    return report
+
+
+def check_python(version: tuple[int, int]) -> dict[str, str]:
+    """Python 3.11 and newer."""
+    text = ".".join(map(str, version))
+    if version < (3, 11):
+        return _check("python", FAIL, f"{text} is too old; use 3.11 or newer")
+    return _check("python", OK, text)
+
+
+def check_backend(seen: str | None, backend: str, platforms: str) -> dict[str, str]:
+    """Fails where there is an accelerator that JAX does not use.
+
+    Args:
+      seen: "gpu", "tpu" or None: what the operating system shows.
+      backend: platform of jax.devices()[0].
+      platforms: $JAX_PLATFORMS; "cpu" there is a decision and not an accident.
+    """
+    if seen is None or backend != "cpu":
+        return _check("backend", OK, f"JAX runs on {backend}")
+    if platforms.strip() == "cpu":
+        return _check("backend", NOTE, f"there is a {seen}, unused: JAX_PLATFORMS=cpu")
+    extra = {"gpu": "jax[cuda12]", "tpu": "jax[tpu]"}[seen]
+    return _check(
+        "backend",
+        FAIL,
+        f"this machine has a {seen}, but JAX runs on the CPU. Install the plugin that matches the "
+        f"driver (pip install -U '{extra}'), and check that CUDA_VISIBLE_DEVICES and "
+        "JAX_PLATFORMS do not hide it",
+    )
+
+
+def check_packages(versions: dict[str, str | None]) -> list[dict[str, str]]:
+    """Required packages fail, optional ones are notes."""
+    missing = [name for name in PACKAGES if versions.get(name) is None]
+    text = f"missing: {', '.join(missing)}; pip install dalle_jax" if missing else "all installed"
+    checks = [_check("packages", FAIL if missing else OK, text)]
+    for name, use in OPTIONAL.items():
+        if versions.get(name) is None:
+            checks.append(_check(name, NOTE, f"not installed ({use})"))
+    return checks
+
+
+def check_disk(folder: str, free_gib: float | None) -> dict[str, str]:
+    """Room for a few checkpoints of a small model."""
+    if free_gib is None:
+        return _check("disk", NOTE, f"{folder} is not a local folder")
+    low = free_gib < 2
+    text = f"{free_gib:.1f} GiB free in {folder}"
+    return _check("disk", NOTE if low else OK, text + (": little for checkpoints" if low else ""))
+
+
+def measure(devices: list) -> dict[str, float]:
+    """Matmul rate of one device, all-reduce rate over all of them.
+
+    Returns:
+      matmul_float32_gflops, matmul_bfloat16_gflops (2 n^3 over the best of 3 times) and, with
+      several devices, all_reduce_gib_per_s: bytes of one device's buffer over the best time.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, PartitionSpec
+
+    is_cpu = devices[0].platform == "cpu"
+    n = 1024 if is_cpu else 8192
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        matrix = jax.device_put(jnp.ones((n, n), name), jax.local_devices()[0])
+        seconds = _best_time(jax.jit(lambda x: x @ x), matrix)
+        rates[f"matmul_{name}_gflops"] = round(2 * n**3 / seconds / 1e9, 1)
+    if len(devices) > 1:
+        count = 2**20 if is_cpu else 2**26  # float32 per device
+        mesh = Mesh(np.asarray(devices), ("d",))
+        spec = PartitionSpec("d")
+
+        def add(x):
+            return jax.lax.psum(x, "d")
+
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        make = jax.jit(lambda: jnp.ones((len(devices) * count,)), out_shardings=sharding)
+        reduce = jax.shard_map(add, mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
+        seconds = _best_time(jax.jit(reduce), make())
+        rates["all_reduce_gib_per_s"] = round(4 * count / seconds / 2**30, 2)
+    return rates
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    lines = [f"python {report['python']}, {report['machine']}"]
+    lines += [f"  {name} {version}" for name, version in report["versions"].items() if version]
+    memory, disk = report["memory_gib"], report["disk_free_gib"]
+    lines.append(
+        f"{report['cpu_cores']} CPU cores, "
+        f"{'unknown' if memory is None else f'{memory:.1f} GiB'} memory, "
+        f"{'unknown' if disk is None else f'{disk:.1f} GiB'} disk free"
+    )
+    lines.append(f"{len(report['devices'])} JAX devices:")
+    for device in report["devices"][:8]:
+        held = f", {device['memory_gib']:.1f} GiB" if device["memory_gib"] else ""
+        lines.append(f"  {device['id']}: {device['kind']} ({device['platform']}{held})")
+    if len(report["devices"]) > 8:
+        lines.append(f"  … {len(report['devices']) - 8} more")
+    lines += [f"{name}: {rate:,}" for name, rate in report["rates"].items()]
+    marks = {OK: " ok ", NOTE: "note", FAIL: "FAIL"}
+    lines += [f"[{marks[c['status']]}] {c['name']}: {c['text']}" for c in report["checks"]]
+    return "\n".join(lines)
+
+
+def _check(name: str, status: str, text: str) -> dict[str, str]:
+    return {"name": name, "status": status, "text": text}
+
+
+def _best_time(function, *args) -> float:
+    import jax
+
+    jax.block_until_ready(function(*args))  # compiles
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _device(device) -> dict[str, Any]:
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except Exception:  # not every backend has it, and they differ in how they say so
+        limit = None
+    return {
+        "id": device.id,
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "memory_gib": round(limit / 2**30, 2) if limit else None,
+    }
+
+
+def _seen_hardware() -> str | None:
+    """What the operating system shows, whether or not JAX can use it."""
+    if shutil.which("nvidia-smi") or pathlib.Path("/proc/driver/nvidia/version").exists():
+        return "gpu"
+    if any(pathlib.Path("/dev").glob("accel*")) or "TPU_NAME" in os.environ:
+        return "tpu"
+    return None
+
+
+def _version(name: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _disk_gib(folder: str) -> float | None:
+    try:
+        return shutil.disk_usage(folder).free / 2**30
+    except OSError:
+        return None

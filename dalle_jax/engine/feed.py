@@ -1,0 +1,80 @@
+"""Batches on their way to the devices: checked against the task, read ahead by one thread."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from dalle_jax.engine.task import Task
+from dalle_jax.types import Batch, UsageError
+
+
+def fitting(batch: Batch, task: Task, rows: int) -> Batch:
+    """The arrays that the task asks for, after comparing them with its batch_spec.
+
+    Raises:
+      UsageError: where data and task disagree.
+    """
+    local = rows // jax.process_count()
+    for name, spec in task.batch_spec.items():
+        if name not in batch:
+            raise UsageError(
+                f"task {task.name} needs {name!r} in its batches; the data gives "
+                f"{', '.join(sorted(batch))}."
+            )
+        got, want = np.asarray(batch[name]), (local, *spec.shape[1:])
+        if got.shape != want or got.dtype != spec.dtype:
+            raise UsageError(
+                f"task {task.name} expects {name} {want} {spec.dtype}; the data gives "
+                f"{got.shape} {got.dtype}. Compare data.image_px, data.text_len and data.batch "
+                "of this config with those of the prepared set."
+            )
+    return {name: batch[name] for name in task.batch_spec}
+
+
+class Prefetch:
+    """Reads items ahead in one thread; iterating yields (i, read(i)) in order."""
+
+    def __init__(self, read: Callable[[int], Any], indices: Iterable[int], depth: int):
+        self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(read, indices), name="prefetch", daemon=True
+        )
+
+    def __enter__(self) -> Iterator[tuple[int, Any]]:
+        self._thread.start()
+        return self._items()
+
+    def __exit__(self, *_: Any) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def _work(self, read: Callable[[int], Any], indices: Iterable[int]) -> None:
+        try:
+            for i in indices:
+                self._put((i, read(i), None))
+                if self._closed.is_set():
+                    return
+            self._put((None, None, None))
+        except BaseException as error:  # raised again in the loop's thread
+            self._put((None, None, error))
+
+    def _put(self, item: tuple) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _items(self) -> Iterator[tuple[int, Any]]:
+        while True:
+            i, item, error = self._queue.get()
+            if error is not None:
+                raise error
+            if i is None:
+                return
+            yield i, item

@@ -1,0 +1,187 @@
+"""The train command and its entry point: flags, exit codes, the tokenizer that travels along."""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+
+from dalle_jax import __main__, tasks
+from dalle_jax.cli import common
+from dalle_jax.data import pipeline, tokenizer
+from dalle_jax.engine import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "engine"))
+
+import linear_task as lt  # noqa: E402
+
+
+class Pipeline(lt.Batches):
+    skipped, truncated = collections.Counter(), 0
+    kill_at = None
+
+    def __call__(self, step):
+        if step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__call__(step)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def command(monkeypatch, workdir, tmp_path):
+    """Runs `train` on the linear task; extra arguments are appended."""
+    fake = types.ModuleType("linear")
+    fake.wanted = lambda config: {"text"} if config.seed == 7 else {"image"}
+
+    def make(config, tokenizer=None):
+        fake.tokenizer = tokenizer
+        return lt.make_task()
+
+    make.__module__ = "linear"
+    fake.make = make
+    monkeypatch.setitem(sys.modules, "linear", fake)
+    monkeypatch.setitem(tasks.TASKS, "linear", make)
+    made = []
+    one = jax.devices()[:1]  # eight compile ten times as long
+    monkeypatch.setattr(jax, "devices", lambda *args: one)
+
+    def make_pipeline(data_config, seed, **kwargs):
+        made.append(kwargs)
+        return Pipeline(delay=0.01)
+
+    monkeypatch.setattr(pipeline, "make", make_pipeline)
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import linear_task as lt\n"
+        "from dalle_jax import config as cfg\n"
+        "def get_config(arg=None):\n"
+        "    c = lt.make_config()\n"
+        "    c.unlock()\n"
+        "    c.data.split, c.data.eval_split = 'train', 'validation'\n"
+        "    return c\n"
+    )
+
+    def run(*args):
+        flags = ["train", f"--config={file}", f"--workdir={workdir}", "--compilation_cache="]
+        return __main__.main([*flags, *args])
+
+    run.made, run.fake = made, fake
+    return run
+
+
+def test_trains_with_typed_overrides_then_is_a_no_op(command, workdir, capsys):
+    assert command("--config.train.steps=8", "--config.optim.lr", "0.01") == 0
+    stored = checkpoint.load_config(str(workdir))
+    assert stored.train.steps == 8 and stored.optim.lr == 0.01
+    assert checkpoint.steps(str(workdir))[-1] == 8
+    made = [(m["split"], m["training"], m["batch"], m["wanted"]) for m in command.made]
+    assert made == [("train", True, 16, {"image"}), ("validation", False, 16, {"image"})]
+    assert command("--config.train.steps=8", "--config.optim.lr=0.01") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_sigterm_saves_and_exits_with_143(command, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(Pipeline, "kill_at", 6)
+    assert command() == 143
+    step = checkpoint.steps(str(workdir))[-1]
+    assert 0 < step < 20 and f"saved step {step}" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(command, workdir, capsys):
+    assert command("--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "144 parameters" in out and "learning rate (constant)" in out
+    assert not workdir.exists() and command.made == []
+
+
+def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypatch):
+    captions = ["a red square", "a blue circle on the left of a green square"] * 20
+    path = workdir.parent / "set.model"
+    tokenizer.train(captions, 320, path)
+    monkeypatch.setattr(tokenizer, "find", lambda c: tokenizer.Tokenizer(path.read_bytes()))
+    text = ("--config.seed=7", "--config.train.steps=2")
+    assert command(*text) == 0
+    copied = (workdir / "tokenizer.model").read_bytes()
+    assert copied == path.read_bytes()
+
+    def lost(config):
+        raise AssertionError("the prepared set must not be asked")
+
+    monkeypatch.setattr(tokenizer, "find", lost)
+    assert command(*text, "--config.train.steps=3") == 0
+    assert command.fake.tokenizer.model_bytes == copied
+
+
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["train", "--config=nowhere.py", "--workdir=w"], "nowhere.py does not exist"),
+        (["trian"], "did you mean 'train'"),
+        (["train", "--config=configs/dvae.py", "--workdir=w", "--config.optim.l=1"], "optim.l"),
+        (["train", "--config=configs/dvae.py", "--workdir=w", "--config.optim.lr"], "no value"),
+        (["train", "--config=configs/dvae.py", "--workdir=w", "--config.task=gan"], "'gan'"),
+    ],
+)
+def test_bad_input_is_exit_code_2_with_the_cure(args, text, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert __main__.main([*args]) == 2
+    err = capsys.readouterr().err
+    assert text in err and "Traceback" not in err
+
+
+def test_unknown_flag_is_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        __main__.main(["train", "--wordkir=x"])
+    assert stop.value.code == 2
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "load_config", interrupt)
+    argv = ["train", "--config=x", "--workdir=y", "--compilation_cache="]
+    assert __main__.main(argv) == 130
+
+
+def test_overview_lists_every_command_with_its_summary(capsys):
+    assert __main__.main([]) == 0
+    out = capsys.readouterr().out
+    for file in (ROOT / "dalle_jax" / "cli").glob("*.py"):
+        if "SUMMARY" in file.read_text():
+            assert f"  {file.stem} " in out
+
+
+def test_no_help_imports_jax():
+    program = """
+        import sys
+        from dalle_jax import __main__
+        for name in __main__.commands():
+            try:
+                __main__.main([name, "--help"])
+            except SystemExit as stop:
+                assert stop.code == 0, name
+            heavy = {"jax", "numpy", "tensorflow_datasets", "flax"} & sys.modules.keys()
+            assert not heavy, (name, heavy)
+    """
+    import textwrap
+
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_overrides_are_split_from_flags():
+    rest, overrides = common.split_overrides(
+        ["--config=a.py", "--config.a.b=1=2", "--workdir", "w", "--config.c", "-3"]
+    )
+    assert rest == ["--config=a.py", "--workdir", "w"]
+    assert overrides == {"a.b": "1=2", "c": "-3"}

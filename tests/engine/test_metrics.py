@@ -1,0 +1,87 @@
+"""What is written can be read back, and what is printed says what it means."""
+
+import json
+
+import linear_task as lt
+import numpy as np
+import pytest
+
+from dalle_jax.engine import metrics
+from dalle_jax.types import UsageError
+
+
+def test_events_of_an_interrupted_tail_are_dropped_on_resume(workdir):
+    writer = metrics.Writer(str(workdir), lt.make_config())
+    for step in (5, 10, 15):
+        writer.scalars(step, "train", {"loss": step / 10})
+    writer.close()
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 17, "ki')  # killed in the middle of a line
+    writer = metrics.Writer(str(workdir), lt.make_config(), first_step=10)
+    writer.scalars(15, "train", {"loss": np.float32(0.1)})
+    writer.close()
+    events = metrics.read(str(workdir))
+    assert [e["step"] for e in events] == [5, 10, 15]
+    assert np.float32(events[-1]["loss"]) == np.float32(0.1)
+
+
+def test_nan_is_null_in_json(workdir):
+    writer = metrics.Writer(str(workdir), lt.make_config())
+    writer.scalars(1, "eval", {"loss": float("nan"), "psnr": float("inf")})
+    writer.close()
+    line = (workdir / "metrics.jsonl").read_text()
+    assert json.loads(line) == {"step": 1, "kind": "eval", "loss": None, "psnr": None}
+
+
+def test_tensorboard_gets_scalars_and_pictures(workdir):
+    writer = metrics.Writer(str(workdir), lt.make_config(**{"train.tensorboard": True}))
+    writer.scalars(1, "train", {"loss": 1.0})
+    writer.pictures(1, {"samples": np.zeros((6, 16, 16, 3), np.float32)})
+    writer.close()
+    events = list(workdir.glob("events.out*"))
+    assert len(events) == 1
+    assert b"train/loss" in events[0].read_bytes() and b"preview/samples" in events[0].read_bytes()
+    assert (workdir / "previews" / "samples-1.png").exists()
+
+
+def test_missing_wandb_is_refused_by_name(workdir, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UsageError, match="pip install 'dalle_jax\\[wandb\\]'"):
+        metrics.Writer(str(workdir), lt.make_config(**{"train.wandb_project": "p"}))
+
+
+def test_meter_counts_the_interval(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    meter = metrics.Meter()
+    for _ in range(10):
+        meter.step()
+    now[0], meter.waited = 5.0, 1.0
+    values = meter.read(16, ("tokens", 80), 2e9)
+    assert values == {
+        "perf/images_per_s": 32.0,
+        "perf/step_ms": 500.0,
+        "perf/tokens_per_s": 2560.0,
+        "perf/gflops_per_s": 4.0,
+        "perf/input_wait_pct": 20.0,
+    }
+    now[0] = 105.0
+    meter.pause(5.0)  # an evaluation of 100 s
+    meter.step()
+    now[0] = 106.0
+    assert meter.read(16, None, 0)["perf/images_per_s"] == pytest.approx(16.0)
+
+
+def test_console_line():
+    values = {"loss": 0.123456, "perf/images_per_s": 1234.5, "perf/gflops_per_s": 87.0}
+    values["perf/input_wait_pct"] = 3.2
+    line = metrics.console_line(50, 1000, values, 75)
+    assert line == (
+        "step   50/1000  loss 0.1235 | 1,234 images/s  87 GFLOP/s  input wait 3%  ETA 1:15"
+    )
+
+
+def test_units():
+    assert metrics.duration(3723) == "1:02:03" and metrics.duration(62) == "1:02"
+    assert metrics.size(100) == "100 B" and metrics.size(3 * 2**20) == "3.0 MiB"
+    assert metrics.size(5000 * 2**30) == "5000.0 GiB"
