@@ -54,13 +54,7 @@ BANNED = {
 
 MAX_LINES = 400
 # File -> why it may be longer.
-LONG_FILES: dict[str, str] = {
-    "dalle_jax/engine/loop.py": "linear and headed: it is read from top to bottom",
-    "dalle_jax/engine/checkpoint.py": "saving, restoring and exporting share one layout",
-    "dalle_jax/data/shapes.py": "grammar, renderer and their inverse must agree line by line",
-    "dalle_jax/data/sources.py": "how every layout of a prepared set is found and read",
-    "tests/data/test_pairs.py": "one broken file of each kind, for each of five formats",
-}
+LONG_FILES: dict[str, str] = {}
 
 
 def python_files(folder: pathlib.Path) -> list[pathlib.Path]:
