@@ -2,8 +2,8 @@
 
     python -m dalle_jax train --config=configs/clip.py:size=shapes --workdir=runs/clip
 
-Sizes (`size=`): smoke (a minute on a CPU), shapes (32 px generated scenes), emoji (32 or 64 px
-pictures), b32, b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313, 149,620,737 and
+Sizes (`size=`): smoke (a minute on a CPU), demo and shapes (32 px generated scenes), emoji_demo and
+emoji (32 or 64 px pictures), b32, b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313, 149,620,737 and
 427,616,513 parameters; not run here). Expected, paper sizes: zero-shot ImageNet 63.2, 68.6, 75.3.
 
 To rank drawn pictures, show it what a codec draws: `--config.stages.dvae=runs/dvae
@@ -20,7 +20,9 @@ _PAPER = {
 }
 _SMALL = {
     "smoke": (8, (64, 2, 2), (64, 2, 2), 32),
+    "demo": (8, (96, 3, 3), (64, 2, 2), 64),
     "shapes": (4, (96, 3, 2), (64, 2, 2), 64),
+    "emoji_demo": (8, (96, 3, 3), (96, 2, 3), 64),
     "emoji": (4, (128, 4, 4), (128, 2, 4), 128),
 }
 
@@ -73,7 +75,14 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.batch, c.data.eval_batch = 32, 64
         c.train.steps, c.train.save_every_steps, c.train.log_every_steps = 60, 30, 10
         c.optim.warmup_steps = 10
-    if args.size == "emoji":
+    if args.size in ("demo", "shapes"):
+        c.data.text_len = 12  # captions of the grammar have at most 9 ids, begin and end not counted
+    if args.size in ("demo", "emoji_demo"):
+        c.data.batch = 64
+        c.train.steps, c.train.log_every_steps = 2400, 25
+    if args.size == "shapes":
+        c.train.steps, c.train.eval_every_steps, c.train.save_every_steps = 3000, 500, 250
+    if args.size in ("emoji_demo", "emoji"):
         c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 24
         c.optim.weight_decay = 0.2  # about 10k pictures: it overfits
     if args.size in _PAPER:

@@ -3,21 +3,23 @@
     python -m dalle_jax train --config=configs/dalle.py:size=shapes \
         --config.stages.dvae=runs/dvae --workdir=runs/dalle
 
-Sizes (`size=`): smoke (a minute on a CPU), shapes (32 px generated scenes, 8x8 codes, two CPU
-cores), emoji (captioned emoji), single_gpu (256 px, 32x32 codes of the paper's dVAE, 16 layers of
-1024; not run here). `width=`, `layers=` and `steps=` change a size; 0 keeps its own.
+Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in minutes), shapes (the same for
+an hour and a half: the pretrained model), emoji_demo and emoji (captioned emoji), single_gpu
+(256 px, 32x32 codes of the paper's dVAE, 16 layers of 1024; not run here). `width=`, `layers=` and `steps=` change a size; 0 keeps its own.
 
 The paper's 12-billion-parameter model is configs/dalle_12b.py.
 """
 
 from dalle_jax import config as cfg
 
-# width, layers, steps
+# width, layers, heads, steps
 _SIZES = {
-    "smoke": (64, 2, 60),
-    "shapes": (192, 6, 10_000),
-    "emoji": (192, 6, 10_000),
-    "single_gpu": (1024, 16, 200_000),
+    "smoke": (64, 2, 1, 60),
+    "demo": (128, 4, 2, 2400),
+    "shapes": (160, 5, 5, 5400),
+    "emoji_demo": (128, 4, 2, 2400),
+    "emoji": (192, 6, 3, 10_000),
+    "single_gpu": (1024, 16, 16, 200_000),
 }
 
 
@@ -26,7 +28,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     args = cfg.parse_args(arg, size="shapes", width=0, layers=0, steps=0)
     if args.size not in _SIZES:
         raise cfg.UsageError(f"size={args.size!r} is unknown; use one of {', '.join(_SIZES)}.")
-    width, layers, steps = _SIZES[args.size]
+    width, layers, heads, steps = _SIZES[args.size]
     width, layers, steps = args.width or width, args.layers or layers, args.steps or steps
     c = cfg.sibling(__file__, "base").get_config()
     c.task = "dalle"
@@ -35,7 +37,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         dict(
             width=width,
             num_layers=layers,
-            num_heads=max(1, width // 64),
+            num_heads=max(1, width // 64) if args.width else heads,
             mlp_ratio=4,
             attention=("row", "column", "row", "row"),  # of nn.masks; full is allowed
             last_attention="conv",
@@ -63,9 +65,25 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.batch, c.data.eval_batch = 16, 32
         c.train.save_every_steps, c.train.log_every_steps = 30, 10
         c.optim.warmup_steps = 10
-    if args.size == "emoji":
+    if args.size in ("demo", "shapes"):
+        # Captions of the grammar have at most 9 ids; every text slot costs as much as a code.
+        c.data.text_len = 12
+        # On an 8x8 grid the sparse masks save nothing and every key is near: one mask for all.
+        c.model.attention, c.model.last_attention = ("full",), "full"
+        c.data.caption_drop = 0.1  # for sample --guidance
+    if args.size == "shapes":
+        c.optim.ema_decay = 0.998
+        c.train.eval_every_steps, c.train.save_every_steps = 500, 250
+        c.train.preview_every_steps = 1000
+    if args.size in ("demo", "emoji_demo"):
+        c.data.batch = 16
+        c.optim.ema_decay = 0.99
+        c.train.eval_every_steps, c.train.save_every_steps = 400, 200
+        c.train.log_every_steps = 20
+    if args.size in ("emoji_demo", "emoji"):
         c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 24
         c.data.bpe_dropout = 0.1
+        c.data.caption_drop = 0.1
         c.model.dropout = 0.1  # about 10k pictures: it overfits
     if args.size == "single_gpu":
         c.dtype.compute = "bfloat16"

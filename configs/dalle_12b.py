@@ -1,7 +1,8 @@
 """The paper's 12-billion-parameter DALL-E (Ramesh et al. 2021, table 1 and appendices B to D).
 
-    python -m dalle_jax plan --config=configs/dalle_12b.py
     python -m dalle_jax train --config=configs/dalle_12b.py --config.stages.dvae=DIR --workdir=DIR
+
+`--dry_run` prints every array and its sharding and computes nothing.
 
 64 layers of width 3968, 62 heads of 64, 256 text slots and 32x32 codes of 8192: 12,292,808,448
 parameters. Paper: 430,000 updates of batch 1024 on 1024 V100-16GB; zero-shot MS-COCO FID about

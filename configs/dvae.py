@@ -23,8 +23,8 @@ code distribution (185 of 256 codes in use in a prototype, but 3 dB behind at eq
 
     python -m dalle_jax train --config=configs/dvae.py:size=shapes,scratch --workdir=runs/dvae
 
-Sizes (`size=`): smoke (under a minute on a CPU, from scratch), shapes (32 px, 8x8 codes of 512),
-emoji (`px=64` gives 16x16 codes). The paper's own model and schedules: configs/dvae_paper.py.
+Sizes (`size=`): smoke (under a minute on a CPU, from scratch), demo and shapes (32 px, 8x8 codes of
+512), emoji_demo and emoji (`px=64` gives 16x16 codes). The paper's own model and schedules: configs/dvae_paper.py.
 A kl_weight here is one against squared errors in [-1, 1]; the paper's 6.6 is one against
 logit-Laplace.
 """
@@ -34,7 +34,9 @@ from dalle_jax import config as cfg
 # px, width, codes, steps from a VQ-VAE, steps from scratch
 _SIZES = {
     "smoke": (32, 48, 128, 200, 300),
+    "demo": (32, 96, 512, 200, 1200),
     "shapes": (32, 96, 512, 400, 2200),
+    "emoji_demo": (32, 96, 512, 200, 1200),
     "emoji": (32, 128, 1024, 600, 6000),
 }
 
@@ -80,8 +82,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     if args.size == "smoke":
         c.data.batch, c.data.eval_batch = 16, 32
         c.train.save_every_steps = 100
-    if args.size == "emoji":
-        c.data.source, c.data.crop = "emoji", "none"
+    if args.size in ("emoji_demo", "emoji"):
+        c.data.source = "emoji"
     return c
 
 

@@ -7,7 +7,7 @@ Released model: 53,786,240 parameters in the encoder, 43,829,766 in the decoder.
 it for 3,000,000 updates of 512 pictures on 64 V100 of 16 GB, in float16; not run here. bfloat16
 here, so there is no loss scaling. Look at it without a machine of that size:
 
-    python -m dalle_jax plan --config=configs/dvae_paper.py
+    python -m dalle_jax train --config=configs/dvae_paper.py --workdir=runs/dvae_paper --dry_run
 
 `size=smoke` is the same network and objective in miniature, a minute on a CPU: it shows that every
 part runs, not that 40 steps of logit-Laplace draw anything.

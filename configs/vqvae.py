@@ -2,8 +2,9 @@
 
     python -m dalle_jax train --config=configs/vqvae.py:size=shapes --workdir=runs/vqvae
 
-Sizes (`size=`): smoke (under a minute on a CPU), shapes (32 px generated scenes, 8x8 codes of
-512), emoji (captioned emoji; `px=64` gives 16x16 codes), paper (the ImageNet-128 model: 32x32
+Sizes (`size=`): smoke (under a minute on a CPU), demo and shapes (32 px generated scenes, 8x8 codes
+of 512, for 2 and 12 minutes), emoji_demo and emoji (captioned emoji; `px=64` gives 16x16 codes),
+paper (the ImageNet-128 model: 32x32
 codes of 512; not run here).
 
 Measured, shapes, batch 32: 110 to 150 ms a step on one busy CPU core (90 ms of processor time).
@@ -22,7 +23,9 @@ from dalle_jax import config as cfg
 # px, width, codes, code_dim, steps
 _SIZES = {
     "smoke": (32, 48, 128, 16, 300),
-    "shapes": (32, 96, 512, 32, 2200),
+    "demo": (32, 96, 512, 32, 1200),
+    "shapes": (32, 96, 512, 32, 6500),
+    "emoji_demo": (32, 96, 512, 32, 1200),
     "emoji": (32, 128, 1024, 32, 6000),
     "paper": (128, 256, 512, 64, 250_000),
 }
@@ -69,8 +72,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     if args.size == "smoke":
         c.data.batch, c.data.eval_batch = 16, 32
         c.train.save_every_steps = 100
-    if args.size == "emoji":
-        c.data.source, c.data.crop = "emoji", "none"
+    if args.size in ("emoji_demo", "emoji"):
+        c.data.source = "emoji"
     if args.size == "paper":
         c.data.batch, c.data.crop = 128, "dvae"
         c.model.ema_decay, c.model.revive_share = 0.99, 0.0  # no revival in the paper
