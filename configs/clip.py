@@ -76,7 +76,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.train.steps, c.train.save_every_steps, c.train.log_every_steps = 60, 30, 10
         c.optim.warmup_steps = 10
     if args.size in ("demo", "shapes"):
-        c.data.text_len = 12  # captions of the grammar have at most 9 ids, begin and end not counted
+        c.data.text_len = (
+            12  # captions of the grammar have at most 9 ids, begin and end not counted
+        )
     if args.size in ("demo", "emoji_demo"):
         c.data.batch = 64
         c.train.steps, c.train.log_every_steps = 2400, 25

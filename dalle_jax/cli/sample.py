@@ -199,7 +199,8 @@ def _stages(args):
     dvae_dir = args.dvae or shipped.get("dvae", "")
     # CLIP first: it is the quicker one to find wrong.
     clip = stages.load_clip(clip_dir) if clip_dir else None
-    return stages.load_dalle(args.workdir or shipped["dalle"], dvae=dvae_dir), clip
+    dalle_dir = args.workdir or shipped.get("dalle", f"{args.pretrained}/dalle")
+    return stages.load_dalle(dalle_dir, dvae=dvae_dir), clip
 
 
 def _counts(args, has_clip: bool) -> tuple[int, int]:

@@ -184,10 +184,9 @@ def fitting_chunk(dalle: stages.DalleStage, guidance: float = 1.0) -> int:
 def order(scores: Array) -> np.ndarray:
     """Indices from best to worst, [M] int: highest score first, ties in order of drawing.
 
-    A score that is not a number goes last: it must never be shown as the best picture.
+    A score that is not a number goes last (numpy sorts it there): it must never be shown as best.
     """
-    scores = np.asarray(scores, np.float64)
-    return np.argsort(np.where(np.isnan(scores), np.inf, -scores), kind="stable")
+    return np.argsort(-np.asarray(scores), kind="stable")
 
 
 def _score_embedded(model: clip.Clip, params: Params, images: Array, text: Array) -> Array:

@@ -318,7 +318,7 @@ def _open(workdir: str, task: str, step: int | None):
     config = checkpoint.load_config(workdir)
     if config.task != task:
         raise UsageError(
-            f"workdir {str(workdir)!r} holds a {config.task!r} run; expected a {task!r} run: "
+            f"workdir {str(workdir)!r} holds a run of task {config.task!r}; expected task {task!r}: "
             "check which folder goes with which option."
         )
     return config, checkpoint.load_variables(workdir, step)

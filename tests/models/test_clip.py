@@ -1,0 +1,178 @@
+"""Both towers of CLIP: sizes as released, pooling, causality, pixels."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import config as cfg
+from dalle_jax.models import clip
+from dalle_jax.sampling import stages
+from dalle_jax.types import UsageError
+
+EOS = clip.SENTENCEPIECE_EOS
+TINY = clip.ClipConfig(
+    image_px=16, text_len=10, vocab_size=40, patch_px=8,
+    image_width=16, image_layers=2, image_heads=2,
+    text_width=12, text_layers=2, text_heads=3, joint_width=8,
+)  # fmt: skip
+
+
+def init(config, key):
+    model = clip.Clip(config)
+    images = jnp.zeros((1, config.image_px, config.image_px, 3))
+    params = jax.jit(model.init)(key, images, jnp.zeros((1, config.text_len), jnp.int32))
+    return model, nn.meta.unbox(params)["params"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model, params = init(TINY, jax.random.key(0))
+    # Biases and gains as after training: a forgotten one would not show at zero and one.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture(scope="module")
+def encode_text(tiny):
+    model, params = tiny
+    return jax.jit(lambda text: model.apply({"params": params}, text, method="encode_text"))
+
+
+def captions(rng, lengths, text_len=TINY.text_len):
+    """bos, words, eos, padding."""
+    text = np.zeros((len(lengths), text_len), np.int32)
+    for row, n in zip(text, lengths, strict=True):
+        row[0], row[1 : n - 1], row[n - 1] = 2, rng.integers(4, TINY.vocab_size, n - 2), EOS
+    return text
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)]
+)
+def test_released_sizes_have_the_released_parameter_counts(root, size, count):
+    model = stages.clip(cfg.load(f"{root}/configs/clip.py:size={size}"))
+    c = model.config
+    images = jax.ShapeDtypeStruct((1, c.image_px, c.image_px, 3), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, c.text_len), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images, text)["params"]
+    assert clip.num_params(params) == count
+    # No bias where the released model has none.
+    assert set(params["image"]) == {
+        "class_embed", "norm_post", "norm_pre", "patch_embed", "positions", "projection",
+        "transformer",
+    }  # fmt: skip
+
+
+def test_patch_matmul_is_the_strided_convolution(rng):
+    x = rng.normal(size=(2, 12, 12, 3)).astype(np.float32)
+    kernel = rng.normal(size=(4, 4, 3, 5)).astype(np.float32)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    got = clip.patches(x, 4) @ kernel.reshape(-1, 5)
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=1e-4)
+
+
+def test_normalise_maps_the_mean_pixel_to_zero_and_one_deviation_to_one():
+    mean, std = np.asarray(clip.PIXEL_MEAN), np.asarray(clip.PIXEL_STD)
+    pixels = np.stack([mean, mean + std, mean - 2 * std])[None, None].astype(
+        np.float32
+    )  # in [0, 1]
+    got = np.asarray(clip.normalise(jnp.asarray(pixels * 2 - 1)))
+    np.testing.assert_allclose(got[0, 0, :, 0], [0, 1, -2], atol=1e-5)
+    np.testing.assert_allclose(got[0, 0, :, 2], [0, 1, -2], atol=1e-5)
+
+
+def test_text_is_read_at_the_first_end_token():
+    text = np.asarray([[2, 9, EOS, EOS, 0], [2, EOS, 0, 0, 0], [2, 8, 8, 8, 8]])
+    np.testing.assert_array_equal(clip.end_position(text, EOS), [2, 1, 4])
+
+
+def test_openai_ids_agree_with_the_argmax_of_ids(rng):
+    text = rng.integers(0, 49406, (6, 12))
+    for row, n in enumerate((3, 5, 7, 9, 10, 11)):
+        text[row, n], text[row, n + 1 :] = clip.OPENAI_EOS, 0
+    np.testing.assert_array_equal(clip.end_position(text, clip.OPENAI_EOS), text.argmax(axis=1))
+
+
+def test_padding_changes_nothing(tiny, encode_text, rng):
+    """The embedding of a padded caption is that of the caption at its own length."""
+    model, params = tiny
+    text = captions(rng, [6])
+    short = clip.Clip(dataclasses.replace(TINY, text_len=6))
+    cut = {**params["text"], "positions": params["text"]["positions"][:6]}
+    cut = {"params": {**params, "text": cut}}
+    expected = short.apply(cut, text[:, :6], method="encode_text")
+    np.testing.assert_allclose(encode_text(text), expected, atol=1e-6)
+
+
+def test_text_tower_is_causal(encode_text, rng):
+    """What follows the end token does not matter; what stands before it does."""
+    text = captions(rng, [5, 5])
+    text[1] = text[0]
+    text[1, 5:] = rng.integers(4, TINY.vocab_size, TINY.text_len - 5)
+    same = np.asarray(encode_text(text))
+    np.testing.assert_array_equal(same[0], same[1])
+    text[1, 1] = (text[1, 1] + 1) % 30 + 4
+    other = np.asarray(encode_text(text))
+    assert np.abs(other[0] - other[1]).max() > 1e-4
+
+
+def test_gradient_is_zero_after_the_end_token(tiny, rng):
+    model, params = tiny
+    text = captions(rng, [4])
+
+    def first_value(positions):
+        moved = {**params, "text": {**params["text"], "positions": positions}}
+        return model.apply({"params": moved}, text, method="encode_text")[0, 0]
+
+    gradient = np.asarray(jax.jit(jax.grad(first_value))(params["text"]["positions"]))
+    assert np.abs(gradient[:4]).min(axis=1).min() > 0
+    np.testing.assert_array_equal(gradient[4:], 0)
+
+
+def test_embeddings_have_unit_length_and_scale_starts_at_the_papers(tiny, rng):
+    model, _ = tiny
+    _, fresh = init(TINY, jax.random.key(3))
+    images = rng.uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
+    image, text, logit_scale = jax.jit(model.apply)(
+        {"params": fresh}, images, captions(rng, [3, 6, 10])
+    )
+    np.testing.assert_allclose(np.linalg.norm(image, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(text, axis=1), 1, atol=1e-5)
+    assert image.shape == text.shape == (3, TINY.joint_width)
+    np.testing.assert_allclose(np.exp(logit_scale), 1 / 0.07, rtol=1e-6)
+
+
+def test_scan_is_the_unrolled_stack(tiny, rng):
+    model, params = tiny
+    scanned = clip.Clip(dataclasses.replace(TINY, scan_layers=True, remat="full"))
+    images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    text = captions(rng, [4, 8])
+    for a, b in zip(
+        jax.jit(model.apply)({"params": params}, images, text),
+        jax.jit(scanned.apply)({"params": params}, images, text),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("patch_px", 7, "image_px=14"),
+        ("eos_id", 40, "vocabulary of 40"),
+        ("text_len", 2, "text_len 2"),
+        ("image_heads", 3, "num_heads 3"),
+        ("remat", "some", "remat='some'"),
+    ],
+)
+def test_bad_sizes_are_refused_with_a_cure(field, value, says):
+    with pytest.raises(UsageError, match=says):
+        dataclasses.replace(TINY, **{field: value})

@@ -1,0 +1,158 @@
+"""Stages from their folders alone, and every way in which a folder can be wrong."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_stages
+
+from dalle_jax import config as cfg
+from dalle_jax.engine import checkpoint
+from dalle_jax.sampling import stages
+from dalle_jax.types import UsageError
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("stages")
+    codec = tiny_stages.write_codec(root / "dvae")
+    return {
+        "codec": codec,
+        "clip": tiny_stages.write_clip(root / "clip"),
+        "dalle": tiny_stages.write_dalle(root / "dalle", codec),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "dvae"])
+def test_codec_encodes_and_decodes(tmp_path, rng, kind):
+    codec = stages.load_codec(tiny_stages.write_codec(tmp_path / kind, kind))
+    px, g = codec.image_px, codec.grid
+    images = rng.uniform(-1, 1, (3, px, px, 3)).astype(np.float32)
+    codes = np.asarray(codec.encode(images))
+    assert codes.shape == (3, g, g) and codes.dtype == np.int32
+    assert 0 <= codes.min() and codes.max() < codec.num_codes
+    back = np.asarray(codec.decode(codes))
+    assert back.shape == images.shape and np.abs(back).max() <= 1
+    np.testing.assert_array_equal(back, codec.decode(codes.reshape(3, -1)))
+    assert codec.step == 7
+
+
+def test_codec_functions_are_pure_in_their_params(folders, rng):
+    """What a task jits: weights come in as an argument, so other weights give other codes."""
+    codec = stages.load_codec(folders["codec"])
+    images = rng.uniform(-1, 1, (2, codec.image_px, codec.image_px, 3)).astype(np.float32)
+    encode = jax.jit(codec.encode_fn)
+    np.testing.assert_array_equal(encode(codec.params, images), codec.encode(images))
+    other = jax.tree.map(lambda x: -x if x.dtype == np.float32 else x, codec.params)
+    assert (np.asarray(encode(other, images)) != np.asarray(codec.encode(images))).any()
+
+
+def test_fingerprint_changes_with_a_weight_and_with_the_architecture_only(folders):
+    codec = stages.load_codec(folders["codec"])
+    assert codec.fingerprint == stages.load_codec(folders["codec"]).fingerprint
+    assert len(codec.fingerprint) == 16
+    leaves, tree = jax.tree.flatten(codec.params)
+    changed = [leaves[0] + np.float32(1e-3), *leaves[1:]]
+    assert stages.fingerprint(jax.tree.unflatten(tree, changed), codec.config) != codec.fingerprint
+    longer = cfg.override(codec.config, {"train.steps": 999})
+    assert stages.fingerprint(codec.params, longer) == codec.fingerprint
+    other = cfg.override(codec.config, {"model.width": 999})
+    assert stages.fingerprint(codec.params, other) != codec.fingerprint
+
+
+def test_clip_and_dalle_load_with_their_tokenizers(folders):
+    clip = stages.load_clip(folders["clip"])
+    assert clip.tokenizer_bytes == tiny_stages.tokenizer_bytes() and clip.image_px == tiny_stages.PX
+    dalle = stages.load_dalle(folders["dalle"])
+    assert dalle.codec.fingerprint == stages.load_codec(folders["codec"]).fingerprint
+    text = jnp.zeros((1, dalle.text_len), jnp.int32)
+    codes = jnp.zeros((1, dalle.codec.grid**2), jnp.int32)
+    _, logits = dalle.model.apply({"params": dalle.params}, text, codes)
+    assert logits.shape == (1, dalle.codec.grid**2, dalle.codec.num_codes)
+
+
+def test_half_precision_exports_come_back_as_the_configs_dtype(folders, tmp_path):
+    config = stages.load_clip(folders["clip"]).config
+    half = jax.tree.map(lambda x: x.astype(np.float16), stages.load_clip(folders["clip"]).params)
+    clip = stages.load_clip(tiny_stages.write(tmp_path / "half", config, half))
+    assert {leaf.dtype for leaf in jax.tree.leaves(clip.params)} == {np.dtype(np.float32)}
+
+
+def test_a_moved_codec_is_found_beside_or_given(folders, tmp_path):
+    """A shipped set is {dvae, clip, dalle} in one folder; the path in its config is long gone."""
+    moved = tmp_path / "set"
+    shutil.copytree(folders["dalle"], moved / "dalle")
+    path = moved / "dalle" / "config.json"
+    config = json.loads(path.read_text())
+    config["stages"]["dvae"] = "runs/of/somebody/else"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="--dvae"):
+        stages.load_dalle(str(moved / "dalle"))
+    assert stages.load_dalle(str(moved / "dalle"), dvae=folders["codec"]).codec.grid
+    shutil.copytree(folders["codec"], moved / "dvae")
+    assert stages.load_dalle(str(moved / "dalle")).codec.workdir == str(moved / "dvae")
+
+
+def test_a_codec_of_other_size_is_refused(folders, tmp_path):
+    other = tiny_stages.write_codec(tmp_path / "other", **{"model.num_codes": 64})
+    with pytest.raises(UsageError, match="do not fit"):
+        stages.load_dalle(folders["dalle"], dvae=other)
+
+
+@pytest.mark.parametrize(
+    ("load", "name", "says"),
+    [
+        (stages.load_codec, "clip", "task 'clip'; expected task 'autoencode'"),
+        (stages.load_clip, "dalle", "task 'dalle'; expected task 'clip'"),
+        (stages.load_dalle, "codec", "task 'autoencode'; expected task 'dalle'"),
+    ],
+)
+def test_a_workdir_of_another_task_names_both(folders, load, name, says):
+    with pytest.raises(UsageError, match=says):
+        load(folders[name])
+
+
+@pytest.mark.parametrize("load", [stages.load_codec, stages.load_clip, stages.load_dalle])
+def test_missing_empty_and_untrained_workdirs_are_told_apart(tmp_path, load):
+    with pytest.raises(UsageError, match="does not exist"):
+        load(str(tmp_path / "nowhere"))
+    with pytest.raises(UsageError, match="not a workdir"):
+        load(str(tmp_path))
+    name = {stages.load_codec: "vqvae", stages.load_clip: "clip", stages.load_dalle: "dalle"}[load]
+    checkpoint.save_config(str(tmp_path / "fresh"), tiny_stages.config(name))
+    with pytest.raises(UsageError, match="no checkpoint yet"):
+        load(str(tmp_path / "fresh"))
+
+
+def test_an_edited_config_is_refused_by_the_weights(folders, tmp_path):
+    folder = tmp_path / "edited"
+    shutil.copytree(folders["clip"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["joint_width"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="do not fit the model of its config"):
+        stages.load_clip(str(folder))
+
+
+def test_a_missing_tokenizer_is_named(folders, tmp_path):
+    folder = tmp_path / "mute"
+    shutil.copytree(folders["clip"], folder)
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(UsageError, match="tokenizer.model is missing"):
+        stages.load_clip(str(folder))
+
+
+def test_pretrained_sets_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "PRETRAINED", pathlib.Path(tmp_path))
+    with pytest.raises(UsageError, match="none in this installation"):
+        stages.pretrained("shapes")
+    (tmp_path / "shapes" / "dalle").mkdir(parents=True)
+    assert stages.pretrained("shapes") == {"dalle": str(tmp_path / "shapes" / "dalle")}
+    with pytest.raises(UsageError, match="known sets: shapes"):
+        stages.pretrained("photos")
+    with pytest.raises(UsageError, match="no pretrained set"):
+        stages.pretrained("../shapes")
