@@ -3,8 +3,9 @@
     python -m dalle_jax train --config=configs/clip.py:size=shapes --workdir=runs/clip
 
 Sizes (`size=`): smoke (a minute on a CPU), demo and shapes (32 px generated scenes), emoji_demo and
-emoji (32 or 64 px pictures), b32, b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313, 149,620,737 and
-427,616,513 parameters; not run here). Expected, paper sizes: zero-shot ImageNet 63.2, 68.6, 75.3.
+emoji (32 or 64 px pictures), b32, b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313,
+149,620,737 and 427,616,513 parameters; not run here). Expected, paper sizes: zero-shot ImageNet
+63.2, 68.6, 75.3.
 
 To rank drawn pictures, show it what a codec draws: `--config.stages.dvae=runs/dvae
 --config.loss.recon_prob=0.5`.

@@ -318,8 +318,8 @@ def _open(workdir: str, task: str, step: int | None):
     config = checkpoint.load_config(workdir)
     if config.task != task:
         raise UsageError(
-            f"workdir {str(workdir)!r} holds a run of task {config.task!r}; expected task {task!r}: "
-            "check which folder goes with which option."
+            f"workdir {str(workdir)!r} holds a run of task {config.task!r}; expected task "
+            f"{task!r}: check which folder goes with which option."
         )
     return config, checkpoint.load_variables(workdir, step)
 
