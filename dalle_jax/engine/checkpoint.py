@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import optim, shipped
+from dalle_jax.engine import optim, sharding, shipped
 from dalle_jax.engine.state import TrainState
 from dalle_jax.types import UsageError
 
@@ -154,7 +154,7 @@ class Checkpointer:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         got = self._manager.restore(step, args=ocp.args.Composite(**args))
         scalar = abstract_state.step
-        number = jax.device_put(np.asarray(step, scalar.dtype), scalar.sharding)
+        number = sharding.place(np.asarray(step, scalar.dtype), scalar.sharding)
         return TrainState(
             step=number,
             params=got["params"],

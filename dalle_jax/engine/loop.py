@@ -83,7 +83,9 @@ def train(
     checkpoint.claim(workdir, config)
     mesh = sharding.make_mesh(config.mesh)
     rules = sharding.rules(config.mesh)
-    key = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    # Made under jit: an array over the devices of several processes cannot be put there from one.
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(config.seed)
     boxed = state_lib.abstract(task, key)
     tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
     has_ema = config.optim.ema_decay > 0
@@ -106,12 +108,11 @@ def train(
         state, start = checkpointer.restore(target)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
     frozen_where = sharding.shardings(task.frozen, mesh, rules)
-    frozen = jax.device_put(sharding.unbox(task.frozen), frozen_where)
+    frozen = sharding.place(sharding.unbox(task.frozen), frozen_where)
     metrics_lib.say(state_lib.describe(task, target, mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
     batch_where = sharding.batch_sharding(mesh)
-    whole = sharding.replicated(mesh)
     step_fn = jax.jit(
         steps_lib.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
         in_shardings=(where, frozen_where, batch_where, whole),
@@ -182,7 +183,7 @@ def train(
         params = state.ema if has_ema else state.params
         noise = jax.random.fold_in(key, _PREVIEW)
         pictures = task.preview(params, state.extra, frozen, read_eval(0), noise)
-        writer.pictures(step, {name: jax.device_get(value) for name, value in pictures.items()})
+        writer.pictures(step, sharding.to_host(dict(pictures)))
 
     # ---- Train -------------------------------------------------------------------------------
     with contextlib.ExitStack() as stack:

@@ -242,6 +242,38 @@ def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
     return {name: make(sharding, np.asarray(value)) for name, value in batch.items()}
 
 
+def place(tree: Any, where: Any) -> Any:
+    """Global arrays from host arrays that every process holds whole.
+
+    Not `device_put`: of several processes each may only fill its own devices.
+
+    Args:
+      tree: arrays on the host.
+      where: NamedShardings, same structure.
+    """
+
+    def put(value, sharding):
+        value = np.asarray(value)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree, where)
+
+
+def to_host(tree: Any) -> Any:
+    """Whole numpy arrays on every process; all processes must call it together."""
+
+    def get(value):
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
+            return np.asarray(value)
+        if value.is_fully_replicated:
+            return np.asarray(value.addressable_data(0))
+        from jax.experimental import multihost_utils
+
+        return multihost_utils.process_allgather(value, tiled=True)
+
+    return jax.tree.map(get, tree)
+
+
 def describe(mesh: Mesh) -> str:
     """One line: mesh axes and the devices by kind."""
     kinds = collections.Counter(device.device_kind for device in mesh.devices.flat)

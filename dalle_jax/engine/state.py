@@ -97,14 +97,14 @@ def warm_start(state: TrainState, task: Task, where: TrainState) -> TrainState:
     Raises:
       ValueError: if the task returns other shapes than it was given.
     """
-    params, extra = jax.device_get((state.params, state.extra))
+    params, extra = sharding.to_host((state.params, state.extra))
     new_params, new_extra = task.warm_start(params, extra)
     for old, new in ((params, new_params), (extra, new_extra)):
         if jax.tree.map(np.shape, old) != jax.tree.map(np.shape, new):
             raise ValueError(f"{task.name}: warm_start changed the shapes of the variables.")
 
     def place(new, old, target):
-        return jax.device_put(np.asarray(new, old.dtype), target)
+        return sharding.place(np.asarray(new, old.dtype), target)
 
     params = jax.tree.map(place, new_params, params, where.params)
     # The EMA is a copy and not the same buffers: both are donated to the first step.

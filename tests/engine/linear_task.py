@@ -91,16 +91,30 @@ class Batches:
         return [f"ex{step}-{row}" for row in range(self._batch)]
 
 
+class Part(Batches):
+    """The rows of one of several processes."""
+
+    def __call__(self, step: int):
+        whole = super().__call__(step)
+        rows = self._batch // jax.process_count()
+        start = jax.process_index() * rows
+        return {name: whole[name][start : start + rows] for name in ("x", "y")}
+
+
 def main() -> None:
     from dalle_jax.engine import loop
 
     workdir, *pairs = sys.argv[1:]
-    config = make_config(**dict(pair.split("=") for pair in pairs if not pair.startswith("delay")))
-    delay = float(dict(pair.split("=") for pair in pairs).get("delay", 0))
+    values = dict(pair.split("=") for pair in pairs)
+    delay = float(values.pop("delay", 0))
+    if "process" in values:
+        address = f"localhost:{values.pop('port')}"
+        jax.distributed.initialize(address, 2, int(values.pop("process")))
     try:
-        loop.train(config, make_task(), Batches(delay=delay), Batches(), workdir)
+        batches = Part(delay=delay)
+        loop.train(make_config(**values), make_task(), batches, Part(), workdir)
     except loop.Interrupted as stop:
-        print(stop, file=sys.stderr)
+        print(stop, file=sys.stderr, flush=True)
         sys.exit(128 + stop.signum)
 
 
