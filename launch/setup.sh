@@ -26,7 +26,7 @@ setup_python() {
   fi
   echo "installing the package and its dependencies (about a minute; only when they change)"
   "$python" -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".[$extras]" || exit 1
+    --constraint constraints.txt --editable ".${extras:+[$extras]}" || exit 1
   echo "$wanted" >"$stamp"
 }
 
