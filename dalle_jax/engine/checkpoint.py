@@ -297,6 +297,9 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
 def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]:
     """Writes a small folder to ship: config, weights as safetensors, tokenizer.
 
+    The config keeps no path of this machine: of `data.data_dir` and `init_from` the last name, of
+    `stages` nothing (an exported DALL-E finds its codec in the folder `dvae` beside it).
+
     Args:
       workdir: what to export; the EMA weights when there are any.
       out_dir: made if absent; files in it are replaced.
@@ -316,12 +319,23 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
     folder = _path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(data)
-    save_config(out_dir, config)
+    save_config(out_dir, _portable(config))
     tokenizer = _path(workdir) / TOKENIZER
     if tokenizer.exists() and folder != tokenizer.parent:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
     count = sum(np.size(x) for x in jax.tree.leaves((variables.params, variables.extra)))
     return {"step": variables.step, "parameters": count, "bytes": len(data)}
+
+
+def _portable(config: cfg.ConfigDict) -> cfg.ConfigDict:
+    """The config without paths of the machine that it ran on."""
+    kept = {}
+    for key, value in cfg.flatten(config).items():
+        if key in ("data.data_dir", "init_from"):
+            kept[key] = epath.Path(value).name
+        elif key.startswith("stages.") and isinstance(value, str):
+            kept[key] = ""
+    return cfg.override(config, kept)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -206,6 +206,19 @@ def test_export_round_trip(workdir, tmp_path, dtype, tolerance):
     assert stored.to_dict() == checkpoint.load_config(str(workdir)).to_dict()
 
 
+def test_an_exported_config_names_no_path_of_this_machine(workdir, tmp_path):
+    config, _, _ = saved(workdir)
+    with config.unlocked():
+        config.data.data_dir, config.init_from = "/somewhere/sets", "/somewhere/vqvae"
+        config.stages = {"dvae": "/somewhere/dvae", "from_codes": True}
+    checkpoint.save_config(str(workdir), config)
+    checkpoint.export(str(workdir), str(tmp_path / "out"))
+    assert "/somewhere" not in (tmp_path / "out" / "config.json").read_text()
+    exported = checkpoint.load_config(str(tmp_path / "out"))
+    assert (exported.data.data_dir, exported.init_from) == ("sets", "vqvae")
+    assert exported.stages.to_dict() == {"dvae": "", "from_codes": True}
+
+
 def test_export_refuses_what_float16_cannot_hold(workdir, tmp_path):
     config = lt.make_config()
     state = state_lib.TrainState(jnp.int32(0), {"w": jnp.full((2,), 1e6)}, None, None, None)
