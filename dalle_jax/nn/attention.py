@@ -52,8 +52,10 @@ def attention(
 class ImageCache:
     """Where one layer keeps the keys and values of drawn image tokens while decoding.
 
-    Slots are the leading axis, so that a step writes one contiguous slab and reads another. A
-    layer keeps what its mask can still reach, and no more:
+    An array [N * R, H, slots, K], candidates first: every head is one small matrix, exactly the
+    operand of a batched matrix-vector product. (One CPU core, 64 candidates, 64 slots: 0.4 ms;
+    with the slots leading, where a step writes one contiguous slab, 7 ms. With N and R as two
+    axes XLA updates two copies of the cache.) A layer keeps what its mask can still reach:
 
       row, conv, full  a ring of the last `num_slots` positions, read whole: g + 1 slots for row
                        (33 instead of 1024 on the paper's grid), every position for full.
@@ -92,29 +94,27 @@ class ImageCache:
           num_candidates: N.
 
         Returns:
-          [num_slots, R, N, H, K]; slots not yet reached are zero.
+          [N * R, H, num_slots, K]; slots not yet reached are zero.
         """
-        r, n, *heads = prefix.shape
-        cache = jnp.zeros((self.num_slots, r, num_candidates, *heads), prefix.dtype)
-        positions = np.arange(n)
-        if self.mask.kind != "column":
-            positions = positions[-self.num_slots :]
-        if not len(positions):
-            return cache
-        rows = jnp.moveaxis(prefix[:, positions], 1, 0)[:, :, None]  # [n, R, 1, H, K]
-        rows = jnp.broadcast_to(rows, (len(positions), *cache.shape[1:]))
-        return cache.at[self.slot(positions)].set(rows)
+        n = prefix.shape[1]
+        # Position that ends up in each slot: later ones overwrite earlier ones. n = a row of zeros.
+        source = np.full(self.num_slots, n)
+        source[self.slot(np.arange(n))] = np.arange(n)
+        rows = jnp.pad(prefix, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, source]
+        rows = rows.transpose(0, 2, 1, 3)  # [R, H, slots, K]
+        return jnp.tile(rows, (num_candidates, 1, 1, 1))
 
     def write(self, cache: Array, position: Array, value: Array) -> Array:
-        """`cache` with `value` [R, N, H, K] at a raster position (int32 scalar)."""
-        return jax.lax.dynamic_update_index_in_dim(cache, value, self.slot(position), axis=0)
+        """`cache` with `value` [N, R, H, K] at a raster position (int32 scalar)."""
+        value = value.reshape(-1, *value.shape[2:])
+        return jax.lax.dynamic_update_index_in_dim(cache, value, self.slot(position), axis=2)
 
     def read(self, cache: Array, position: Array) -> Array:
-        """What the query at `position` may look at, [S, R, N, H, K]."""
+        """What the query at `position` may look at, [N * R, H, S, K]."""
         if self.mask.kind != "column":
             return cache
         start = position % self.mask.grid * self.mask.grid
-        return jax.lax.dynamic_slice_in_dim(cache, start, self.num_read, axis=0)
+        return jax.lax.dynamic_slice_in_dim(cache, start, self.num_read, axis=2)
 
     def allowed(self, position: Array) -> Array:
         """bool [S]: which of the slots read are filled and allowed."""
@@ -133,27 +133,28 @@ def cached(
     """Attention of one decoding step: one softmax over shared text keys and own image keys.
 
     Args:
-      q: [R, N, H, K], the current image token of N candidates of each of R prompts.
-      text_k: [R, T, H, K], keys of the prompt, shared by its candidates.
-      text_v: [R, T, H, K].
-      image_k: [S, R, N, H, K], keys of each candidate's own image tokens, the current included.
-      image_v: [S, R, N, H, K].
+      q: [N, R, H, K], the current image token of N candidates of each of R prompts.
+      text_k: [R, H, T, K], keys of the prompt, shared by its candidates.
+      text_v: [R, H, T, K].
+      image_k: [N * R, H, S, K], keys of each one's own image tokens, the current included.
+      image_v: [N * R, H, S, K].
       allowed: bool [S].
 
     Returns:
-      [R, N, H, K], dtype of v.
+      [N, R, H, K], dtype of v.
     """
-    f32 = jnp.float32
-    q = q * q.shape[-1] ** -0.5
-    text = jnp.einsum("RNHK,RTHK->RHNT", q, text_k, preferred_element_type=f32)
-    # Not an einsum: on CPU that would transpose the cache, a copy as large as the read itself.
-    image = jnp.sum(q[None].astype(f32) * image_k, axis=-1)  # [S, R, N, H]
-    image = jnp.where(allowed.reshape(-1, 1, 1, 1), image, _FORBIDDEN)
-    top = jnp.maximum(text.max(axis=-1).transpose(0, 2, 1), image.max(axis=0))  # [R, N, H]
-    text = jnp.exp(text - top.transpose(0, 2, 1)[..., None])
-    image = jnp.exp(image - top[None])
-    total = text.sum(axis=-1).transpose(0, 2, 1) + image.sum(axis=0)
-    dtype = image_v.dtype
-    y = jnp.einsum("RHNT,RTHK->RNHK", text.astype(dtype), text_v, preferred_element_type=f32)
-    y = y + jnp.sum(image[..., None] * image_v, axis=0)
-    return (y / total[..., None]).astype(dtype)
+    f32, dtype = jnp.float32, image_v.dtype
+    n, r, h, k = q.shape
+    q = q * k**-0.5
+    text = jnp.einsum("NRHK,RHTK->RHNT", q, text_k, preferred_element_type=f32)
+    text = text.transpose(2, 0, 1, 3)  # [N, R, H, T]
+    own = q.reshape(n * r, h, k)
+    image = jnp.einsum("BHK,BHSK->BHS", own, image_k, preferred_element_type=f32)
+    image = jnp.where(allowed.reshape(1, 1, -1), image, _FORBIDDEN).reshape(n, r, h, -1)
+    weights = jax.nn.softmax(jnp.concatenate([text, image], axis=-1), axis=-1).astype(dtype)
+    text, image = jnp.split(weights, [text.shape[-1]], axis=-1)
+    text = text.transpose(1, 2, 0, 3)  # [R, H, N, T]
+    text = jnp.einsum("RHNT,RHTK->RHNK", text, text_v, preferred_element_type=f32)
+    image = image.reshape(n * r, h, -1)
+    image = jnp.einsum("BHS,BHSK->BHK", image, image_v, preferred_element_type=f32)
+    return (text.transpose(2, 0, 1, 3) + image.reshape(n, r, h, k)).astype(dtype)

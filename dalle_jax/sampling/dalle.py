@@ -160,35 +160,37 @@ def _sample(model, params, text, prefix, key, options, *, num_candidates, use_ca
     rows = jnp.concatenate([text, jnp.zeros_like(text)]) if guided else text  # [R, T]
     keys = _noise_keys(key, options["first_prompt"], len(text), options["first_candidate"], n)
     keys = _spread(keys, mesh)
+    # Inside, candidates come first: theirs is the axis that is spread over devices.
 
     def draw(logits, position):
-        """[R, N, V] -> [P, N] codes."""
+        """[N, R, V] -> [N, P] codes."""
         if guided:
-            conditional, unconditional = jnp.split(logits, 2)
+            conditional, unconditional = jnp.split(logits, 2, axis=1)
             logits = lg.guide(conditional, unconditional, options["guidance"])
         noise = jax.vmap(
             jax.vmap(lambda k: lg.gumbel(jax.random.fold_in(k, position), c.num_codes))
         )
-        return lg.draw(logits, noise(keys), options["temperature"], options["k"], options["p"])
+        codes = lg.draw(logits, noise(keys), options["temperature"], options["k"], options["p"])
+        return _spread(codes, mesh)
 
     with partition.unconstrained():
-        decode = _cached_decoder if use_cache else _full_decoder
-        logits, state, advance = decode(
-            model, params, rows, jnp.tile(prefix, (streams, 1)), n, mesh
-        )
+        decoder = _cached_decoder if use_cache else _full_decoder
+        prefixes = jnp.tile(prefix, (streams, 1))
+        logits, state, advance = decoder(model, params, rows, prefixes, n, mesh)
 
         def step(carry, position):
             logits, state = carry
-            codes = _spread(draw(logits, position), mesh)
-            logits, state = advance(state, jnp.tile(codes, (streams, 1)), position)
+            codes = draw(logits, position)
+            logits, state = advance(state, jnp.tile(codes, (1, streams)), position)
             return (logits, state), codes
 
         last = c.num_image_tokens - 1
         (logits, _), drawn = jax.lax.scan(step, (logits, state), jnp.arange(num_prefix, last))
         final = draw(logits, last)
 
-    given = jnp.broadcast_to(prefix[:, None], (len(text), n, num_prefix))
-    return jnp.concatenate([given, jnp.moveaxis(drawn, 0, 2), final[..., None]], axis=2)
+    given = jnp.broadcast_to(prefix[None], (n, *prefix.shape))
+    codes = jnp.concatenate([given, jnp.moveaxis(drawn, 0, 2), final[..., None]], axis=2)
+    return _spread(codes.transpose(1, 0, 2), mesh, axis=1)
 
 
 def _cached_decoder(model, params, rows, prefix, n, mesh):
@@ -213,17 +215,17 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
             return attention.attention(q, k, v, allowed), (k, v)
 
         x, kv = transformer.apply_block(stack, params_, x, attend)
-        texts.append([y[:, : c.text_len] for y in kv])
-        state.append([_spread(cache.fill(y[:, c.text_len :], n), mesh, 2) for y in kv])
+        texts.append([y[:, : c.text_len].transpose(0, 2, 1, 3) for y in kv])
+        state.append([_spread(cache.fill(y[:, c.text_len :], n), mesh) for y in kv])
 
     def logits_of(x):
         return apply(apply(x, method="final_norm"), method="image_logits")
 
     logits = logits_of(x[:, -1:])  # [R, 1, V]
-    logits = _spread(jnp.broadcast_to(logits, (len(rows), n, c.num_codes)), mesh)
+    logits = _spread(jnp.broadcast_to(logits[:, 0], (n, len(rows), c.num_codes)), mesh)
 
     def advance(state, codes, position):
-        x = apply(codes[..., None], position[None], method="embed_image")[:, :, 0]  # [R, N, D]
+        x = apply(codes[..., None], position[None], method="embed_image")[:, :, 0]  # [N, R, D]
         new_state = []
         for params_, cache, text_kv, image_kv in zip(layers, caches, texts, state, strict=True):
 
@@ -246,14 +248,14 @@ def _full_decoder(model, params, rows, prefix, n, mesh):
     """The same without a cache: every step runs the whole stream of every candidate."""
     c = model.config
     r, num_prefix = prefix.shape
-    text = jnp.repeat(rows, n, axis=0)  # [R * N, T]
-    codes = jnp.zeros((r, n, c.num_image_tokens), jnp.int32)
-    codes = codes.at[:, :, :num_prefix].set(prefix[:, None])
+    text = jnp.tile(rows, (n, 1))  # [N * R, T]
+    codes = jnp.zeros((n, r, c.num_image_tokens), jnp.int32)
+    codes = _spread(codes.at[:, :, :num_prefix].set(prefix[None]), mesh)
 
     def logits_of(codes, position):
-        flat = codes.reshape(r * n, c.num_image_tokens)
+        flat = codes.reshape(n * r, c.num_image_tokens)
         _, logits = model.apply({"params": params}, text, flat)
-        return logits[:, position].reshape(r, n, c.num_codes)
+        return logits[:, position].reshape(n, r, c.num_codes)
 
     def advance(codes, new, position):
         codes = codes.at[:, :, position].set(new)
@@ -263,14 +265,14 @@ def _full_decoder(model, params, rows, prefix, n, mesh):
 
 
 def _noise_keys(key: Key, first_prompt, num_prompts: int, first_candidate, n: int) -> Array:
-    """[P, N] keys: fold_in(fold_in(key, prompt), candidate), both global indices."""
+    """[N, P] keys: fold_in(fold_in(key, prompt), candidate), both global indices."""
     prompts = first_prompt + jnp.arange(num_prompts)
     candidates = first_candidate + jnp.arange(n)
     by_prompt = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(by_prompt, candidates)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(by_prompt, candidates)
 
 
-def _spread(x: Array, mesh: Mesh | None, axis: int = 1) -> Array:
+def _spread(x: Array, mesh: Mesh | None, axis: int = 0) -> Array:
     """`x` with its candidate axis over the mesh's data axes; without a mesh, `x`."""
     if mesh is None:
         return x
