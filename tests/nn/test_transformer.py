@@ -1,0 +1,155 @@
+"""The stack: causality by zero gradients, scan = unrolled, remat changes nothing, shardings."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax import axes
+from dalle_jax.nn import masks, transformer
+from dalle_jax.types import DtypePolicy, UsageError
+
+TEXT, GRID = 3, 4
+BASE = transformer.TransformerConfig(width=16, num_layers=1, num_heads=2, mlp_ratio=2)
+
+
+def build(config, layer_masks, length):
+    model = transformer.Transformer(config, layer_masks)
+    x = jax.random.normal(jax.random.key(1), (2, length, config.width))
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), x))
+    return model, params, x
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_gradient_flows_along_the_mask_and_nowhere_else(kind):
+    """One layer: output t depends on input s exactly where the mask says."""
+    mask = masks.Mask(kind, TEXT, GRID)
+    model, params, x = build(BASE, (mask,), mask.length)
+
+    @jax.jit
+    def reach(x):
+        jacobian = jax.jacrev(lambda x: model.apply(params, x[None])[0].sum(axis=-1))(x)
+        return jnp.abs(jacobian).max(axis=-1) > 0  # [T, S]
+
+    np.testing.assert_array_equal(reach(x[0]), mask.table())
+
+
+def test_scan_equals_unrolled_in_values_and_gradients():
+    """Five layers: two periods of two scanned, and a tail of one conv layer."""
+    config = dataclasses.replace(BASE, num_layers=5)
+    layer_masks = masks.pattern(("row", "column"), "conv", 5, TEXT, GRID)
+    assert transformer._periods(layer_masks) == (2, 2)
+    _, params, x = build(config, layer_masks, TEXT + GRID**2)
+    weight = jax.random.normal(jax.random.key(2), x.shape)
+
+    def run(config):
+        model = transformer.Transformer(config, layer_masks)
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.apply(p, x) * weight)))(params)
+
+    value, gradient = run(config)
+    for change in (dict(scan_layers=True), dict(scan_layers=True, remat="full")):
+        other, other_gradient = run(dataclasses.replace(config, **change))
+        np.testing.assert_allclose(other, value, rtol=1e-5)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), other_gradient, gradient
+        )
+
+
+@pytest.mark.parametrize("remat", [name for name in transformer.REMAT if name != "none"])
+def test_remat_changes_no_gradient(remat):
+    config = dataclasses.replace(BASE, num_layers=2)
+    mask = masks.Mask("row", TEXT, GRID)
+    _, params, x = build(config, (mask,) * 2, mask.length)
+
+    def gradient(config):
+        model = transformer.Transformer(config, (mask,) * 2)
+        return jax.jit(jax.grad(lambda p: jnp.sum(jnp.square(model.apply(p, x)))))(params)
+
+    expected, got = gradient(config), gradient(dataclasses.replace(config, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, expected)
+
+
+def test_period_compiles_the_fewest_layers():
+    def periods(num_layers, last="conv"):
+        kinds = ("row", "column", "row", "row")
+        return transformer._periods(masks.pattern(kinds, last, num_layers, TEXT, GRID))
+
+    assert periods(64) == (4, 15)  # and a tail of four: row, column, row, conv
+    assert periods(64, last="") == (4, 16)
+    assert transformer._periods((None,) * 12) == (1, 12)
+
+
+def test_parameters_are_stacked_matrices_with_names():
+    config = dataclasses.replace(BASE, num_layers=3)
+    boxed = jax.eval_shape(lambda key: transformer.init_blocks(config, key), jax.random.key(0))
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            boxed, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+        )
+    }
+    shapes = {name: (leaf.value.shape, leaf.names) for name, leaf in flat.items()}
+    stacked = (axes.LAYERS, axes.EMBED)
+    assert shapes["attn/q"] == ((3, 16, 16), (*stacked, axes.HEADS))
+    assert shapes["attn/o"] == ((3, 16, 16), (axes.LAYERS, axes.HEADS, axes.EMBED))
+    assert shapes["mlp/up"] == ((3, 16, 32), (*stacked, axes.MLP))
+    assert shapes["mlp/down_bias"] == ((3, 16), stacked)
+    assert shapes["norm_attn/scale"] == ((3, 16), stacked)
+    assert len(shapes) == 16  # six matrices with biases, two norms with biases
+
+
+def test_initial_branches_shrink_with_depth():
+    """Attention-out and mlp-down start at 1/sqrt(2L) of their usual deviation."""
+    config = transformer.TransformerConfig(width=64, num_layers=8, num_heads=2)
+    init = jax.jit(lambda key: transformer.init_blocks(config, key))
+    blocks = nn.meta.unbox(init(jax.random.key(0)))
+    np.testing.assert_allclose(blocks["attn"]["q"].std(), 1 / 8, rtol=0.02)
+    np.testing.assert_allclose(blocks["attn"]["o"].std(), 1 / 8 / 4, rtol=0.02)
+    np.testing.assert_allclose(blocks["mlp"]["down"].std(), 1 / 16 / 4, rtol=0.02)
+    assert not np.array_equal(blocks["attn"]["q"][0], blocks["attn"]["q"][1])
+
+
+def test_norms_equal_numpy(rng):
+    x = rng.standard_normal((2, 3, 8)).astype(np.float32) * 3 + 1
+    for kind in transformer.NORMS:
+        norm = transformer.Norm(kind)
+        params = nn.meta.unbox(norm.init(jax.random.key(0), x))
+        y = x - x.mean(-1, keepdims=True) if kind == "layer" else x
+        eps = 1e-5 if kind == "layer" else 1e-6
+        y = y / np.sqrt((y**2).mean(-1, keepdims=True) + eps)
+        np.testing.assert_allclose(norm.apply(params, x), y, atol=1e-5)
+
+
+def test_dropout_needs_a_key_and_differs_between_layers():
+    config = dataclasses.replace(BASE, num_layers=2, dropout=0.5)
+    mask = masks.Mask("full", 6, 0)
+    model, params, x = build(config, (mask,) * 2, 6)
+    plain = dataclasses.replace(config, dropout=0.0)
+    without = jax.jit(transformer.Transformer(plain, (mask,) * 2).apply)(params, x)
+    np.testing.assert_array_equal(jax.jit(model.apply)(params, x), without)
+    apply = jax.jit(model.apply)
+    one, two, again = (apply(params, x, jax.random.key(i)) for i in (0, 1, 0))
+    assert not np.allclose(one, two)
+    np.testing.assert_array_equal(one, again)
+
+
+def test_bfloat16_compute_keeps_float32_parameters():
+    config = dataclasses.replace(BASE, dtype=DtypePolicy(compute=jnp.bfloat16))
+    mask = masks.Mask("full", 6, 0)
+    model, params, x = build(config, (mask,), 6)
+    assert model.apply(params, x).dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(UsageError, match="width 10 is not a multiple of num_heads 4"):
+        transformer.TransformerConfig(width=10, num_layers=1, num_heads=4)
+    with pytest.raises(UsageError, match="remat='some' is unknown"):
+        dataclasses.replace(BASE, remat="some")
+    with pytest.raises(UsageError, match="dropout=1.0"):
+        dataclasses.replace(BASE, dropout=1.0)
+    with pytest.raises(ValueError, match="2 masks for 1 layers"):
+        build(BASE, (None, None), 4)
