@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import embed, masks, transformer
-from dalle_jax.nn.partition import constrain, param_with_axes
+from dalle_jax.nn import embed, masks, partition, transformer
 from dalle_jax.types import Array, DtypePolicy, Key, UsageError
 
 TEXT_WEIGHT = 1 / 8  # paper §2.2; the image gets the rest
@@ -127,7 +126,7 @@ class Dalle(nn.Module):
         self.norm_final = transformer.Norm(c.norm, dtype)
         # A fifth of 1/sqrt(D): the first logits are near zero, the first loss near ln V.
         init = nn.initializers.normal(0.2 * c.width**-0.5)
-        init = param_with_axes(init, (axes.EMBED, axes.VOCAB))
+        init = partition.param_with_axes(init, (axes.EMBED, axes.VOCAB))
         self.text_head = self.param("text_head", init, (c.width, c.vocab_size), dtype.param)
         self.image_head = self.param("image_head", init, (c.width, c.num_codes), dtype.param)
 
@@ -183,7 +182,7 @@ class Dalle(nn.Module):
     def _head(self, x: Array, w: Array) -> Array:
         w = w.astype(self.dtype.compute)
         logits = jnp.einsum("BTD,DV->BTV", x, w, preferred_element_type=self.dtype.accum)
-        return constrain(logits, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB)
+        return partition.constrain(logits, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB)
 
 
 def loss(

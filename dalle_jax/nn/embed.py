@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn.partition import param_with_axes
+from dalle_jax.nn import partition
 from dalle_jax.types import Array, DtypePolicy
 
 
@@ -42,7 +42,7 @@ class StreamEmbedding(nn.Module):
         """Declares the tables, [rows, D] each."""
 
         def table(name: str, rows: int, axis: str) -> Array:
-            init = param_with_axes(nn.initializers.normal(self.std), (axis, axes.EMBED))
+            init = partition.param_with_axes(nn.initializers.normal(self.std), (axis, axes.EMBED))
             return self.param(name, init, (rows, self.width), self.dtype.param)
 
         self.text_table = table("text", self.vocab_size + self.text_len, axes.VOCAB)

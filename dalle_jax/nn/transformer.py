@@ -23,8 +23,7 @@ import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import attention, masks
-from dalle_jax.nn.partition import constrain, param_with_axes
+from dalle_jax.nn import attention, masks, partition
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
 REMAT = ("none", "names", "dots", "full")
@@ -99,11 +98,11 @@ class Norm(nn.Module):
         """[..., D] -> [..., D] in the compute dtype."""
         dtype = self.dtype
         shape = (x.shape[-1],)
-        ones = param_with_axes(nn.initializers.ones, (axes.EMBED,))
+        ones = partition.param_with_axes(nn.initializers.ones, (axes.EMBED,))
         scale = self.param("scale", ones, shape, dtype.param)
         x = x.astype(dtype.accum)
         if self.kind == "layer":
-            zeros = param_with_axes(nn.initializers.zeros, (axes.EMBED,))
+            zeros = partition.param_with_axes(nn.initializers.zeros, (axes.EMBED,))
             bias = self.param("bias", zeros, shape, dtype.param)
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         eps = 1e-5 if self.kind == "layer" else 1e-6
@@ -131,9 +130,9 @@ class Attention(nn.Module):
             for name in ("q", "k", "v")
         )
         names = (axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_HEADS, None)
-        q, k, v = (constrain(y, *names) for y in (q, k, v))
+        q, k, v = (partition.constrain(y, *names) for y in (q, k, v))
         y, out = attend(q, k, v)
-        y = constrain(y, *names).reshape(x.shape)
+        y = partition.constrain(y, *names).reshape(x.shape)
         # 1/sqrt(2L): the sum of 2L branches starts with the variance of one.
         std = std * (2 * c.num_layers) ** -0.5
         return _linear(self, "o", y, c.width, into[::-1], std), out
@@ -151,7 +150,7 @@ class Mlp(nn.Module):
         wide = c.width * c.mlp_ratio
         names = (axes.EMBED, axes.MLP)
         x = _linear(self, "up", x, wide, names, c.width**-0.5)
-        x = constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP)
+        x = partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP)
         x = quick_gelu(x) if c.activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
         std = (2 * c.num_layers * wide) ** -0.5
         return _linear(self, "down", x, c.width, names[::-1], std)
@@ -179,11 +178,11 @@ class Block(nn.Module):
         h = Norm(c.norm, c.dtype, name="norm_attn")(x)
         y, out = Attention(c, name="attn")(h, attend)
         x = x + _dropout(y, c.dropout, keys[0])
-        x = constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)
+        x = partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)
         x = jax.ad_checkpoint.checkpoint_name(x, "attn_out")
         h = Norm(c.norm, c.dtype, name="norm_mlp")(x)
         x = x + _dropout(Mlp(c, name="mlp")(h), c.dropout, keys[1])
-        return constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED), out
+        return partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED), out
 
 
 class Transformer(nn.Module):
@@ -207,7 +206,9 @@ class Transformer(nn.Module):
     def __call__(self, x: Array, key: Key | None = None) -> Array:
         """[B, T, D] -> [B, T, D], T as the masks say; `key` draws dropout, None = none."""
         c = self.config
-        x = constrain(x.astype(c.dtype.compute), axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)
+        x = partition.constrain(
+            x.astype(c.dtype.compute), axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED
+        )
         keys = None if key is None or not c.dropout else jax.random.split(key, c.num_layers)
         start = 0
         if c.scan_layers:
@@ -301,11 +302,11 @@ def _linear(
 ) -> Array:
     """x @ W (+ b) with W [D_in, features] drawn from N(0, std)."""
     c = module.config
-    init = param_with_axes(nn.initializers.normal(std), names)
+    init = partition.param_with_axes(nn.initializers.normal(std), names)
     w = module.param(name, init, (x.shape[-1], features), c.dtype.param)
     y = x @ w.astype(c.dtype.compute)
     if c.use_bias:
-        init = param_with_axes(nn.initializers.zeros, names[1:])
+        init = partition.param_with_axes(nn.initializers.zeros, names[1:])
         b = module.param(f"{name}_bias", init, (features,), c.dtype.param)
         y = y + _along(b.astype(c.dtype.compute), y)
     return y

@@ -198,8 +198,11 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
     c = model.config
     stack = c.stack(model.dtype)
     caches = [attention.ImageCache(mask) for mask in c.layer_masks()]
-    # One slice per layer, cut outside the loop over tokens.
-    stacked = jax.tree.map(lambda w: w.astype(model.dtype.compute), params["transformer"]["blocks"])
+    # One slice per layer, cut and cast outside the loop over tokens; norms' gains stay float32.
+    stacked = jax.tree.map(
+        lambda w: w.astype(model.dtype.compute) if w.ndim == 3 else w,
+        params["transformer"]["blocks"],
+    )
     layers = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(c.num_layers)]
     apply = functools.partial(model.apply, {"params": params})
 

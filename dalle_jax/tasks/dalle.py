@@ -42,7 +42,7 @@ def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
     """
     _check(config, tokenizer)
     codec = stages.load_codec(config.stages.dvae)
-    _check_codec(config, codec)
+    check_codec(config, codec)
     return build(config, codec)
 
 
@@ -85,7 +85,7 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
     codes_jit = jax.jit(codes_of)
 
     def preview(params, extra, frozen, batch, key):
-        """Rows: the reconstruction of the caption's own picture, then samples."""
+        """A strip per caption: the reconstruction of its own picture, then samples."""
         del extra
         few = {name: value[:PREVIEW_CAPTIONS] for name, value in batch.items()}
         own = codes_jit(frozen, few)
@@ -93,7 +93,10 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
             model, params, few["text"], num_candidates=PREVIEW_CANDIDATES, key=key
         )
         rows = np.concatenate([np.asarray(own)[:, None], np.asarray(drawn)], axis=1)
-        return {"own_then_samples": codec.decode(rows.reshape(-1, made.num_image_tokens))}
+        drawn = codec.decode(rows.reshape(-1, made.num_image_tokens))  # [n * k, h, w, 3]
+        h, w = drawn.shape[1:3]
+        strips = np.asarray(drawn).reshape(len(rows), -1, h, w, 3).swapaxes(1, 2)
+        return {"own_then_samples": strips.reshape(len(rows), h, -1, 3)}
 
     return Task(
         name=NAME,
@@ -129,7 +132,8 @@ def _check(config: cfg.ConfigDict, tokenizer) -> None:
         )
 
 
-def _check_codec(config: cfg.ConfigDict, codec: stages.Codec) -> None:
+def check_codec(config: cfg.ConfigDict, codec: stages.Codec) -> None:
+    """Raises UsageError if the codec takes pictures of another size than the data's."""
     if codec.image_px != config.data.image_px:
         raise UsageError(
             f"the codec {config.stages.dvae} takes {codec.image_px} px pictures, but "

@@ -1,0 +1,143 @@
+"""The sampler: equal to the uncached network, to itself in chunks, and to itself on 8 devices."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from dalle_jax.engine import sharding
+from dalle_jax.models import dalle
+from dalle_jax.sampling import dalle as sampling
+from dalle_jax.types import UsageError
+
+CONFIG = dalle.DalleConfig(
+    text_len=4,
+    vocab_size=12,
+    num_codes=16,
+    grid=3,
+    width=16,
+    num_layers=3,
+    num_heads=2,
+    attention=("row", "column"),
+    last_attention="conv",
+    embed_std=0.5,
+)
+TEXT = np.array([[3, 4, 5, 0], [7, 0, 0, 0]], np.int32)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Untrained, its logits scaled up: a flat distribution would hide a wrong context."""
+    model = dalle.Dalle(CONFIG)
+    codes = jnp.zeros((2, 9), jnp.int32)
+    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), TEXT, codes))["params"]
+    return model, {**params, "image_head": params["image_head"] * 12}
+
+
+def draw(network, **options):
+    options = dict(num_candidates=3, key=jax.random.key(5)) | options
+    return np.asarray(sampling.sample(*network, options.pop("text", TEXT), **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance": 2.5},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.8},
+        {"prefix": np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), "guidance": 1.5},
+    ],
+    ids=["plain", "guided", "filtered", "completion"],
+)
+def test_cached_equals_uncached_token_for_token(network, options):
+    codes = draw(network, **options)
+    assert codes.shape == (2, 3, 9) and codes.dtype == np.int32
+    assert len(np.unique(codes.reshape(6, 9), axis=0)) > 1
+    np.testing.assert_array_equal(codes, draw(network, use_cache=False, **options))
+
+
+def test_every_mask_kind_decodes_like_it_trains(network):
+    """A full layer and a column first, on top of the patterns above."""
+    config = dataclasses.replace(CONFIG, attention=("full", "column", "row"), last_attention="")
+    other = (dalle.Dalle(config), network[1])
+    np.testing.assert_array_equal(draw(other), draw(other, use_cache=False))
+
+
+def test_drawn_codes_follow_the_logits(network):
+    """Greedy decoding: every code is the argmax of the training-time logits before it."""
+    model, params = network
+    codes = draw(network, temperature=0.0, num_candidates=1)[:, 0]
+    _, logits = model.apply({"params": params}, TEXT, codes)
+    np.testing.assert_array_equal(codes, np.argmax(logits, axis=-1))
+
+
+def test_guidance_one_is_unguided_and_zero_ignores_the_text(network):
+    np.testing.assert_array_equal(draw(network, guidance=1.0), draw(network))
+    empty = draw(network, text=np.zeros_like(TEXT))
+    np.testing.assert_array_equal(draw(network, guidance=0.0), empty)
+
+
+def test_completion_keeps_its_prefix(network):
+    prefix = np.array([[1, 2, 3], [9, 8, 7]], np.int32)
+    codes = draw(network, prefix=prefix)
+    np.testing.assert_array_equal(codes[:, :, :3], np.repeat(prefix[:, None], 3, axis=1))
+
+
+def test_a_candidate_depends_on_its_index_alone(network):
+    """Chunks, a later start and a prompt drawn alone give the codes of the whole draw."""
+    whole = draw(network, num_candidates=5)
+    chunks = list(
+        sampling.sample_batches(*network, TEXT, num_candidates=5, chunk=2, key=jax.random.key(5))
+    )
+    assert [start for start, _ in chunks] == [0, 2, 4]
+    np.testing.assert_array_equal(np.concatenate([c for _, c in chunks], axis=1), whole)
+    np.testing.assert_array_equal(draw(network, num_candidates=2, first_candidate=3), whole[:, 3:])
+    alone = draw(network, text=TEXT[1:], first_prompt=1, num_candidates=5)
+    np.testing.assert_array_equal(alone, whole[1:])
+    assert not np.array_equal(draw(network, key=jax.random.key(6), num_candidates=5), whole)
+
+
+def test_eight_devices_give_the_codes_of_one(network):
+    """Five candidates on eight devices: rounded up, cut off, and really spread."""
+    mesh = sharding.make_mesh(ConfigDict(dict(data=4, fsdp=2, tensor=1)))
+    np.testing.assert_array_equal(
+        draw(network, num_candidates=5, mesh=mesh), draw(network, num_candidates=5)
+    )
+    spread = sampling._sample.lower(
+        *network,
+        TEXT,
+        jnp.zeros((2, 0), jnp.int32),
+        jax.random.key(0),
+        dict(first_prompt=0, first_candidate=0, temperature=1.0, k=None, p=None, guidance=None),
+        num_candidates=8,
+        use_cache=True,
+        mesh=mesh,
+    ).compile()
+    assert len(spread.output_shardings.device_set) == 8
+    assert spread.output_shardings.shard_shape((2, 8, 9)) == (2, 1, 9)
+
+
+def test_training_rules_in_force_do_not_disturb(network):
+    """A preview draws inside the trainer's mesh; 6 rows do not divide by 8 devices."""
+    mesh_config = ConfigDict(dict(data=8, fsdp=1, tensor=1, rules="dp"))
+    mesh = sharding.make_mesh(mesh_config)
+    with sharding.use(mesh, sharding.rules(mesh_config)):
+        inside = draw(network)
+    np.testing.assert_array_equal(inside, draw(network))
+
+
+def test_bad_options_are_refused(network):
+    with pytest.raises(UsageError, match="num_candidates=0"):
+        draw(network, num_candidates=0)
+    with pytest.raises(UsageError, match="holds 9 of 9 codes"):
+        draw(network, prefix=np.zeros((2, 9), np.int32))
+    with pytest.raises(ValueError, match=r"expected \[P, 4\]"):
+        draw(network, text=TEXT[:, :3])
+    with pytest.raises(UsageError, match="top_k=17"):
+        draw(network, top_k=17)
+    with pytest.raises(UsageError, match="chunk=0"):
+        next(sampling.sample_batches(*network, TEXT, num_candidates=1, chunk=0, key=None))
