@@ -49,9 +49,7 @@ class Reader(html.parser.HTMLParser):
 def full_page(rng) -> Page:
     pictures = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     page = Page("Title <b>", "subtitle & more")
-    page.section("First part", "text `code <i>`\n\nsecond").facts(
-        [("PSNR", "26 dB", "of <8>")]
-    )
+    page.section("First part", "text `code <i>`\n\nsecond").facts([("PSNR", "26 dB", "of <8>")])
     page.chart({"a<b": ([1, 2, 3], [3.0, 2.0, 1.0]), "c": ([1], [1.0])}, "loss", "step", "nats")
     page.chart({"late": ([1, 10, 100], [None, math.nan, 2.0])}, x_log=True, y_log=True)
     page.command("python -m dalle_jax sample --prompt='<script>alert(1)</script>'")
