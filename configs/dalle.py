@@ -3,9 +3,10 @@
     python -m dalle_jax train --config=configs/dalle.py:size=shapes \
         --config.stages.dvae=runs/dvae --workdir=runs/dalle
 
-Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in minutes), shapes (the same for
-an hour and a half: the pretrained model), emoji_demo and emoji (captioned emoji), single_gpu
-(256 px, 32x32 codes of the paper's dVAE, 16 layers of 1024; not run here). `width=`, `layers=` and `steps=` change a size; 0 keeps its own.
+Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in 7 minutes of one core), shapes
+(the same for an hour: the pretrained model, docs/pretrained.md), emoji_demo and emoji (captioned
+emoji), single_gpu (256 px, 32x32 codes of the paper's dVAE, 16 layers of 1024; not run here).
+`width=`, `layers=` and `steps=` change a size; 0 keeps its own.
 
 The paper's 12-billion-parameter model is configs/dalle_12b.py.
 """
@@ -15,9 +16,9 @@ from dalle_jax import config as cfg
 # width, layers, heads, steps
 _SIZES = {
     "smoke": (64, 2, 1, 60),
-    "demo": (128, 4, 2, 2400),
-    "shapes": (160, 5, 5, 5400),
-    "emoji_demo": (128, 4, 2, 2400),
+    "demo": (128, 4, 2, 1800),
+    "shapes": (160, 5, 5, 4000),
+    "emoji_demo": (128, 4, 2, 1800),
     "emoji": (192, 6, 3, 10_000),
     "single_gpu": (1024, 16, 16, 200_000),
 }

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         _tokenizer(config, args.workdir, keep=not args.dry_run) if "text" in wanted else None
     )
     task = tasks.TASKS[config.task](config, tokenizer)
+    if "codes" in wanted:
+        _check_codes(config)
     loop.check(config, task)
     if args.dry_run:
         metrics.say(loop.plan(config, task))
@@ -108,6 +110,15 @@ def _wanted(config) -> set[str]:
     from dalle_jax import tasks
 
     return sys.modules[tasks.TASKS[config.task].__module__].wanted(config)
+
+
+def _check_codes(config) -> None:
+    """Refuses stored codes of another codec than the one that will decode what is learnt."""
+    from dalle_jax.data.builders import codes
+    from dalle_jax.sampling import stages
+
+    fingerprint = stages.load_codec(config.stages.dvae).fingerprint
+    codes.check_codec(config.data, fingerprint, config.stages.dvae)
 
 
 def _tokenizer(config, workdir: str, *, keep: bool):
