@@ -24,7 +24,8 @@ code distribution (185 of 256 codes in use in a prototype, but 3 dB behind at eq
     python -m dalle_jax train --config=configs/dvae.py:size=shapes,scratch --workdir=runs/dvae
 
 Sizes (`size=`): smoke (under a minute on a CPU, from scratch), demo and shapes (32 px, 8x8 codes of
-512), emoji_demo and emoji (`px=64` gives 16x16 codes). The paper's own model and schedules: configs/dvae_paper.py.
+512), emoji_demo and emoji (`px=64` gives 16x16 codes). The paper's own model and schedules:
+configs/dvae_paper.py.
 A kl_weight here is one against squared errors in [-1, 1]; the paper's 6.6 is one against
 logit-Laplace.
 """

@@ -105,13 +105,13 @@ def test_a_failure_in_the_background_is_not_lost(house):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_the_demo_ends_its_children(house, number):
     process = subprocess.Popen(
-        ["bash", "launch/demo.sh"],
+        # As a terminal starts it: a test runner in the background may be ignoring SIGINT. Not by
+        # preexec_fn, which forks, and JAX is multithreaded.
+        ["env", "--default-signal=INT", "bash", "launch/demo.sh"],
         cwd=house,
         env=environment(house, hang="configs/"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        # As a terminal starts it: a test runner in the background may be ignoring SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     pids = [house / "runs/demo/logs" / f"{name}.pid" for name in ("clip", "vqvae")]
     for _ in range(200):
