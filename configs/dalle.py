@@ -16,9 +16,9 @@ from dalle_jax import config as cfg
 # width, layers, heads, steps
 _SIZES = {
     "smoke": (64, 2, 1, 60),
-    "demo": (128, 4, 2, 1800),
+    "demo": (128, 4, 2, 1600),
     "shapes": (160, 5, 5, 4000),
-    "emoji_demo": (128, 4, 2, 1800),
+    "emoji_demo": (128, 4, 2, 1600),
     "emoji": (192, 6, 3, 10_000),
     "single_gpu": (1024, 16, 16, 200_000),
 }

@@ -202,7 +202,8 @@ finish clip
 # ---- What has it learnt? -------------------------------------------------------------------------
 # Of the networks as they are now: drawn again if any of them has just been trained.
 ((ran == 0)) || rm -f "$logs"/{evaluate,samples,completion,report}.done
-stages=("--workdir=$out/dalle" "--clip=$out/clip")
+# Guidance 1.5: single objects right in 48 % instead of 33 % of the pictures drawn (2.5: 36 %).
+stages=("--workdir=$out/dalle" "--clip=$out/clip" "--guidance=1.5")
 if [[ $data == shapes ]]; then
   # 12 prompts a skill, as many held-out ones, 16 candidates each: about a minute of one core.
   start evaluate 1 evaluate --suite=shapes "${stages[@]}" --prompts_per_skill=12 --candidates=16 \
