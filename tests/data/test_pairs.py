@@ -8,15 +8,14 @@ import zlib
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from dalle_jax.data import sources
 from dalle_jax.data.builders import formats, pairs
 from dalle_jax.types import UsageError
-
-pa = pytest.importorskip("pyarrow")
-pq = pytest.importorskip("pyarrow.parquet")
 
 
 def picture(i, size=(24, 16), kind="PNG"):

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from dalle_jax.data import sources, stock
 from dalle_jax.types import UsageError
-
-tfds = pytest.importorskip("tensorflow_datasets")
 
 
 def data_config(data_dir, source="toy", **changes):
