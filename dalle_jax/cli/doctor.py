@@ -21,7 +21,7 @@ SUMMARY = "check versions, devices, memory and speed of this machine"
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ml_collections", "numpy",
-    "tensorflow-datasets", "grain", "array_record", "sentencepiece", "Pillow", "safetensors",
+    "tensorflow-datasets", "array_record", "sentencepiece", "Pillow", "safetensors",
 )  # fmt: skip
 OPTIONAL = {
     "tensorboardX": "TensorBoard events; metrics.jsonl is written without it",

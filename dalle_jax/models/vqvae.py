@@ -60,6 +60,11 @@ class VqvaeConfig(trunks.TrunkConfig):
             raise UsageError(
                 f"revive_share {self.revive_share} is not in [0, 1); 0.02 works, 0 is off."
             )
+        if self.revive_share and self.codebook != "ema":
+            raise UsageError(
+                f"revive_share {self.revive_share} needs the counts of codebook 'ema', but it is "
+                f"{self.codebook!r}; set model.revive_share=0."
+            )
 
 
 class Vqvae(nn.Module):

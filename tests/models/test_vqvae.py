@@ -174,6 +174,7 @@ def test_patches_are_undone(rng):
         ("ema_decay", 1.0, ["ema_decay 1.0"]),
         ("revive_share", 1.5, ["revive_share 1.5"]),
         ("code_dim", 0, ["code_dim 0"]),
+        ("codebook", "loss", ["revive_share", "model.revive_share=0"]),  # TINY revives
     ],
 )
 def test_bad_values_are_refused(field, value, words):
