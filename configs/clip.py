@@ -24,7 +24,7 @@ _SMALL = {
     "demo": (8, (96, 3, 3), (64, 2, 2), 64),
     "shapes": (4, (96, 3, 2), (64, 2, 2), 64),
     "emoji_demo": (8, (96, 3, 3), (96, 2, 3), 64),
-    "emoji": (4, (128, 4, 4), (128, 2, 4), 128),
+    "emoji": (8, (128, 4, 4), (128, 2, 4), 128),
 }
 
 
@@ -88,6 +88,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     if args.size in ("emoji_demo", "emoji"):
         c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 24
         c.optim.weight_decay = 0.2  # about 10k pictures: it overfits
+    if args.size == "emoji":
+        c.train.steps = 2500
     if args.size in _PAPER:
         c.dtype.compute = "bfloat16"
         c.data.image_px, c.data.text_len, c.data.vocab_size = 224, 77, 49408

@@ -137,7 +137,7 @@ progress() {
   local name line all="" count
   count=$(wc -w <<<"$running")
   for name in $running; do
-    line=$(cat "$logs/$name.out" "$logs/$name.log" 2>/dev/null | tr '\r' '\n' | grep . | tail -n 1 || true)
+    line=$(cat "$logs/$name.log" "$logs/$name.out" 2>/dev/null | tr '\r' '\n' | grep . | tail -n 1 || true)
     if [[ $clear ]]; then
       all+="$name ${line:0:$((width / count - ${#name} - 4))} · "
     elif [[ $line ]]; then
