@@ -83,14 +83,20 @@ def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:
 def write_retrieval(out: pathlib.Path, result: dict) -> None:
     """index.html of the retrieval suite."""
     page = pages.Page("Retrieval", f"{result['n']:,} pictures of the {result['split']} split")
-    rows = [
+    page.section("Figures").table(
+        retrieval_rows(result), f"{result['captions']:,} distinct captions"
+    )
+    page.section("Command").command(result["command"]).write(out / "index.html")
+
+
+def retrieval_rows(result: dict) -> list[dict]:
+    """A table of recall at each k in both directions, beside what chance would give."""
+    return [
         {"direction": f"{name.replace('_', ' ')}{extra}"}
         | {f"recall@{k}": round(v, 4) for k, v in values[name].items()}
         for name in ("image_to_text", "text_to_image")
         for extra, values in (("", result), (" (chance)", result["chance"]))
     ]
-    page.section("Figures").table(rows, f"{result['captions']:,} distinct captions")
-    page.section("Command").command(result["command"]).write(out / "index.html")
 
 
 def _headline(skill: dict) -> float:

@@ -10,9 +10,9 @@ left out with a sentence. The page stands alone: it opens from a mail or a bucke
 import argparse
 import json
 import pathlib
-import re
-import shlex
 from typing import Any
+
+from dalle_jax.cli import demo_files
 
 SUMMARY = "one page of everything a demo made"
 
@@ -82,12 +82,14 @@ def gather(demo: pathlib.Path) -> dict[str, Any]:
                 kind: next((e for e in reversed(lines) if e["kind"] == kind), None)
                 for kind in ("train", "eval")
             }
-    commands, seconds = _notes(demo / "logs")
+    commands, seconds = demo_files.notes(demo / "logs")
     return {
         "stages": stages,
-        "evaluation": _json(demo / "evaluation" / "metrics.json"),
-        "samples": [_json(path) for path in _scores(demo / "samples")],
-        "completion": [_json(path) for path in _scores(demo / "completion")],
+        "evaluation": demo_files.read_json(demo / "evaluation" / "metrics.json"),
+        "samples": [demo_files.read_json(path) for path in demo_files.scores(demo / "samples")],
+        "completion": [
+            demo_files.read_json(path) for path in demo_files.scores(demo / "completion")
+        ],
         "commands": commands,
         "seconds": seconds,
         "events": events,
@@ -126,6 +128,11 @@ def _headline(page, found) -> None:
     dalle = (found["stages"].get("dalle") or {}).get("eval")
     if dalle and dalle.get("image_loss") is not None:
         facts.append(("DALL·E", f"{dalle['image_loss']:.2f}", "nats per image code, held out"))
+    retrieval = found["evaluation"] or {}
+    if retrieval.get("suite") == "retrieval":
+        first, chance = (v["image_to_text"]["1"] for v in (retrieval, retrieval["chance"]))
+        small = f"of {retrieval['n']} pictures; by chance {100 * chance:.1f} %"
+        facts.append(("CLIP finds the caption", _percent(first), small))
     for name, skill in _skills(found).items():
         if name == "mean":
             continue
@@ -164,7 +171,7 @@ def _completion(page, demo, found) -> None:
     )
     for result in found["completion"]:
         given = ((result or {}).get("settings") or {}).get("image")
-        given = _beside(demo / "samples", given) if given else None
+        given = demo_files.beside(demo / "samples", given) if given else None
         if given is not None:
             rows = result["settings"].get("keep_rows")
             page.gallery([(given.read_bytes(), f"given: {rows} rows of codes are kept")])
@@ -180,7 +187,7 @@ def _drawn(page, result, folder: pathlib.Path) -> bool:
         return False
     items = []
     for kept in result["kept"]:
-        file = _beside(folder, kept["file"])
+        file = demo_files.beside(folder, kept["file"])
         if file is not None:
             score = "" if kept.get("score") is None else f" · {kept['score']:.3f}"
             items.append((file.read_bytes(), f"{kept['rank']}{score}"))
@@ -191,10 +198,18 @@ def _drawn(page, result, folder: pathlib.Path) -> bool:
 
 
 def _evaluation(page, found) -> None:
+    from dalle_jax.cli import evaluate_page
+
     page.section("Judged")
     evaluation, skills = found["evaluation"], _skills(found)
     if not evaluation:
         page.note("There is no evaluation yet.")
+    elif evaluation.get("suite") == "retrieval":
+        page.text("How often CLIP finds the caption of a picture it has not seen, and the reverse.")
+        page.table(
+            evaluate_page.retrieval_rows(evaluation),
+            f"{evaluation['n']} pictures of the {evaluation['split']} split",
+        )
     elif not skills:
         page.table([{"what": k, "value": v} for k, v in _flat(evaluation).items()])
     else:
@@ -255,11 +270,13 @@ def _reconstructions(page, demo, found) -> None:
         "Reconstructions",
         "Held-out pictures, and under each what the discrete VAE keeps of it in its codes.",
     )
-    name = next((n for n in ("dvae", "vqvae") if _preview(demo / n) is not None), None)
+    name = next((n for n in ("dvae", "vqvae") if demo_files.preview(demo / n) is not None), None)
     if name is None:
         page.note("No reconstructions yet.")
         return
-    page.figure(_preview(demo / name).read_bytes(), pixelated=False, alt="originals and copies")
+    page.figure(
+        demo_files.preview(demo / name).read_bytes(), pixelated=False, alt="originals and copies"
+    )
     _command(page, found, name)
 
 
@@ -322,49 +339,6 @@ def _steps(page, found) -> None:
 def _command(page, found, name: str) -> None:
     if name in found["commands"]:
         page.command(found["commands"][name])
-
-
-def _notes(logs: pathlib.Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Commands and seconds of the steps, from the demo's NAME.done files."""
-    commands, seconds = {}, {}
-    for path in sorted(logs.glob("*.done")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if lines:
-            commands[path.stem] = shlex.join(shlex.split(lines[0]))
-        if len(lines) > 1 and lines[1].isdigit():
-            seconds[path.stem] = int(lines[1])
-    return commands, seconds
-
-
-def _scores(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(folder.glob("*/scores.json"))
-
-
-def _json(path: pathlib.Path) -> Any:
-    """What a JSON file holds; None if there is none or it was cut off."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _beside(folder: pathlib.Path, file: str) -> pathlib.Path | None:
-    """The picture, also after the folder was moved: its last two parts are kept under `folder`."""
-    path = pathlib.Path(file)
-    for candidate in (path, folder / path.parent.name / path.name):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _preview(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The newest grid of reconstructions of a run."""
-
-    def step(path: pathlib.Path) -> int:
-        return int(re.search(r"-(\d+)$", path.stem).group(1))
-
-    grids = (workdir / "previews").glob("reconstructions-*.png")
-    return max((path for path in grids if re.search(r"-\d+$", path.stem)), key=step, default=None)
 
 
 def _skills(found) -> dict[str, dict]:

@@ -157,6 +157,17 @@ def test_other_evaluations_become_a_table(demo):
     assert "recall / 5" in report(demo).text
 
 
+def test_retrieval_is_a_table_of_directions(demo):
+    recall = {"image_to_text": {"1": 0.25, "5": 0.5}, "text_to_image": {"1": 0.125, "5": 0.375}}
+    chance = {name: {"1": 0.002, "5": 0.01} for name in recall}
+    (demo / "evaluation" / "metrics.json").write_text(
+        json.dumps(dict(suite="retrieval", n=499, split="held_out", chance=chance, **recall))
+    )
+    text = report(demo).text
+    assert "text to image" in text and "0.375" in text and "499 pictures" in text
+    assert "25 %" in text and "by chance 0.2 %" in text  # among the headline figures
+
+
 def test_a_missing_folder_is_named(tmp_path, capsys):
     assert program.main(["report", f"--demo={tmp_path / 'none'}"]) == 2
     assert "launch/demo.sh" in capsys.readouterr().err
