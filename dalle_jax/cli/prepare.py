@@ -112,6 +112,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares; prints what was counted and the next command."""
+    from dalle_jax.data import tokenizer
+
+    if args.vocab_size:  # a set takes minutes, and the tokenizer comes after it
+        tokenizer.check_vocab_size(args.vocab_size)
     folder, summary = _PREPARE[args.kind](args)
     folder = pathlib.Path(folder)
     data = _data_section(args, folder)

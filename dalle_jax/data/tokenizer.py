@@ -130,6 +130,15 @@ def overlong(row: Sequence[int], length: int, add_bos_eos: bool = False) -> bool
     return len(row) + 2 * add_bos_eos > length
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises UsageError for a vocabulary without room for words."""
+    if vocab_size < SMALLEST_VOCAB:
+        raise UsageError(
+            f"vocab_size={vocab_size} is too small: 4 control ids and 256 bytes come first; "
+            f"expected {SMALLEST_VOCAB} or more, e.g. 512."
+        )
+
+
 def train(
     captions: Iterable[str],
     vocab_size: int,
@@ -150,11 +159,7 @@ def train(
     Raises:
       UsageError: for no text at all, or a vocab_size below 320.
     """
-    if vocab_size < SMALLEST_VOCAB:
-        raise UsageError(
-            f"vocab_size={vocab_size} is too small: 4 control ids and 256 bytes come first; "
-            f"expected {SMALLEST_VOCAB} or more, e.g. --config.data.vocab_size=512."
-        )
+    check_vocab_size(vocab_size)
     # SentencePiece drops lines above 4192 bytes; a long caption's start is as good as any text.
     normalise = spm.SentencePieceNormalizer(rule_name="nmt_nfkc_cf").Normalize
     lines = (normalise(_clean(caption)[:1000]) for caption in captions)

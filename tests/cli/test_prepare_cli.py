@@ -93,12 +93,14 @@ def test_bad_input_ends_in_one_message_and_code_2(tmp_path, photos, capsys):
         "cannot name a set": pairs_command(photos, tmp_path, "--name=My Photos"),
         "8 to 1024": ["prepare", "emoji", "--image_px=5000", f"--data_dir={tmp_path}"],
         "--name=NAME": ["prepare", "tfds", f"--data_dir={tmp_path}"],
+        "vocab_size=300": pairs_command(photos, tmp_path / "new", "--vocab_size=300"),
         "needs at least": ["prepare", "shapes", "--image_px=1", f"--data_dir={tmp_path}"],
     }
     for message, command in cases.items():
         assert main.main(command) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and "Traceback" not in error
+    assert not (tmp_path / "new").exists()  # refused before anything was written
     for command in (["prepare"], ["prepare", "nothing"], pairs_command(photos, tmp_path)[:3]):
         with pytest.raises(SystemExit) as stop:
             main.main(command)
