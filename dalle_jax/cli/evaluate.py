@@ -159,17 +159,17 @@ def _shapes(args, folders):
         dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
         codec = dalle.codec
         logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
-        params = jax.device_put(dalle.params)
         devices = jax.local_devices()
-        mesh = None
+        mesh = where = None
         if len(devices) > 1:
             mesh = sharding.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=1, tensor=1)), devices)
+            where = sharding.replicated(mesh)
         tokens, clip_tokens = _tokens(dalle), clip and _tokens(clip)
 
         def generate(captions, num_candidates, first_prompt):
             codes = sampling.sample(
                 dalle.model,
-                params,
+                dalle.on(where),
                 tokens(captions),
                 num_candidates=num_candidates,
                 key=jax.random.key(args.seed),

@@ -1,9 +1,9 @@
 """Drawing image codes for captions: many candidates per prompt, one compiled program per shape.
 
 The text (and the rows of a given picture that is to be completed) runs through the network once
-per prompt; its keys and values are shared by all candidates. Then one `lax.scan` draws the
-image tokens on the device against caches of fixed size. Guidance runs the empty caption as more
-prompts of the same batch.
+per prompt and chunk; its keys and values are shared by all candidates. Then one `lax.scan` draws
+the image tokens on the device against caches of fixed size. Guidance runs the empty caption as
+more prompts of the same batch.
 
 The noise of a token is a function of (key, prompt index, candidate index, position) alone, so a
 candidate does not change with the number of candidates, of chunks or of devices.
@@ -130,7 +130,7 @@ def sample_batches(
     if chunk < 1:
         raise UsageError(f"chunk={chunk}; expected 1 or more candidates at a time.")
     chunk = min(chunk, num_candidates)
-    params = jax.device_put(params)
+    params = jax.device_put(params)  # nothing is moved that is on a device already
 
     def dispatch(start: int) -> Array:
         return sample(

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.models import clip
+from dalle_jax.nn import attention
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import stages
 from dalle_jax.types import Array, Key, Params
@@ -92,7 +94,8 @@ def score(
         return np.zeros((0,), np.float32)
     devices = tuple(jax.local_devices() if devices is None else devices)
     prompts, which = np.unique(text, axis=0, return_inverse=True)
-    embedded = np.asarray(_embed_text(stage.model)(stage.params, prompts))  # [P, E]
+    embedded = np.asarray(_embed_text(stage.model)(stage.on(), prompts))  # [P, E]
+    everywhere = NamedSharding(Mesh(np.array(devices), "devices"), PartitionSpec())
     # A power of two per device: a run whose last batch is smaller compiles at most log2 programs.
     per_device = min(batch, 1 << (-(-len(images) // len(devices)) - 1).bit_length())
     mapped, scores = _pmapped(stage.model, devices), []
@@ -103,7 +106,7 @@ def score(
         part = np.concatenate([part, np.zeros((padding, *part.shape[1:]), np.float32)])
         owner = np.concatenate([owner, np.zeros((padding,), owner.dtype)])
         out = mapped(
-            stage.params,
+            stage.on(everywhere),
             part.reshape(len(devices), per_device, *part.shape[1:]),
             embedded[owner].reshape(len(devices), per_device, -1),
         )
@@ -121,6 +124,7 @@ def draw_best(
     keep: int,
     chunk: int,
     key: Key,
+    mesh: Mesh | None = None,
     progress: Callable[[int], None] = lambda done: None,
     **options,
 ) -> Ranked:
@@ -137,24 +141,31 @@ def draw_best(
       keep: K.
       chunk: candidates at a time.
       key: typed key. The same key draws the same pictures for every chunk and device count.
+      mesh: devices that share drawing and decoding; None = one device.
       progress: called with the number drawn so far.
       **options: of `sampling.dalle.sample`.
     """
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     chunks = sampling.sample_batches(
         dalle.model,
-        dalle.params,
+        dalle.on(where),
         np.asarray(text)[None],
         num_candidates=num_candidates,
         chunk=chunk,
         key=key,
+        mesh=mesh,
         **options,
     )
+    # One shape for the decoder too, which every device shares: the last chunk may be smaller.
+    shards = 1 if mesh is None else mesh.size
+    rows = -(-min(chunk, num_candidates) // shards) * shards
     scores, best = [], None
     for first, codes in chunks:
         codes = codes[0]  # [n, g*g]: one prompt
-        # One shape for the decoder too: the last chunk may be smaller.
-        padding = min(chunk, num_candidates) - len(codes)
-        drawn = np.asarray(dalle.codec.decode(np.pad(codes, ((0, padding), (0, 0)))))[: len(codes)]
+        padded = np.pad(codes, ((0, rows - len(codes)), (0, 0)))
+        if mesh is not None:
+            padded = jax.device_put(padded, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+        drawn = np.asarray(dalle.codec.decode(padded))[: len(codes)]
         if clip_stage is None:
             here = np.zeros(len(codes), np.float32)
         else:
@@ -171,14 +182,16 @@ def draw_best(
 
 
 def fitting_chunk(dalle: stages.DalleStage, guidance: float = 1.0) -> int:
-    """Candidates that one device draws at a time within half of its memory (a CPU: 0.5 GiB)."""
+    """Candidates that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
     c, codec = dalle.model.config, dalle.codec
     streams = 1 if guidance == 1 else 2
-    caches = 2 * c.num_layers * c.num_image_tokens * c.width * 4 * streams
+    slots = sum(attention.ImageCache(mask).num_slots for mask in c.layer_masks())
+    caches = 2 * slots * c.width * jnp.dtype(dalle.model.dtype.compute).itemsize * streams
     # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
     each = 2 * caches + codec.image_px**2 * 64 * 4
     stats = jax.local_devices()[0].memory_stats() or {}
-    return max(1, min(MAX_CHUNK, stats.get("bytes_limit", 2**30) // 2 // each))
+    free = stats.get("bytes_limit", 2**30) - stats.get("bytes_in_use", 0)
+    return max(1, min(MAX_CHUNK, free // 2 // each))
 
 
 def order(scores: Array) -> np.ndarray:

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
@@ -31,8 +32,22 @@ PRETRAINED = pathlib.Path(__file__).resolve().parent.parent / "pretrained"
 STAGES = ("dvae", "clip", "dalle")
 
 
+class _Weights:
+    """Host arrays `params`, and copies of them on devices, each made once."""
+
+    @functools.cached_property
+    def _copies(self) -> dict[jax.sharding.Sharding | None, Params]:
+        return {}
+
+    def on(self, where: jax.sharding.Sharding | None = None) -> Params:
+        """`params` as `where` says; by default on the first device."""
+        if where not in self._copies:
+            self._copies[where] = jax.device_put(self.params, where)
+        return self._copies[where]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Codec:
+class Codec(_Weights):
     """Images to codes and back: a trained dVAE or VQ-VAE.
 
     Attributes:
@@ -66,15 +81,20 @@ class Codec:
 
     def encode(self, images: Array) -> Array:
         """Codes [B, g, g] int32 of images [B, h, w, 3], float in [-1, 1]; compiled."""
-        return self._encode(self._on_device, images)
+        return self._encode(self._beside(images), images)
 
     def decode(self, codes: Array) -> Array:
-        """Images [B, h, w, 3] float32 in [-1, 1] of codes [B, g, g] or [B, g*g]; compiled."""
-        return self._decode(self._on_device, codes)
+        """Images [B, h, w, 3] float32 in [-1, 1] of codes [B, g, g] or [B, g*g]; compiled.
 
-    @functools.cached_property
-    def _on_device(self) -> Params:
-        return jax.device_put(self.params)
+        As with `encode`, an input that is spread over devices is worked on where it lies.
+        """
+        return self._decode(self._beside(codes), codes)
+
+    def _beside(self, x: Array) -> Params:
+        """The weights on every device that holds a part of x."""
+        if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
+            return self.on(NamedSharding(x.sharding.mesh, PartitionSpec()))
+        return self.on()
 
     @functools.cached_property
     def _encode(self):
@@ -86,7 +106,7 @@ class Codec:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClipStage:
+class ClipStage(_Weights):
     """A trained CLIP.
 
     Attributes:
@@ -113,7 +133,7 @@ class ClipStage:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DalleStage:
+class DalleStage(_Weights):
     """A trained DALL·E with the codec whose codes it draws.
 
     Attributes:

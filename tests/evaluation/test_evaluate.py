@@ -250,7 +250,7 @@ def fake_stages(monkeypatch, known_judge):
         decode=decode,
     )
     stage = types.SimpleNamespace(
-        codec=codec, model=None, params={}, config=types.SimpleNamespace(data=data)
+        codec=codec, model=None, on=lambda where: {}, config=types.SimpleNamespace(data=data)
     )
 
     def sample(model, params, text, *, num_candidates, **options):

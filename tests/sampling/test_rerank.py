@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tiny_stages
 
+from dalle_jax.config import ConfigDict
+from dalle_jax.engine import sharding
 from dalle_jax.sampling import rerank, stages
 
 
@@ -70,12 +72,33 @@ def test_counts_that_differ_are_refused(clip, rng):
         rerank.score(clip, images, text[:, :-1])
 
 
+def test_best_of_n_on_eight_devices_is_that_of_one(clip, tmp_path):
+    """Eleven candidates in chunks of 9, each rounded up to 16 for the decoder."""
+    codec = tiny_stages.write_codec(tmp_path / "dvae")
+    dalle = stages.load_dalle(tiny_stages.write_dalle(tmp_path / "dalle", codec))
+    mesh = sharding.make_mesh(ConfigDict(dict(data=8, fsdp=1, tensor=1)))
+    text = np.zeros(dalle.text_len, np.int32)
+    one, eight = (
+        rerank.draw_best(
+            dalle, clip, text, np.zeros(clip.text_len, np.int32), num_candidates=11, keep=4,
+            chunk=9, key=jax.random.key(3), mesh=where,
+        )
+        for where in (None, mesh)
+    )  # fmt: skip
+    np.testing.assert_array_equal(eight.codes, one.codes)
+    np.testing.assert_array_equal(eight.candidates, one.candidates)
+    np.testing.assert_allclose(eight.images, one.images, atol=1e-5)
+    np.testing.assert_allclose(eight.scores, one.scores, atol=1e-5)
+    drawn = dalle.codec.decode(jax.device_put(one.codes, sharding.replicated(mesh)))
+    assert len(drawn.sharding.device_set) == 8  # the decoder works where its codes lie
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 20])
 def test_best_of_n_does_not_depend_on_the_chunks(monkeypatch, rng, chunk):
     """The K best by one argsort over all candidates, with scores that contain ties."""
     values = rng.integers(0, 6, 20).astype(np.float32)
 
-    def batches(model, params, text, *, num_candidates, chunk, key):
+    def batches(model, params, text, *, num_candidates, chunk, key, mesh):
         for start in range(0, num_candidates, chunk):
             index = np.arange(start, min(start + chunk, num_candidates))
             yield start, np.repeat(index[None, :, None], 4, axis=2).astype(np.int32)
@@ -89,7 +112,7 @@ def test_best_of_n_does_not_depend_on_the_chunks(monkeypatch, rng, chunk):
         rerank, "score", lambda _, drawn, text: values[drawn[:, 0, 0, 0].astype(int)]
     )
     dalle = types.SimpleNamespace(
-        model=None, params=None, codec=types.SimpleNamespace(decode=decode)
+        model=None, on=lambda where: None, codec=types.SimpleNamespace(decode=decode)
     )
     seen = []
     got = rerank.draw_best(
