@@ -3,9 +3,9 @@
     python -m dalle_jax train --config=configs/clip.py:size=shapes --workdir=runs/clip
 
 Sizes (`size=`): smoke (a minute on a CPU), demo and shapes (32 px generated scenes), emoji_demo and
-emoji (32 or 64 px pictures), b32, b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313,
-149,620,737 and 427,616,513 parameters; not run here). Expected, paper sizes: zero-shot ImageNet
-63.2, 68.6, 75.3.
+emoji (captioned emoji, 32 px), pairs (your own pictures at 64 px; not run to its end here), b32,
+b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313, 149,620,737 and 427,616,513 parameters; not
+run here). Expected, paper sizes: zero-shot ImageNet 63.2, 68.6, 75.3.
 
 To rank drawn pictures, show it what a codec draws: `--config.stages.dvae=runs/dvae
 --config.loss.recon_prob=0.5`.
@@ -25,6 +25,7 @@ _SMALL = {
     "shapes": (4, (96, 3, 2), (64, 2, 2), 64),
     "emoji_demo": (8, (96, 3, 3), (96, 2, 3), 64),
     "emoji": (8, (128, 4, 4), (128, 2, 4), 128),
+    "pairs": (8, (256, 6, 4), (256, 4, 4), 256),
 }
 
 
@@ -77,9 +78,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.train.steps, c.train.save_every_steps, c.train.log_every_steps = 60, 30, 10
         c.optim.warmup_steps = 10
     if args.size in ("demo", "shapes"):
-        c.data.text_len = (
-            12  # captions of the grammar have at most 9 ids, begin and end not counted
-        )
+        # Captions of the grammar have at most 9 ids, begin and end not counted.
+        c.data.text_len = 12
     if args.size in ("demo", "emoji_demo"):
         c.data.batch = 64
         c.train.steps, c.train.log_every_steps = 3000, 25
@@ -90,11 +90,14 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.optim.weight_decay = 0.2  # about 10k pictures: it overfits
     if args.size == "emoji":
         c.train.steps = 2500
+    if args.size == "pairs":
+        c.data.source, c.data.image_px, c.data.crop = "pairs", 64, "clip"
+        c.data.vocab_size, c.data.text_len = 4096, 48
+        c.optim.weight_decay, c.train.steps = 0.2, 20_000
     if args.size in _PAPER:
         c.dtype.compute = "bfloat16"
         c.data.image_px, c.data.text_len, c.data.vocab_size = 224, 77, 49408
         c.data.batch, c.data.eval_batch, c.data.crop = 32768, 4096, "clip"
-        c.model.eos_id = 3  # of our own SentencePiece model; an imported CLIP sets 49407
         c.model.scan_layers, c.model.remat = True, "full"
         c.optim.lr = 4e-4 if args.size == "l14" else 5e-4
         c.optim.weight_decay, c.optim.warmup_steps = 0.2, 2000

@@ -5,7 +5,8 @@
 
 Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in 7 minutes of one core), shapes
 (the same for an hour: the pretrained model, docs/pretrained.md), emoji_demo and emoji (captioned
-emoji), single_gpu (256 px, 32x32 codes of the paper's dVAE, 16 layers of 1024; not run here).
+emoji), pairs (your own pictures at 64 px; not run to its end here), single_gpu (256 px, 32x32 codes
+of the paper's dVAE, 16 layers of 1024; not run here).
 `width=`, `layers=` and `steps=` change a size; 0 keeps its own.
 
 The paper's 12-billion-parameter model is configs/dalle_12b.py.
@@ -20,6 +21,7 @@ _SIZES = {
     "shapes": (160, 5, 5, 4000),
     "emoji_demo": (128, 4, 2, 1600),
     "emoji": (128, 4, 2, 9000),
+    "pairs": (256, 8, 4, 50_000),
     "single_gpu": (1024, 16, 16, 200_000),
 }
 
@@ -90,6 +92,11 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 16
         c.data.caption_drop = 0.1
         c.model.dropout = 0.05  # about 10k pictures: it overfits
+    if args.size == "pairs":
+        c.data.source, c.data.image_px, c.data.crop = "pairs", 64, "dalle"
+        c.data.vocab_size, c.data.text_len = 4096, 48
+        c.data.bpe_dropout, c.data.caption_drop = 0.1, 0.1
+        c.train.eval_every_steps, c.train.preview_every_steps = 1000, 1000
     if args.size == "single_gpu":
         c.dtype.compute = "bfloat16"
         c.data.image_px, c.data.text_len, c.data.vocab_size = 256, 128, 16384

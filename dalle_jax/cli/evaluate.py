@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seen prompts of each of the four skills, and as many held-out (default: %(default)s)",
     )
     group.add_argument(
-        "--candidates", type=int, default=32, metavar="N", help="per prompt (default: %(default)s)"
+        "--candidates", type=int, default=64, metavar="N", help="per prompt (default: %(default)s)"
     )
     group.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     group.add_argument("--top_k", type=int, default=0, help="likeliest codes only; 0 = all")

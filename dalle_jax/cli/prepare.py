@@ -269,16 +269,14 @@ def _print_summary(summary: dict[str, Any]) -> None:
 
 
 def _next_command(args: argparse.Namespace, data: Any) -> str:
-    size = args.kind if args.kind in ("shapes", "emoji") else "shapes"
+    size = args.kind if args.kind in ("shapes", "emoji") else "pairs"
     changes = {"data.data_dir": data.data_dir}
     if data.source != size:
         changes["data.source"] = data.source
     if args.kind in ("shapes", "emoji") and data.image_px != 32:
         changes["data.image_px"] = data.image_px
-    if args.kind == "pairs" and args.image_px not in (0, 32):
+    if args.kind == "pairs" and args.image_px not in (0, 64):
         changes["data.image_px"] = args.image_px
-    if args.kind in ("pairs", "tfds"):
-        changes["data.crop"] = "center"
     overrides = " ".join(f"--config.{k}={shlex.quote(str(v))}" for k, v in changes.items())
     return (
         f"python -m dalle_jax train --config=configs/vqvae.py:size={size} {overrides} "

@@ -138,6 +138,7 @@ def open_split(data_config: Any, split: str) -> Source:
     import tensorflow_datasets as tfds
 
     path = find_set(data_config)
+    _check_features(path)
     try:
         builder = tfds.builder_from_directory(path)
         file_format = builder.info.file_format.value
@@ -170,6 +171,33 @@ def open_split(data_config: Any, split: str) -> Source:
             f"the files of {path} are incomplete ({first_line(error)}). Delete the folder and "
             f"prepare it again: {prepare_command(data_config)}"
         ) from error
+
+
+def _check_features(path: pathlib.Path) -> None:
+    """Refuses a description whose classes TFDS would import from anywhere but itself."""
+    try:
+        described = json.loads((path / "features.json").read_text())
+    except (OSError, ValueError):
+        return  # TFDS says what is wrong with it
+    names: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            for key in ("pythonClassName", "python_class_name"):
+                if key in value:
+                    names.add(str(value[key]))
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, dict | list):
+                collect(item)
+
+    collect([described])
+    foreign = sorted(name for name in names if not name.startswith("tensorflow_datasets."))
+    if foreign:
+        raise UsageError(
+            f"{path / 'features.json'} names classes outside of tensorflow_datasets "
+            f"({', '.join(foreign)}), and reading it would import them; expected a set of plain "
+            "TFDS features: prepare its pictures again, e.g. with `prepare pairs`."
+        )
 
 
 def version_folders(root: pathlib.Path) -> list[pathlib.Path]:

@@ -74,6 +74,22 @@ def test_truncated_tar_keeps_what_comes_before(tmp_path):
     assert bad == dict.fromkeys(("cut", "not"), "damaged tar: the rest is lost")
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_would_fill_the_memory_ends_the_tar(tmp_path, kind):
+    with tarfile.open(tmp_path / "bomb.tar", "w") as tar:
+        for name in ("a", "b"):  # b might go on behind the header
+            add(tar, f"{name}.png")
+            add(tar, f"{name}.txt", b"words")
+        header = tarfile.TarInfo("long")
+        header.type, header.size = kind, formats.MAX_HEADER_BYTES + 1
+        tar.fileobj.write(header.tobuf(tarfile.USTAR_FORMAT))
+        tar.fileobj.write(b"x" * (formats.MAX_HEADER_BYTES + 512))
+    assert found("wds", tmp_path) == (
+        {"bomb/a": ["words"]},
+        {"bomb": "damaged tar: the rest is lost"},
+    )
+
+
 def test_gzipped_tar_and_pattern(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         add(tar, "a.b/p1.seg.jpg")  # webdataset: the name ends at the first dot

@@ -294,6 +294,27 @@ def test_damaged_set_is_named(tmp_path):
         sources.open_split(data_config(tmp_path), "train")
 
 
+def test_classes_of_a_set_are_tfds_own_or_refused(toy, tmp_path, monkeypatch):
+    """TFDS imports the module of a class it does not know: here one that would run."""
+    config = data_config(toy)
+    features = sources.find_set(config) / "features.json"
+    marker = tmp_path / "ran"
+    (tmp_path / "evil_features.py").write_text(f"open({str(marker)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    original = features.read_text()
+    evil = original.replace(
+        "tensorflow_datasets.core.features.text_feature.Text", "evil_features.Text"
+    )
+    assert evil != original
+    features.write_text(evil)
+    try:
+        with pytest.raises(UsageError, match="evil_features.Text"):
+            sources.open_split(config, "train")
+    finally:
+        features.write_text(original)
+    assert not marker.exists()
+
+
 def test_stock_table_is_coherent():
     for name, entry in stock.STOCK.items():
         assert bool(entry.caption_key) != bool(entry.label_template), name

@@ -22,6 +22,7 @@ from dalle_jax.types import UsageError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 TEXT_SUFFIXES = (".txt", ".caption", ".text")
 MAX_IMAGE_BYTES = 2**28  # 256 MiB of encoded picture
+MAX_HEADER_BYTES = 2**20  # of a tar member: its name and times
 MAX_TEXT_BYTES = 2**20  # of caption file
 _GROUP = 512  # files or rows in one unit
 
@@ -168,7 +169,7 @@ def _read_tar(path: str, name: str) -> Iterator[Raw]:
     size = max(1, os.path.getsize(path))
     prefix = name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        with open(path, "rb") as file, _open_tar(file) as tar:
             key, parts = None, {}
             for member in tar:
                 at = min(1.0, file.tell() / size)
@@ -195,6 +196,22 @@ def _read_tar(path: str, name: str) -> Iterator[Raw]:
                 yield from _sample(f"{prefix}/{key}", parts, 1.0)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         yield Raw(prefix, problem="damaged tar: the rest is lost", detail=str(error))
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """Headers that name the next member (pax, GNU long names) are read whole into memory."""
+
+    _LONG = tarfile.XHDTYPE + tarfile.XGLTYPE + tarfile.GNUTYPE_LONGNAME + tarfile.GNUTYPE_LONGLINK
+
+    def _proc_member(self, tar):
+        # Called for every header, as tarfile.py says for subclasses that add or replace types.
+        if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)
+
+
+def _open_tar(file) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r|*", tarinfo=_BoundedHeader)
 
 
 def _unsafe(member: tarfile.TarInfo) -> str:

@@ -233,6 +233,8 @@ def _convert(raw: formats.Raw, image_px: int) -> tuple[dict[str, Any], bytes]:
 
 def _bytes(image: bytes | pathlib.Path) -> bytes:
     if isinstance(image, bytes):
+        if len(image) > formats.MAX_IMAGE_BYTES:
+            raise _Problem("picture over 256 MiB", f"{len(image):,} bytes")
         return image
     try:
         if os.path.getsize(image) > formats.MAX_IMAGE_BYTES:
