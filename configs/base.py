@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             bpe_dropout=0.0,  # paper: 0.1, training only
             caption_drop=0.0,  # empty caption with this probability: needed for --guidance
             add_bos_eos=False,  # CLIP pools at EOS
-            cache_mib=1024,  # decoded pictures kept in memory when the whole split fits
+            cache_mib=1024,  # decoded pictures kept in memory, until it is full
             threads=2,
             prefetch=2,  # batches read ahead
         )

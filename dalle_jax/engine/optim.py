@@ -12,7 +12,7 @@ and is the same for every optimiser.
   adafactor  factored second moments (memory ~ rows + columns), no first moment; update clipped
              to RMS 1. `beta1`, `beta2` are not used.
 
-Schedules, after a linear warmup over `warmup_steps` from 0 to `lr`:
+Schedules, after a linear warmup over `warmup_steps` from `lr / warmup_steps` to `lr`:
 
   constant         lr.
   cosine           half a cosine from lr at the end of the warmup to lr * end_lr_ratio at
