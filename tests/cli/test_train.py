@@ -41,7 +41,7 @@ def command(monkeypatch, workdir, tmp_path):
     fake = types.ModuleType("linear")
     fake.wanted = lambda config: {"text"} if config.seed == 7 else {"image"}
 
-    def make(config, tokenizer=None):
+    def make(config, tokenizer=None, *, by_shape=False):
         fake.tokenizer = tokenizer
         return lt.make_task()
 
