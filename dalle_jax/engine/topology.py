@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from dalle_jax.engine import chips
+from dalle_jax.engine import chips, no_tpu
 from dalle_jax.types import UsageError
 
 # The kind that jax.devices() shows, and the sizes that people rent; the compiler knows more.
@@ -43,17 +43,6 @@ _TPU_RESERVED = 2**28
 # jax takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; more than 0.92
 # leaves NCCL and the CUDA context too little.
 _GPU_SHARE = 0.92
-
-# Without a TPU in reach libtpu must neither ask the cloud's metadata server nor take a lock, nor
-# tell about either. Set before it is loaded.
-_TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process dies at the first's lock file
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_MIN_LOG_LEVEL": "3",
-}
 
 # Public figures of the H100 SXM: what the compiler would otherwise ask a device for.
 _H100 = """
@@ -120,7 +109,7 @@ def prepare(name: str) -> None:
     _, kind, sizes = _parse(name)
     jax.config.update("jax_platforms", "cpu")
     if kind in _TPUS:
-        for key, value in _TPU_ENVIRONMENT.items():
+        for key, value in no_tpu.ENVIRONMENT.items():
             os.environ.setdefault(key, value)
     elif kind in _GPUS:
         # There is no driver whose version could be checked.
