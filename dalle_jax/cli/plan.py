@@ -72,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
     """Plans; 1 if something does not fit."""
     import os
 
-    # XLA warns of every array that it copies whole to reshard it: the table of traffic has them.
-    # Read once, when jax is imported.
+    # Both are read once, when jax is imported. XLA warns of every array that it copies whole to
+    # reshard it: the table of traffic has them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # A program for another machine could not be loaded from a cache, and never runs here.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     from dalle_jax.types import UsageError
 
     if args.docs:

@@ -44,7 +44,8 @@ _TPU_RESERVED = 2**28
 # leaves NCCL and the CUDA context too little.
 _GPU_SHARE = 0.92
 
-# Public figures of the H100 SXM: what the compiler would otherwise ask a device for.
+# Public figures of the H100 SXM (data sheet, CUDA programming guide, 81,559 MiB as nvidia-smi
+# prints it): what the compiler would otherwise ask a device for.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -62,9 +63,9 @@ gpu_device_info {
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   clock_rate_ghz: 1.98
-  memory_bandwidth: 3352000000000
+  memory_bandwidth: 3350000000000
   l2_cache_size: 52428800
-  device_memory_size: 85029158912
+  device_memory_size: 85520809984
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 8 }

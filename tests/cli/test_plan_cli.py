@@ -76,7 +76,7 @@ def test_sampling_weighs_weights_and_caches(capsys):
     assert without["tokens"] == 64
 
 
-def test_the_12b_model_draws_on_no_v5e_but_needs_80_gib():
+def test_the_12b_model_draws_on_a_v5p_and_on_no_v5e():
     """12.3 B weights of 4 bytes, and the blocks' matrices once more in bfloat16."""
     from dalle_jax.sampling import budget, stages
 
