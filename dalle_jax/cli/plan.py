@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     # Both are read once, when jax is imported. XLA warns of every array that it copies whole to
     # reshard it: the table of traffic has them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # A program for another machine could not be loaded from a cache, and never runs here.
+    # Keeping a program means loading it later, which takes the machine that it is for.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     from dalle_jax.types import UsageError
 

@@ -62,7 +62,7 @@ def _equation(eqn) -> float:
         times = eqn.params["length"]
     elif name == "shard_map":  # its body sees one device's part
         mesh = eqn.params["mesh"]
-        times = math.prod(mesh.shape[axis] for axis in eqn.params["manual_axes"])
+        times = math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
     return times * sum(inside)
 
 

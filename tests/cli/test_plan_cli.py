@@ -1,6 +1,7 @@
 """The plan command: tables, JSON, exit codes, the sampling budget, the page of all configs."""
 
 import json
+import os
 import pathlib
 
 import pytest
@@ -19,7 +20,12 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch):
+    """In the checkout, and with the environment restored afterwards."""
     monkeypatch.chdir(ROOT)
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
 
 
 def plan(*args) -> int:

@@ -118,7 +118,10 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
 @pytest.mark.parametrize(
     "message, needed",
     [
-        ("required for HLO temporaries (512.00M) exceeds available HBM (15.75G)", 512 * 2**20),
+        (
+            "total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G)",
+            512 * 2**20,
+        ),
         ("Used 28.44G of 15.75G hbm. Exceeded hbm capacity by 12.69G.", 28.44 * 2**30),
         ("out of cheese", None),
     ],
