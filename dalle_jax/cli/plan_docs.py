@@ -116,7 +116,8 @@ def _row(name: str, record: dict[str, Any] | None) -> tuple[str, ...]:
     if record is None:
         return (name, "not compiled yet") + ("",) * (len(_COLUMNS) - 2)
     seconds = record["estimated_s_per_sample"] or record["floor_s_per_sample"]
-    kind = "est." if record["estimated_s_per_sample"] else "fl."
+    kind = " est." if record["estimated_s_per_sample"] else " fl." if seconds else ""
+    number = plan_page.number
     does = "" if record["fits"] else ", **does not fit**"
     return (
         name,
@@ -126,11 +127,11 @@ def _row(name: str, record: dict[str, Any] | None) -> tuple[str, ...]:
         f"{record['state_gib']:.3g}",
         f"{record['model_tflop_per_sample']:.4g}",
         f"{record['hardware_tflop_per_sample']:.4g}",
-        f"{seconds:.3g} {kind}",
-        f"{record['mfu_bound']:.0%}",
-        f"{record['images_per_s']:,.0f}",
-        f"{record['days']:.3g}",
-        f"{record['chip_days']:,.4g}",
+        number(seconds, ".3g") + kind,
+        number(record["mfu_bound"], ".0%"),
+        number(record["images_per_s"], ",.0f"),
+        number(record["days"], ".3g"),
+        number(record["chip_days"], ",.4g"),
     )
 
 

@@ -65,10 +65,10 @@ def pareto_table(config: str, topology: str, best: list[Candidate], tried: int) 
                 f"{p.batch:,}",
                 p.remat or "-",
                 f"{p.peak_gib:.2f}",
-                _number(p.s_per_sample, ".3f"),
-                _number(p.images_per_s, ",.0f"),
-                _number(p.mfu_bound, ".0%"),
-                _number(p.days, ",.1f"),
+                number(p.s_per_sample, ".3f"),
+                number(p.images_per_s, ",.0f"),
+                number(p.mfu_bound, ".0%"),
+                number(p.days, ",.1f"),
             )
         )
     return head + "\n".join("  " + text for text in _columns(rows)) + "\n"
@@ -123,6 +123,11 @@ def sampling_table(r: dict[str, Any]) -> str:
     return head + "\n".join("  " + text for text in _columns(rows)) + "\n" + tail
 
 
+def number(value: float | None, form: str) -> str:
+    """A figure that may be unknown."""
+    return "-" if value is None else format(value, form)
+
+
 def _where(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     per_device = plan.batch / plan.devices
@@ -164,7 +169,7 @@ def _memory(plan: Plan) -> list[str]:
         ("temporaries", plan.temporaries_gib, "gradients, gathered weights, scratch, code"),
         ("peak", plan.peak_gib, ""),
     ]
-    shown = [(name, _number(size, ".4g"), what) for name, size, what in rows]
+    shown = [(name, number(size, ".4g"), what) for name, size, what in rows]
     return _block("memory, GiB a device", shown)
 
 
@@ -227,10 +232,6 @@ def _columns(rows: list[tuple]) -> list[str]:
         ).rstrip()
         for row in rows
     ]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _rounded(value: Any) -> Any:
