@@ -157,6 +157,8 @@ def _neighbours(config: cfg.ConfigDict, failed: Plan) -> Iterator[Overrides]:
         fsdp *= 2
         rules = {"mesh.rules": "fsdp"} if config.mesh.rules == "dp" else {}
         yield base | {"mesh.data": -1, "mesh.fsdp": fsdp} | rules
+    if held > failed.capacity_gib:
+        return  # no batch is small enough
     per_device = failed.batch // (failed.mesh[axes.DATA] * failed.mesh[axes.FSDP])
     # Memory beyond the state grows with the micro-batch: start where a linear law would fit.
     room = max(failed.capacity_gib - held, 0.0) / max(failed.peak_gib - held, 1e-9)
