@@ -66,6 +66,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         )
     )
     c.stages.dvae = ""  # the codec's workdir, for recon_prob
+    c.stages.dvae_config = "configs/dvae.py"  # its shape, for plans and dry runs
 
     c.optim.lr = 2e-3
     c.optim.beta2 = 0.98

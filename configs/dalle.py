@@ -54,6 +54,11 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required
+    is_small = args.size != "single_gpu"
+    # Its shape, for plans and dry runs.
+    c.stages.dvae_config = (
+        f"configs/dvae.py:size={args.size}" if is_small else "configs/dvae_paper.py"
+    )
     c.stages.from_codes = False  # the prepared set stores this codec's codes (`encode`)
 
     # Muon reached the loss of AdamW in three quarters of the time although a step costs a quarter

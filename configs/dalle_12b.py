@@ -2,7 +2,10 @@
 
     python -m dalle_jax train --config=configs/dalle_12b.py --config.stages.dvae=DIR --workdir=DIR
 
-`--dry_run` prints every array and its sharding and computes nothing.
+`--dry_run` prints every array and its sharding and computes nothing; it needs neither the codec
+nor data. What it costs on a machine that is not there:
+
+    python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16
 
 64 layers of width 3968, 62 heads of 64, 256 text slots and 32x32 codes of 8192: 12,292,808,448
 parameters. Paper: 430,000 updates of batch 1024 on 1024 V100-16GB; zero-shot MS-COCO FID about
@@ -48,6 +51,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required
+    c.stages.dvae_config = "configs/dvae_paper.py"  # its shape, for plans and dry runs
     c.stages.from_codes = False
 
     c.optim.name = "adamw"

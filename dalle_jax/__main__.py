@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = overrides
         if overrides and not hasattr(args, "config"):
             parser.error(f"{name} takes no --config, so no --config.* either")
+        common.quiet_libtpu()
         return module.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -137,3 +137,21 @@ def test_commands_named_in_documents_exist():
         if name not in known
     ]
     assert not unknown, "\n".join(unknown)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "base"])
+def test_every_config_can_be_planned_without_weights_or_data(case, tmp_path, monkeypatch):
+    """`plan` and dry runs make the task by shape, from any folder."""
+    monkeypatch.chdir(tmp_path)
+    config = load(case)
+    task = tasks.TASKS[config.task](config, by_shape=True)
+    assert all(spec.shape[0] == config.data.batch for spec in task.batch_spec.values())
+    for leaf in jax.tree.leaves(task.frozen):
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
+    assert (task.frozen is not None) == (config.task == "dalle") and task.flops > 0
+
+
+def test_training_still_demands_the_codec():
+    config = load("dalle_12b")
+    with pytest.raises(UsageError, match="stages.dvae is empty"):
+        tasks.TASKS["dalle"](config)

@@ -45,6 +45,13 @@ def use_cache(args: argparse.Namespace) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def quiet_libtpu() -> None:
+    """Keeps libtpu, where `plan` has it installed, quiet on a machine without a TPU."""
+    from dalle_jax.engine import no_tpu
+
+    no_tpu.set_environment()
+
+
 def load_config(args: argparse.Namespace):
     """The locked config of --config with the --config.* overrides applied.
 

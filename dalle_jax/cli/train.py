@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="check everything, print parameters, batch and schedules; train nothing",
+        help="print parameters, batch and schedules; needs no data and no codec, trains nothing",
     )
     parser.add_argument(
         "--distributed",
@@ -51,17 +51,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"task {config.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
         )
+    if args.dry_run:
+        # No data and no trained codec: shapes are enough.
+        task = tasks.TASKS[config.task](config, by_shape=True)
+        metrics.say(loop.plan(config, task))
+        return 0
     wanted = _wanted(config)
-    tokenizer = (
-        _tokenizer(config, args.workdir, keep=not args.dry_run) if "text" in wanted else None
-    )
+    tokenizer = _tokenizer(config, args.workdir) if "text" in wanted else None
     task = tasks.TASKS[config.task](config, tokenizer)
     if "codes" in wanted:
         _check_codes(config)
     loop.check(config, task)
-    if args.dry_run:
-        metrics.say(loop.plan(config, task))
-        return 0
 
     def batches(split: str, training: bool, batch: int):
         return pipeline.make(
@@ -121,7 +121,7 @@ def _check_codes(config) -> None:
     codes.check_codec(config.data, fingerprint, config.stages.dvae)
 
 
-def _tokenizer(config, workdir: str, *, keep: bool):
+def _tokenizer(config, workdir: str):
     """The workdir's own tokenizer, or else that of the prepared set, copied into the workdir.
 
     A resumed run must read text as it was trained to, whatever happened to the prepared set.
@@ -136,7 +136,7 @@ def _tokenizer(config, workdir: str, *, keep: bool):
     if file.exists():
         return tokenizer.Tokenizer(file.read_bytes())
     found = tokenizer.find(config.data)
-    if keep and jax.process_index() == 0:
+    if jax.process_index() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(file.name + ".part")
         part.write_bytes(found.model_bytes)

@@ -43,7 +43,7 @@ TOKENIZER = "tokenizer.model"
 # what is learned. `train.steps` is checked apart.
 MAY_CHANGE = (
     "train.", "mesh.", "data.threads", "data.prefetch", "data.cache_mib", "data.data_dir",
-    "data.eval_batch",
+    "data.eval_batch", "stages.dvae_config",
 )  # fmt: skip
 
 

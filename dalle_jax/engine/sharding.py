@@ -54,7 +54,8 @@ def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = No
       devices: all devices of all processes by default.
 
     Raises:
-      UsageError: if the sizes do not multiply to the number of devices.
+      UsageError: if the sizes do not multiply to the number of devices, or several TPU slices are
+        to be crossed by another axis than data.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [int(mesh_config[name]) for name in axes.MESH_AXES]
@@ -75,11 +76,28 @@ def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = No
             f"mesh {asked}: {product} = {given}, but there are {len(devices)} devices; "
             "set one size to -1 to fill it."
         )
-    # allow_split_physical_axes: (2, 128) on a 16x16 torus is refused without it.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes), devices=devices, allow_split_physical_axes=True
+    return Mesh(
+        _grid(sizes, devices), axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
     )
-    return Mesh(grid, axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
+
+
+def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices as an array of that shape, neighbours in it close to one another."""
+    # allow_split_physical_axes: (2, 128) on a 16x16 torus is refused without it.
+    options = dict(devices=devices, allow_split_physical_axes=True)
+    # GPU hosts have slice numbers too, but are one fabric.
+    slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
+    if slices <= 1:
+        return mesh_utils.create_device_mesh(tuple(sizes), **options)
+    data, *inside = sizes
+    if data % slices:
+        raise UsageError(
+            f"mesh data={data} over {slices} TPU slices: only the data axis crosses the network "
+            f"between slices, so it must be a multiple of {slices}."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inside), (slices, *(1 for _ in inside)), **options
+    )
 
 
 def rules(mesh_config: ConfigDict) -> dict[str, tuple[str, ...]]:

@@ -42,8 +42,8 @@ class Task:
       loss: (params, extra, frozen, batch, key, step) -> (scalar float32, Output). `step` is an
         int32 scalar for schedules; `key` is already folded with it.
       frozen: variables of networks that are not trained, host arrays (boxed like params where
-        they should be sharded). Passed as an argument, never closed over, never optimised,
-        never saved again. None without any.
+        they should be sharded); ShapeDtypeStructs in a task that is made for a plan. Passed as an
+        argument, never closed over, never optimised, never saved again. None without any.
       preview: (params, extra, frozen, batch, key) -> {name: images [n, h, w, 3] float in
         [-1, 1]}, a grid per name in the log. Called outside jit with the EMA params, so it may
         jit what it likes; None for a task without pictures.

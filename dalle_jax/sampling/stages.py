@@ -166,32 +166,12 @@ def load_codec(workdir: str, step: int | None = None) -> Codec:
       UsageError: if the folder is missing, of another task, not trained yet or damaged.
     """
     config, variables = _open(workdir, "autoencode", step)
-    model, image_px = autoencoder(config), config.data.image_px
-    grid = model.config.grid
-    images = jax.ShapeDtypeStruct((1, image_px, image_px, 3), jnp.float32)
     params = _floats({"params": variables.params, **(variables.extra or {})}, config)
-
-    def encode_fn(params: Params, images: Array) -> Array:
-        return model.apply(params, images, method="encode")
-
-    def decode_fn(params: Params, codes: Array) -> Array:
-        codes = codes.reshape(codes.shape[0], grid, grid)
-        return model.apply(params, codes, method="decode_codes")
-
-    _abstract(workdir, lambda p, x: decode_fn(p, encode_fn(p, x)), params, images)
-    return Codec(
-        model=model,
-        params=params,
-        grid=grid,
-        num_codes=model.config.num_codes,
-        image_px=image_px,
-        fingerprint=fingerprint(params, config),
-        workdir=str(workdir),
-        config=config,
-        step=variables.step,
-        encode_fn=encode_fn,
-        decode_fn=decode_fn,
-    )
+    codec = make_codec(config, params, fingerprint(params, config), str(workdir), variables.step)
+    px = codec.image_px
+    images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
+    _abstract(workdir, lambda p, x: codec.decode_fn(p, codec.encode_fn(p, x)), params, images)
+    return codec
 
 
 def load_clip(workdir: str, step: int | None = None) -> ClipStage:
@@ -301,6 +281,43 @@ def autoencoder(config: cfg.ConfigDict) -> dvae.Dvae | vqvae.Vqvae:
         raise UsageError(f"model.kind {kind!r} is unknown; use one of {', '.join(kinds)}.")
     made, module = kinds[kind]
     return module(cfg.build(made, config.model, image_px=config.data.image_px), policy(config))
+
+
+def make_codec(
+    config: cfg.ConfigDict, params: Params, digits: str, workdir: str, step: int
+) -> Codec:
+    """The codec of a config with these variables, which may be ShapeDtypeStructs.
+
+    Args:
+      config: of an autoencoder's run.
+      params: `{"params": ..., other collections}`.
+      digits: their fingerprint.
+      workdir: where they came from.
+      step: their training step.
+    """
+    model = autoencoder(config)
+    grid = model.config.grid
+
+    def encode_fn(params: Params, images: Array) -> Array:
+        return model.apply(params, images, method="encode")
+
+    def decode_fn(params: Params, codes: Array) -> Array:
+        codes = codes.reshape(codes.shape[0], grid, grid)
+        return model.apply(params, codes, method="decode_codes")
+
+    return Codec(
+        model=model,
+        params=params,
+        grid=grid,
+        num_codes=model.config.num_codes,
+        image_px=config.data.image_px,
+        fingerprint=digits,
+        workdir=workdir,
+        config=config,
+        step=step,
+        encode_fn=encode_fn,
+        decode_fn=decode_fn,
+    )
 
 
 def dalle(config: cfg.ConfigDict, grid: int, num_codes: int) -> dalle_model.Dalle:

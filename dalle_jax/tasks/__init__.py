@@ -2,7 +2,8 @@
 
 from dalle_jax.tasks import autoencode, clip, dalle
 
-# Name in config.task -> make(config, tokenizer=None) -> engine.task.Task. The one list.
+# Name in config.task -> make(config, tokenizer=None, *, by_shape=False) -> engine.task.Task.
+# The one list.
 TASKS = {
     "autoencode": autoencode.make,
     "clip": clip.make,

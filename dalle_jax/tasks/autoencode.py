@@ -29,13 +29,13 @@ ALARMS = {
 }
 
 
-def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
-    """The task of a config whose model.kind is "dvae" or "vqvae".
+def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+    """The task of a config whose model.kind is "dvae" or "vqvae"; `by_shape` changes nothing.
 
     Raises:
       UsageError: for an unknown kind, or sizes that do not fit, before anything compiles.
     """
-    del tokenizer  # pictures only
+    del tokenizer, by_shape  # pictures only, no frozen network
     model = stages.autoencoder(config)
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px

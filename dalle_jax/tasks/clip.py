@@ -21,7 +21,7 @@ from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import clip
 from dalle_jax.nn import partition
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import abstract, stages
 from dalle_jax.types import Array, Params, UsageError
 
 # Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
@@ -35,19 +35,21 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
     """The task that trains a CLIP.
 
     Args:
       config: with the sections of configs/clip.py.
       tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+      by_shape: for plans and dry runs: without a `stages.dvae` the codec is the one that
+        `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for values that do not fit together.
     """
-    _check(config, tokenizer)
+    _check(config, tokenizer, by_shape)
     model = stages.clip(config)
-    codec = _codec(config)
+    codec = _codec(config, by_shape)
     data, batch = config.data, config.data.batch
     picture = jax.ShapeDtypeStruct((batch, data.image_px, data.image_px, 3), jnp.uint8)
     caption = jax.ShapeDtypeStruct((batch, data.text_len), jnp.int32)
@@ -219,7 +221,7 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _check(config: cfg.ConfigDict, tokenizer) -> None:
+def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
     data = config.data
     if not data.add_bos_eos:
         raise UsageError(
@@ -235,20 +237,21 @@ def _check(config: cfg.ConfigDict, tokenizer) -> None:
         raise UsageError(f"data.batch={data.batch} leaves no negatives; use 32 or more.")
     if not 0 <= config.loss.recon_prob <= 1:
         raise UsageError(f"loss.recon_prob={config.loss.recon_prob} is not in [0, 1].")
-    if config.loss.recon_prob and not config.stages.dvae:
+    if config.loss.recon_prob and not config.stages.dvae and not by_shape:
         raise UsageError(
             f"loss.recon_prob={config.loss.recon_prob} needs a codec; give its workdir with "
             "--config.stages.dvae=DIR, or set --config.loss.recon_prob=0."
         )
 
 
-def _codec(config: cfg.ConfigDict) -> stages.Codec | None:
+def _codec(config: cfg.ConfigDict, by_shape: bool) -> stages.Codec | None:
     if not config.loss.recon_prob:
         return None
-    codec = stages.load_codec(config.stages.dvae)
+    codec = abstract.codec(config) if by_shape else stages.load_codec(config.stages.dvae)
     if codec.image_px != config.data.image_px:
+        name = config.stages.dvae or config.stages.dvae_config
         raise UsageError(
-            f"the codec {config.stages.dvae} takes {codec.image_px} px pictures, but "
+            f"the codec {name} takes {codec.image_px} px pictures, but "
             f"data.image_px is {config.data.image_px}; use the same for both."
         )
     return codec

@@ -16,8 +16,8 @@ from dalle_jax import config as cfg
 from dalle_jax import images
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle
+from dalle_jax.sampling import abstract, stages
 from dalle_jax.sampling import dalle as sampling
-from dalle_jax.sampling import stages
 from dalle_jax.types import Array, Key, Params, UsageError
 
 NAME = "dalle"
@@ -30,18 +30,20 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"codes", "text"} if config.stages.from_codes else {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
     """The task that trains a DALL-E on top of the codec in `config.stages.dvae`.
 
     Args:
       config: with the sections of configs/dalle.py.
       tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+      by_shape: for plans and dry runs: without a `stages.dvae` the codec is the one that
+        `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for a missing codec, or values that do not fit together.
     """
-    _check(config, tokenizer)
-    codec = stages.load_codec(config.stages.dvae)
+    _check(config, tokenizer, by_shape)
+    codec = abstract.codec(config) if by_shape else stages.load_codec(config.stages.dvae)
     check_codec(config, codec)
     return build(config, codec)
 
@@ -113,9 +115,9 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
     )
 
 
-def _check(config: cfg.ConfigDict, tokenizer) -> None:
+def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
     data = config.data
-    if not config.stages.dvae:
+    if not config.stages.dvae and not by_shape:
         raise UsageError(
             "stages.dvae is empty; a DALL-E needs a trained codec: give its workdir with "
             "--config.stages.dvae=DIR."
@@ -135,10 +137,10 @@ def _check(config: cfg.ConfigDict, tokenizer) -> None:
 def check_codec(config: cfg.ConfigDict, codec: stages.Codec) -> None:
     """Raises UsageError if the codec takes pictures of another size than the data's."""
     if codec.image_px != config.data.image_px:
+        name = config.stages.dvae or config.stages.dvae_config
         raise UsageError(
-            f"the codec {config.stages.dvae} takes {codec.image_px} px pictures, but "
-            f"data.image_px is {config.data.image_px}; "
-            f"set --config.data.image_px={codec.image_px}."
+            f"the codec {name} takes {codec.image_px} px pictures, but data.image_px is "
+            f"{config.data.image_px}; set --config.data.image_px={codec.image_px}."
         )
 
 

@@ -41,7 +41,7 @@ def command(monkeypatch, workdir, tmp_path):
     fake = types.ModuleType("linear")
     fake.wanted = lambda config: {"text"} if config.seed == 7 else {"image"}
 
-    def make(config, tokenizer=None):
+    def make(config, tokenizer=None, *, by_shape=False):
         fake.tokenizer = tokenizer
         return lt.make_task()
 
@@ -100,6 +100,15 @@ def test_dry_run_writes_nothing(command, workdir, capsys):
     out = capsys.readouterr().out
     assert "144 parameters" in out and "learning rate (constant)" in out
     assert not workdir.exists() and command.made == []
+
+
+def test_the_12b_model_is_looked_at_without_codec_data_or_tokenizer(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    argv = ["train", "--config=configs/dalle_12b.py", "--workdir=nowhere", "--dry_run"]
+    assert __main__.main([*argv, "--config.mesh.fsdp=8", "--compilation_cache="]) == 0
+    out = capsys.readouterr().out
+    assert "12,292,808,448 parameters" in out and "fsdp=8" in out
+    assert not (ROOT / "nowhere").exists()
 
 
 def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypatch):

@@ -1,0 +1,279 @@
+"""What a training step costs on machines that are not there: memory, FLOPs, time, traffic.
+
+`weigh` compiles the true step (`program.build`, the very functions of `loop.train`) for a topology
+and reads the executable: no data, no weights, no device. Figures are the compiler's own and
+arithmetic, and none is a measurement:
+
+  memory     the compiler's allocation, per device.
+  hardware   FLOPs of all matrix products and convolutions that run, see `flops.hardware`; model
+             FLOPs are the task's, without recomputation and masked scores.
+  floor      hardware FLOPs at the chip's dense bfloat16 peak.
+  estimate   the TPU compiler's cycles at the chip's clock. It knows memory traffic and layouts,
+             but does not wait for collectives and counts a kernel written by hand as nothing.
+
+Seconds per sample are chip-seconds: a step takes that times the samples of one device.
+"""
+
+import dataclasses
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from dalle_jax.config import ConfigDict
+from dalle_jax.engine import flops, hlo, program, sharding
+from dalle_jax.engine.task import Task
+from dalle_jax.engine.topology import Topology
+from dalle_jax.types import UsageError
+
+GIB = 2**30
+DAY = 86_400
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One config on one topology. GiB are per device; None = not known for this compiler.
+
+    Attributes:
+      task: its name.
+      topology: its name.
+      chip: of which devices.
+      devices: how many.
+      mesh: axis -> size.
+      rules: name of the rule table.
+      batch: global.
+      micro_batches: of one update.
+      remat: what the model recomputes.
+      fits: whether the step can run.
+      peak_gib: what it needs; if it does not fit, what the compiler said before it gave up, or
+        what the state alone takes.
+      capacity_gib: what a device offers a program.
+      shortfall_gib: what is missing, 0 if it fits.
+      params: number of trained parameters.
+      params_gib: their bytes.
+      ema_gib: those of their moving average.
+      optimiser_gib: those of the optimiser's state.
+      state_gib: all that a checkpoint holds.
+      frozen_gib: networks that are not trained.
+      batch_gib: one batch of input; the loop keeps up to `data.prefetch` more.
+      activations_gib: what the backward pass keeps of the forward pass.
+      temporaries_gib: the rest of the peak: gradients, gathered weights, scratch, code.
+      model_tflop_per_sample: 3 x forward; attention on allowed keys.
+      hardware_tflop_per_sample: see the module's docstring.
+      estimated_s_per_sample: chip-seconds by the compiler.
+      floor_s_per_sample: chip-seconds at the peak rate.
+      mfu_bound: model FLOPs over what the chip could do in the estimated (else the floor) time.
+      basis: "estimate" or "floor": what the figures below follow from.
+      step_s: seconds of one update.
+      images_per_s: samples of all devices.
+      tokens_per_s: likewise, 0 for a task without tokens.
+      steps: `train.steps`.
+      days: they take.
+      chip_days: days x devices.
+      collectives: kinds by mesh axis and type, full buffers per update.
+      compile_s: how long the compiler took.
+      notes: what the figures leave out.
+    """
+
+    task: str
+    topology: str
+    chip: str
+    devices: int
+    mesh: dict[str, int]
+    rules: str
+    batch: int
+    micro_batches: int
+    remat: str
+    fits: bool
+    peak_gib: float
+    capacity_gib: float
+    shortfall_gib: float
+    params: int
+    params_gib: float
+    ema_gib: float
+    optimiser_gib: float
+    state_gib: float
+    frozen_gib: float
+    batch_gib: float
+    activations_gib: float
+    temporaries_gib: float | None
+    model_tflop_per_sample: float
+    hardware_tflop_per_sample: float
+    estimated_s_per_sample: float | None
+    floor_s_per_sample: float | None
+    mfu_bound: float | None
+    basis: str
+    step_s: float | None
+    images_per_s: float | None
+    tokens_per_s: float | None
+    steps: int
+    days: float | None
+    chip_days: float | None
+    collectives: list[hlo.Traffic]
+    compile_s: float
+    notes: list[str]
+
+    @property
+    def s_per_sample(self) -> float | None:
+        """Chip-seconds: the estimate, else the floor."""
+        return self.estimated_s_per_sample or self.floor_s_per_sample
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    """What the compiler said; bytes per device."""
+
+    fits: bool
+    peak: float
+    text: str | None
+    seconds: float
+
+
+def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
+    """Compiles one training step for a topology and weighs it.
+
+    Args:
+      config: the run's config.
+      task: made of it, by shape.
+      topology: where it would run.
+
+    Raises:
+      UsageError: for a mesh or a batch that does not divide.
+    """
+    batch, accum = config.data.batch, config.optim.accum_steps
+    made = program.build(config, task, topology.devices)
+    sharding.check_batch(batch, made.mesh, "data.batch", accum)
+    state, frozen, inputs, key = made.arguments
+    parts = {name: held_bytes(getattr(state, name)) for name in ("params", "ema", "opt_state")}
+    held = held_bytes(state) + held_bytes(frozen) + held_bytes(inputs)
+
+    with sharding.use(made.mesh, made.rules):
+        work = flops.hardware(made.step, *made.arguments) / batch
+        kept = flops.kept_bytes(
+            task.loss, state.params, state.extra, frozen, inputs, key, state.step
+        )
+    shards = made.mesh.shape["data"] * made.mesh.shape["fsdp"]
+    kept = kept / shards / accum
+    notes = _notes(config, made.mesh)
+    if held > topology.capacity:
+        compiled = _Compiled(False, held, None, 0.0)
+        notes.append("the state alone does not fit, so the step was not compiled.")
+    else:
+        compiled = _compile(made, held, topology)
+        if compiled.fits and compiled.text is None:
+            notes.append("the compiler's text cannot be read for this chip: no traffic, no time.")
+
+    devices = len(topology.devices)
+    found = hlo.collectives(compiled.text, made.mesh.shape) if compiled.text else []
+    cycles = hlo.estimated_cycles(compiled.text) if compiled.text else None
+    chip = topology.chip
+    per_device = batch / devices
+    estimate = cycles / chip.clock_hz / per_device if chip and cycles else None
+    floor = work / chip.peak_flops if chip else None
+    second = estimate or floor
+    step_s = second * per_device if second else None
+    tokens = task.unit[1] if task.unit else 0
+    days = config.train.steps * step_s / DAY if step_s else None
+    return Plan(
+        task=task.name,
+        topology=topology.name,
+        chip=chip.name if chip else "CPU",
+        devices=devices,
+        mesh=dict(made.mesh.shape),
+        rules=config.mesh.rules,
+        batch=batch,
+        micro_batches=accum,
+        remat=str(config.model.get("remat", config.model.get("use_remat", ""))),
+        fits=compiled.fits,
+        peak_gib=compiled.peak / GIB,
+        capacity_gib=topology.capacity / GIB,
+        shortfall_gib=max(0.0, compiled.peak - topology.capacity) / GIB,
+        params=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        params_gib=parts["params"] / GIB,
+        ema_gib=parts["ema"] / GIB,
+        optimiser_gib=parts["opt_state"] / GIB,
+        state_gib=held_bytes(state) / GIB,
+        frozen_gib=held_bytes(frozen) / GIB,
+        batch_gib=held_bytes(inputs) / GIB,
+        activations_gib=kept / GIB,
+        temporaries_gib=max(0.0, compiled.peak - held - kept) / GIB if compiled.fits else None,
+        model_tflop_per_sample=task.flops / batch / 1e12,
+        hardware_tflop_per_sample=work / 1e12,
+        estimated_s_per_sample=estimate,
+        floor_s_per_sample=floor,
+        mfu_bound=task.flops / batch / chip.peak_flops / second if second else None,
+        basis="estimate" if estimate else "floor",
+        step_s=step_s,
+        images_per_s=batch / step_s if step_s else None,
+        tokens_per_s=batch * tokens / step_s if step_s else None,
+        steps=config.train.steps,
+        days=days,
+        chip_days=days * devices if days else None,
+        collectives=hlo.traffic(found),
+        compile_s=compiled.seconds,
+        notes=notes,
+    )
+
+
+def held_bytes(tree: Any) -> int:
+    """Bytes that ShapeDtypeStructs with shardings take on one device."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def needed_bytes(message: str) -> float | None:
+    """What a program needs of a device, out of a compiler's refusal; None if it is another error.
+
+    Args:
+      message: text of the exception.
+    """
+    for pattern in (
+        r"memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds",
+        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
+    ):
+        found = re.search(pattern, message)
+        if found:
+            return float(found[1]) * _UNITS[found[2]]
+    return None
+
+
+def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
+    """Compiles; a program that is too large for its device is an answer and not an error."""
+    began = time.perf_counter()
+    try:
+        compiled = made.lower_step().compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = needed_bytes(str(error))
+        if needed is None:
+            raise
+        return _Compiled(False, max(needed, held), None, time.perf_counter() - began)
+    memory = compiled.memory_analysis()
+    # What the step does not read (a frozen codec's decoder) is no argument of the executable, but
+    # it lies in memory all the same.
+    peak = (
+        max(memory.argument_size_in_bytes, held)
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        text = None  # jaxlib cannot parse what libtpu 0.0.52 writes for v5p
+    return _Compiled(peak <= topology.capacity, peak, text, time.perf_counter() - began)
+
+
+def _notes(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[str]:
+    notes = []
+    try:
+        sharding.check_batch(config.data.eval_batch, mesh, "data.eval_batch")
+    except UsageError as error:
+        notes.append(f"`train` will refuse: {error}")
+    return notes

@@ -1,0 +1,56 @@
+"""Frozen networks by their shapes alone: a plan or a dry run needs no weights, no folder.
+
+`stages.dvae_config` of a config names the config file of the codec that `stages.dvae` will hold one
+day. Called by tasks/, whose `make(..., by_shape=True)` is what `plan` compiles.
+"""
+
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax import config as cfg
+from dalle_jax.sampling import stages
+from dalle_jax.types import UsageError
+
+CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def codec(config: cfg.ConfigDict) -> stages.Codec:
+    """The codec of a run: that of `stages.dvae` if it is given, else `stages.dvae_config`'s shape.
+
+    Raises:
+      UsageError: like `stages.load_codec` and `codec_of`.
+    """
+    if config.stages.dvae:
+        return stages.load_codec(config.stages.dvae)
+    return codec_of(config.stages.dvae_config)
+
+
+def codec_of(path: str) -> stages.Codec:
+    """The codec that a config file describes, without weights.
+
+    Args:
+      path: `configs/dvae_paper.py` or `configs/dvae.py:size=smoke`; looked for in the working
+        directory and then, in a checkout, at its root.
+
+    Returns:
+      A codec whose params are ShapeDtypeStructs, with step 0 and no workdir and fingerprint.
+
+    Raises:
+      UsageError: if there is no such config, or it is not one of an autoencoder.
+    """
+    file, colon, argument = path.partition(":")
+    if not pathlib.Path(file).is_file() and (CHECKOUT / file).is_file():
+        file = str(CHECKOUT / file)
+    config = cfg.load(file + colon + argument)
+    if config.task != "autoencode":
+        raise UsageError(
+            f"stages.dvae_config={path!r} is a config of task {config.task!r}; expected one of a "
+            "codec, e.g. configs/dvae_paper.py."
+        )
+    px = config.data.image_px
+    images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
+    variables = jax.eval_shape(stages.autoencoder(config).init, jax.random.key(0), images)
+    return stages.make_codec(config, nn.meta.unbox(variables), digits="", workdir="", step=0)
