@@ -23,7 +23,7 @@ import linear_task as lt  # noqa: E402
 
 
 class Pipeline(lt.Batches):
-    skipped, truncated = collections.Counter(), 0
+    skipped, truncated, num_examples = collections.Counter(), 0, 16
     kill_at = None
 
     def __call__(self, step):

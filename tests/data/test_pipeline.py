@@ -70,8 +70,7 @@ def build(tokenizer, size=50, *, source=None, training=True, batch=8, seed=0, wa
         tokenizer=tokenizer,
         training=training,
         batch=batch,
-        process_index=process[0],
-        process_count=process[1],
+        rows=np.arange(batch).reshape(process[1], -1)[process[0]],
     )
 
 
@@ -255,8 +254,6 @@ def test_cut_captions_are_counted_and_said_once(tokenizer, caplog):
         (dict(crop="dale"), "did you mean 'dalle'"),
         (dict(batch=51), "50 training examples"),
         (dict(batch=0), "data.batch=0"),
-        (dict(process=(0, 3)), "data.batch=9"),
-        (dict(process=(0, 3), training=False), "data.eval_batch=9"),
         (dict(bpe_dropout=1.0), "bpe_dropout"),
         (dict(caption_drop=-0.1), "caption_drop"),
         (dict(text_len=0), "text_len"),
