@@ -87,6 +87,7 @@ finish() {
     if ((code > worst)); then worst=$code; fi
     i=$((i + 1))
   done
+  sleep 0.2 # the last lines are still on their way through awk
   pids=() names=()
   if [[ $stopped ]]; then exit "$stopped"; fi
   if ((worst)); then exit "$worst"; fi

@@ -46,6 +46,7 @@ _POLL_S = 1.0
 _LINGER_S = 3.0
 _DAY_MS = 24 * 3600 * 1000
 _barriers = itertools.count()
+_doing = "its start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,11 @@ def job(start: Start | None, *, takes_notice: bool = False) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
+    if runtime.global_state.client is None:
+        raise UsageError(
+            f"this is one of {jax.process_count()} processes of a pod slice, which were not told "
+            "of each other; start all of them with --distributed."
+        )
     ended = threading.Event()
     listener = threading.Thread(target=_listen, args=(ended,), name="job", daemon=True)
     listener.start()
@@ -119,7 +125,9 @@ def job(start: Start | None, *, takes_notice: bool = False) -> Iterator[None]:
         fail("interrupted", code=130)
     except Exception as error:
         traceback.print_exc()
-        fail(_told(error))
+        is_lost = isinstance(error, jax.errors.JaxRuntimeError)
+        hint = " (if a connection was lost: the process whose output just ends has died)"
+        fail(_told(error) + hint * is_lost)
     finally:
         ended.set()
         listener.join()
@@ -134,11 +142,13 @@ def fail(text: str, code: int = 1) -> NoReturn:
     _print(f"error: {me()}: {text}")
     client = runtime.global_state.client
     if client is not None:
-        # Another process may have been first, or the store may be gone with process 0.
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            client.key_value_set(_NOTE, json.dumps([code, f"{me()}: {text}"]))
+        note = json.dumps([code, jax.process_index(), f"{me()}: {text}"])
+        try:
+            client.key_value_set(_NOTE, note)
             if jax.process_index() == 0:
                 time.sleep(_LINGER_S)
+        except jax.errors.JaxRuntimeError:  # another was first, or the store is gone
+            code = _tell_of_another(text) or code
     sys.stdout.flush()
     os._exit(code)
 
@@ -165,7 +175,7 @@ def agree(facts: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
         if text != usual:
             a, b = json.loads(usual), json.loads(text)
             differs = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-            told = [f"{k} is {b.get(k)}, on process {first} {a.get(k)}" for k in differs[:5]]
+            told = [f"{k} is {b.get(k)} (process {first}: {a.get(k)})" for k in differs[:5]]
             more = f" and {len(differs) - 5} more" * (len(differs) > 5)
             lines.append(f"  process {i}: {'; '.join(told)}{more}")
     raise UsageError(
@@ -190,6 +200,12 @@ def wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         name = f"dalle_jax/{what}/{next(_barriers)}"
         runtime.global_state.client.wait_at_barrier(name, _DAY_MS)
+
+
+def doing(what: str) -> None:
+    """Says what this process does now: it is told if another process ends the job."""
+    global _doing
+    _doing = what
 
 
 def me() -> str:
@@ -295,17 +311,28 @@ def _give_up(name: str, index: int, count: int, address: str, start: Start) -> N
 
 def _listen(ended: threading.Event) -> None:
     """Ends this process when another one has left a note."""
-    client = runtime.global_state.client
     while not ended.wait(_POLL_S):
-        try:
-            code, text = json.loads(client.key_value_try_get(_NOTE))
-        except jax.errors.JaxRuntimeError:  # no note; a lost runtime ends the process by itself
-            continue
-        if ended.is_set():
-            return
-        _print(f"error: {me()} ends because of {text}")
-        sys.stdout.flush()
-        os._exit(code)
+        if code := _tell_of_another():
+            sys.stdout.flush()
+            os._exit(code)
+
+
+def _tell_of_another(mine: str = "") -> int:
+    """Prints the note of another process; returns its exit code, 0 without a note.
+
+    Args:
+      mine: what this process has said already: all may have come to the same end.
+    """
+    try:
+        note = runtime.global_state.client.key_value_try_get(_NOTE)
+    except jax.errors.JaxRuntimeError:  # none; or a lost runtime, which ends the process by itself
+        return 0
+    code, index, text = json.loads(note)
+    if index == jax.process_index():
+        return 0
+    if not mine or not text.endswith(mine):
+        _print(f"error: {me()}, at {_doing}, ends because of {text}")
+    return code
 
 
 def _gather(text: str) -> list[str]:

@@ -89,6 +89,7 @@ class Watchdog:
     def doing(self, what: str) -> None:
         """Says what begins now, and sets the clock to zero."""
         self._what, self._waited = what, 0.0
+        distributed.doing(what)
 
     def _watch(self) -> None:
         period = min(1.0, self._timeout_s / 4)

@@ -116,6 +116,28 @@ def test_processes_together_are_one(tokenizer, count, changes):
         assert whole.ids(step) == [name for part in parts for name in part.ids(step)]
 
 
+def test_no_other_processs_rows_are_ever_decoded(tokenizer):
+    """Not one more record is read than there are rows; which rows may be any."""
+    whole, part = FakeSource(50), FakeSource(50)
+    everything = build(tokenizer, source=whole, batch=12)
+    for rows in ([4, 5, 6, 7], [0, 1, 6, 7]):  # a block, and two: hosts on a torus
+        part.reads = 0
+        mine = pipeline.Pipeline(
+            part,
+            config(cache_mib=0),
+            0,
+            wanted={"image", "text", "codes"},
+            tokenizer=tokenizer,
+            training=True,
+            batch=12,
+            rows=rows,
+        )
+        for step in range(3):
+            full = everything(step)
+            assert_same(mine(step), {name: value[rows] for name, value in full.items()})
+        assert part.reads == 3 * len(rows)
+
+
 @pytest.mark.parametrize("changes", [{}, RANDOM])
 def test_a_resumed_run_goes_on_as_it_began(tokenizer, changes):
     first = build(tokenizer, **changes)
