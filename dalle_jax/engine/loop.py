@@ -14,11 +14,10 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, claim, optim, sharding
+from dalle_jax.engine import checkpoint, claim, program, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
 from dalle_jax.engine import state as state_lib
-from dalle_jax.engine import steps as steps_lib
 from dalle_jax.engine import stop as stop_lib
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Batch, UsageError
@@ -83,18 +82,13 @@ def train(
     # ---- Refuse what cannot work -------------------------------------------------------------
     check(config, task)
     claim.claim(workdir, config)
-    mesh = sharding.make_mesh(config.mesh)
-    rules = sharding.rules(config.mesh)
-    whole = sharding.replicated(mesh)
+    made = program.build(config, task)
     # Made under jit: an array over the devices of several processes cannot be put there from one.
-    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(config.seed)
-    boxed = state_lib.abstract(task, key)
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
-    has_ema = config.optim.ema_decay > 0
-    target, where = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
+    has_ema = made.target.ema is not None
 
     # ---- Where are we? -----------------------------------------------------------------------
-    checkpointer = checkpoint.Checkpointer(workdir, config, claim.describe(mesh, config))
+    checkpointer = checkpoint.Checkpointer(workdir, config, claim.describe(made.mesh, config))
     if (checkpointer.latest_step() or 0) >= steps:
         checkpointer.close()
         metrics_lib.say(
@@ -102,35 +96,27 @@ def train(
         )
         return stored_metrics(workdir)
     if checkpointer.latest_step() is None:
-        init = state_lib.make_init(task, tx, has_ema=has_ema)
-        state, start = jax.jit(init, out_shardings=where)(jax.random.fold_in(key, _INIT)), 0
+        state, start = made.init(jax.random.fold_in(key, _INIT)), 0
         if task.warm_start:
-            state = state_lib.warm_start(state, task, where)
+            state = state_lib.warm_start(state, task, made.where)
     else:
-        claim.check_mesh(workdir, checkpointer.latest_meta(), mesh, config, may_reshard)
-        state, start = checkpointer.restore(target)
+        claim.check_mesh(workdir, checkpointer.latest_meta(), made.mesh, config, may_reshard)
+        state, start = checkpointer.restore(made.target)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
-    frozen_where = sharding.shardings(task.frozen, mesh, rules)
-    frozen = sharding.place(sharding.unbox(task.frozen), frozen_where)
-    metrics_lib.say(state_lib.describe(task, target, mesh, config))
+    frozen = sharding.place(sharding.unbox(task.frozen), made.frozen_where)
+    metrics_lib.say(state_lib.describe(task, made.target, made.mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
-    batch_where = sharding.batch_sharding(mesh)
-    rows = len(sharding.local_rows(mesh, config.data.batch))
-    eval_rows = len(sharding.local_rows(mesh, config.data.eval_batch))
-    step_fn = jax.jit(
-        steps_lib.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
-        in_shardings=(where, frozen_where, batch_where, whole),
-        out_shardings=(where, whole),
-        donate_argnums=0,
-    )
-    eval_fn = jax.jit(steps_lib.make_eval(task), out_shardings=whole)
+    rows = len(sharding.local_rows(made.mesh, config.data.batch))
+    eval_rows = len(sharding.local_rows(made.mesh, config.data.eval_batch))
 
     def read_train(step: int) -> Batch:
-        return sharding.to_global(feed_lib.fitting(batches(step), task, rows), batch_where)
+        batch = feed_lib.fitting(batches(step), task, rows)
+        return sharding.to_global(batch, made.batch_where)
 
     def read_eval(i: int) -> Batch:
-        return sharding.to_global(feed_lib.fitting(eval_batches(i), task, eval_rows), batch_where)
+        batch = feed_lib.fitting(eval_batches(i), task, eval_rows)
+        return sharding.to_global(batch, made.batch_where)
 
     writer = metrics_lib.Writer(workdir, config, first_step=start)
     meter = metrics_lib.Meter()
@@ -171,7 +157,8 @@ def train(
             for i, batch in feed:
                 watch.doing(f"evaluation batch {i + 1} after step {step}")
                 noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
-                got = jax.device_get(eval_fn(params, state.extra, frozen, batch, noise, state.step))
+                values = made.evaluate(params, state.extra, frozen, batch, noise, state.step)
+                got = jax.device_get(values)
                 for name, value in got.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / count
         if sums:
@@ -192,15 +179,9 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
-        stack.enter_context(sharding.use(mesh, rules))
+        stack.enter_context(sharding.use(made.mesh, made.rules))
         began = time.perf_counter()
-        # Compiled ahead: the executable takes these shapes and no others, so nothing can
-        # compile a second time in the middle of a run.
-        spec = {
-            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_where)
-            for name, s in task.batch_spec.items()
-        }
-        step_fn = step_fn.lower(state, frozen, spec, key).compile()
+        step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
         stop = stack.enter_context(stop_lib.Stop())
         watch = stack.enter_context(stop_lib.Watchdog(config.train.hang_timeout_s))
@@ -284,13 +265,9 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     """
     check(config, task)
     steps = config.train.steps
-    mesh, rules = sharding.make_mesh(config.mesh), sharding.rules(config.mesh)
-    boxed = state_lib.abstract(task, jax.random.key(config.seed))
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
-    has_ema = config.optim.ema_decay > 0
-    target, _ = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
-    lines = [state_lib.describe(task, target, mesh, config), "", "parameters:"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(target.params):
+    made = program.build(config, task)
+    lines = [state_lib.describe(task, made.target, made.mesh, config), "", "parameters:"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made.target.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
     lines += ["", "batch:"]
@@ -299,7 +276,7 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     lines += ["", f"learning rate ({config.optim.schedule}):"]
     shown = sorted({0, config.optim.warmup_steps, *(round(steps * i / 10) for i in range(11))})
     for step in (s for s in shown if s <= steps):
-        value = float(lr(step))
+        value = float(made.lr(step))
         bar = "#" * round(40 * value / config.optim.lr)
         lines.append(f"  step {step:>8}  {value:.3e}  {bar}")
     return "\n".join(lines)
