@@ -68,6 +68,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             save_every_steps=500,
             keep_last=2,
             keep_every_steps=0,  # 0 = none kept for ever
+            # Several processes: the longest that one step, evaluation, preview or save may take
+            # before all of them end with a message; 0 = wait for ever.
+            hang_timeout_s=1200,
             preview_every_steps=0,  # 0 = only at the end
             tensorboard=True,
             wandb_project="",  # needs the wandb extra

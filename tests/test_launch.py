@@ -1,4 +1,4 @@
-"""launch: the demo's flow, with a stub in the place of Python; scripts that shellcheck accepts."""
+"""launch: demo and local cluster with a stub in the place of Python; scripts pass shellcheck."""
 
 import os
 import pathlib
@@ -138,6 +138,77 @@ def test_the_demo_refuses_what_it_does_not_understand(house, arguments):
 def test_a_dry_run_touches_nothing(house):
     done = demo(house, "--dry_run")
     assert done.returncode == 0 and done.stdout.count("python -m dalle_jax") == len(STEPS)
+    assert not calls(house) and not (house / "runs").exists()
+
+
+def cluster(house: pathlib.Path, *arguments: str, **stub: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "launch/local_cluster.sh", *arguments],
+        cwd=house,
+        env=environment(house, **stub),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_local_cluster_prepares_then_trains_in_n_processes(house):
+    done = cluster(house, "3", "--out=runs/x", "--port=9000", "--", "--config.train.steps=5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = calls(house)
+    assert len(made) == 5 and "prepare shapes" in made[0] and "configs/dvae.py" in made[1]
+    for i in range(3):
+        (call,) = [c for c in made if f"--process_id={i} " in c]
+        assert "--coordinator=localhost:9000 --process_count=3" in call
+        assert call.endswith("--config.train.steps=5")
+        assert f"[p{i}] step 7/9 loss 0.5" in done.stdout.splitlines()
+
+
+def test_a_failed_process_fails_the_local_cluster(house):
+    done = cluster(house, "2", fail="--process_id=1")
+    assert done.returncode == 3
+    assert "[p1] error: the stub was told to fail" in done.stdout
+    assert "[p1] process" in done.stdout and "ended with exit code 3" in done.stdout
+    # Without a codec there is nothing to train.
+    before = len(calls(house))
+    assert cluster(house, "2", fail="configs/dvae.py").returncode == 3
+    assert not any("dalle.py" in call for call in calls(house)[before:])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_a_local_cluster_ends_its_processes(house, number, code):
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", "bash", "launch/local_cluster.sh", "2"],
+        cwd=house,
+        env=environment(house, hang="--process_id="),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for _ in range(400):
+        if len(calls(house)) == 4:
+            break
+        time.sleep(0.05)
+    time.sleep(0.2)  # the script comes to its `wait`
+    process.send_signal(number)
+    out = process.communicate(timeout=20)[0]
+    assert process.returncode == code, out
+    pids = [int(line.split()[-1]) for line in out.splitlines() if "] is process" in line]
+    assert len(pids) == 4
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.mark.parametrize("arguments", [[], ["0"], ["four"], ["2", "--devices=0"], ["2", "fast"]])
+def test_the_local_cluster_refuses_what_it_does_not_understand(house, arguments):
+    done = cluster(house, *arguments)
+    assert done.returncode == 2 and "error" in done.stderr and not calls(house)
+
+
+def test_a_dry_run_of_the_local_cluster_touches_nothing(house):
+    done = cluster(house, "4", "--dry_run")
+    assert done.returncode == 0 and done.stdout.count("python -m dalle_jax") == 6
     assert not calls(house) and not (house / "runs").exists()
 
 

@@ -7,6 +7,12 @@ from collections.abc import Iterable, Sequence
 
 DEFAULT_CACHE = "~/.cache/dalle_jax/jax"
 
+# Flags of `add_distributed`: they say how a command was started and not what it does.
+DISTRIBUTED = (
+    "distributed", "coordinator", "process_id", "process_count", "start_timeout_s",
+    "heartbeat_timeout_s",
+)  # fmt: skip
+
 
 def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --config; `--config.a.b=value` overrides are collected by `__main__`."""
@@ -33,6 +39,56 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
         help="compiled programs that took over 1 s are kept here and reused; '' = off "
         "(default: $JAX_COMPILATION_CACHE_DIR or %(default)s)",
     )
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which one of several processes finds the others."""
+    group = parser.add_argument_group("many processes (the same command on every host)")
+    group.add_argument(
+        "--distributed",
+        action="store_true",
+        help="ask SLURM, TPU metadata, Open MPI or Kubernetes for the other processes",
+    )
+    group.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="or by hand: where process 0 is,"
+    )
+    group.add_argument("--process_id", type=int, metavar="I", help="the number of this one,")
+    group.add_argument("--process_count", type=int, metavar="N", help="and how many there are")
+    group.add_argument(
+        "--start_timeout_s",
+        type=int,
+        default=300,
+        metavar="S",
+        help="wait so long for all of them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--heartbeat_timeout_s",
+        type=int,
+        default=100,
+        metavar="S",
+        help="a process that is silent for so long is dead, and ends all (default: %(default)s)",
+    )
+
+
+def job(args: argparse.Namespace, *, takes_notice: bool = False):
+    """`distributed.job` as `add_distributed`'s flags describe it; nothing without them.
+
+    Raises:
+      UsageError: for flags that do not fit together.
+    """
+    from dalle_jax.engine import distributed
+
+    given = (args.coordinator or None, args.process_id, args.process_count)
+    start = None
+    if args.distributed or given != (None, None, None):
+        start = distributed.Start(
+            coordinator=args.coordinator,
+            process_id=args.process_id,
+            process_count=args.process_count,
+            timeout_s=args.start_timeout_s,
+            heartbeat_timeout_s=args.heartbeat_timeout_s,
+        )
+    return distributed.job(start, takes_notice=takes_notice)
 
 
 def use_cache(args: argparse.Namespace) -> None:

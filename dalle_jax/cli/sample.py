@@ -7,8 +7,9 @@
 
 Written to --out: a folder per prompt with the pictures (01.png is the best), their codes and
 scores.json (the scores of all candidates, seed and settings), a contact sheet sheet.png, and
-index.html. The same seed draws the same pictures, whatever the batch and the number of devices;
-more candidates only add to those of fewer.
+index.html. The same seed draws the same pictures, whatever the batch and the number of devices
+and processes; more candidates only add to those of fewer. Several processes (--distributed) share
+the prompts, so there is work for as many of them as there are prompts; --out is on a shared disk.
 """
 
 import argparse
@@ -26,7 +27,6 @@ SUMMARY = "draw pictures for captions and rank them with CLIP"
 
 CANDIDATES, KEEP = 32, 8
 MAX_PROMPT_CHARS = 1000  # 256 text slots at the paper's size hold about as many
-_SHEET_PX = 128  # small pictures are enlarged to about this on the contact sheet
 _FIRST_PIECE = 260  # ids below are control ids and bytes: characters unseen in training
 
 
@@ -78,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="samples", metavar="DIR", help="default: %(default)s")
     group.add_argument("--json", action="store_true", help="print all scores as JSON")
+    common.add_distributed(parser)
     common.add_cache(parser)
 
 
@@ -85,11 +86,19 @@ def run(args: argparse.Namespace) -> int:
     """Draws, ranks and writes; returns the exit code."""
     prompts = _prompts(args)
     _check(args)
+    common.use_cache(args)
+    with common.job(args):
+        return _run(args, prompts)
+
+
+def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     import jax
 
+    from dalle_jax.cli import sample_page
+    from dalle_jax.engine import distributed
     from dalle_jax.sampling import logits, rerank
 
-    common.use_cache(args)
+    distributed.agree({"the command": _command(args), "prompts": prompts})
     dalle, clip = _stages(args)
     codec = dalle.codec
     logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
@@ -103,8 +112,10 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out)
     mesh = _mesh()
     chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * jax.local_device_count()
-    results = []
-    for i, (prompt, folder) in enumerate(zip(prompts, _folders(out, prompts), strict=True)):
+    results: dict[int, dict] = {}
+    folders = _folders(out, prompts)
+    for i in range(jax.process_index(), len(prompts), jax.process_count()):
+        prompt, folder = prompts[i], folders[i]
         start = time.monotonic()
         label = f"{i + 1}/{len(prompts)} {_short(prompt)}"
         drawn = rerank.draw_best(
@@ -126,9 +137,13 @@ def run(args: argparse.Namespace) -> int:
             mesh=mesh,
         )
         seconds = time.monotonic() - start
-        results.append(_write(args, folder, prompt, drawn, seconds, dalle, clip, rows))
-    _write_pages(args, out, results, given, dalle, clip)
-    report = [{k: v for k, v in result.items() if k != "pictures"} for result in results]
+        results[i] = sample_page.write(args, folder, prompt, drawn, seconds, dalle, clip, rows)
+    distributed.wait_for_all("all prompts are drawn")
+    if jax.process_index() != 0:
+        return 0
+    everything = [results.get(i) or sample_page.read(folder) for i, folder in enumerate(folders)]
+    sample_page.write_pages(args, out, everything, given, dalle, clip, _command(args))
+    report = [{k: v for k, v in result.items() if k != "pictures"} for result in everything]
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -276,75 +291,6 @@ def _mesh():
     return sharding.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=1, tensor=1)), devices)
 
 
-def _write(args, folder, prompt, drawn, seconds, dalle, clip, rows) -> dict:
-    """Pictures, codes and scores.json of one prompt; returns what scores.json holds, + pictures."""
-    import numpy as np
-
-    from dalle_jax import images
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9]*.png"):  # of an earlier call that kept more
-        old.unlink()
-    pictures = images.to_uint8(drawn.images)
-    kept = []
-    for rank, (index, picture) in enumerate(zip(drawn.candidates, pictures, strict=True), 1):
-        file = folder / f"{rank:02d}.png"
-        file.write_bytes(images.png_bytes(picture))
-        score = None if drawn.scores is None else round(float(drawn.scores[index]), 5)
-        kept.append(dict(rank=rank, candidate=int(index), score=score, file=str(file)))
-    np.save(folder / "codes.npy", drawn.codes, allow_pickle=False)
-    names = ("seed", "temperature", "top_k", "top_p", "guidance", "image")
-    scores = drawn.scores
-    result = {
-        "prompt": prompt,
-        "settings": {name: getattr(args, name) for name in names} | {"keep_rows": rows},
-        "dalle": dict(workdir=dalle.workdir, step=dalle.step, fingerprint=dalle.fingerprint),
-        "clip": clip and dict(workdir=clip.workdir, step=clip.step, fingerprint=clip.fingerprint),
-        "kept": kept,
-        "scores": scores if scores is None else [round(float(s), 5) for s in scores],
-        "seconds": round(seconds, 2),
-    }
-    (folder / "scores.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return {**result, "pictures": pictures}
-
-
-def _write_pages(args, out, results, given, dalle, clip) -> None:
-    """sheet.png and index.html over all prompts."""
-    import numpy as np
-
-    from dalle_jax import images, pages
-
-    def label(kept) -> str:
-        return f"{kept['rank']}" + ("" if kept["score"] is None else f" · {kept['score']:.3f}")
-
-    first = [] if given is None else [given]
-    blocks = []
-    page = pages.Page("Pictures from captions", f"Seed {args.seed}, temperature {args.temperature}")
-    for result in results:
-        labels = (["given"] if first else []) + [label(kept) for kept in result["kept"]]
-        pictures = np.stack(first + list(result["pictures"]))
-        blocks.append((result["prompt"], pictures, labels))
-        ranked = "in the order drawn" if clip is None else "ranked by CLIP, best first"
-        num_drawn = len(result["scores"] or result["kept"])
-        page.section(
-            result["prompt"],
-            f"{len(result['kept'])} of {num_drawn} pictures, {ranked}; "
-            f"{result['seconds']:.1f} seconds."
-            + (
-                f" The first {result['settings']['keep_rows']} rows of codes are given."
-                * bool(first)
-            ),
-        )
-        page.gallery(list(zip(pictures, labels, strict=True)))
-    page.section("Command").command(_command(args))
-    source = f"DALL-E {dalle.workdir}, step {dalle.step:,}"
-    page.text(source + ("." if clip is None else f"; CLIP {clip.workdir}, step {clip.step:,}."))
-    scale = max(1, _SHEET_PX // dalle.codec.image_px)
-    sheet = images.contact_sheet(blocks, scale=scale)
-    (out / "sheet.png").write_bytes(images.png_bytes(sheet))
-    page.write(out / "index.html")
-
-
 def _folders(out: pathlib.Path, prompts: list[str]) -> list[pathlib.Path]:
     """One folder name per prompt: its words, numbered where two would be the same."""
     names: list[str] = []
@@ -361,7 +307,7 @@ def _command(args) -> str:
     """The command line that draws this again."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    skip = ("compilation_cache", "json")
+    skip = ("compilation_cache", "json", *common.DISTRIBUTED)
     words = ["python", "-m", "dalle_jax", "sample"]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
@@ -392,4 +338,7 @@ def _short(prompt: str) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr)

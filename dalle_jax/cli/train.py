@@ -5,6 +5,13 @@
 A finished run is a no-op. A config that differs from the workdir's own is refused with the names
 of the fields. Ctrl-C or SIGTERM saves at the next step and exits with 130 or 143, so that
 `train … && train …` does not go on with a half-trained stage; a second Ctrl-C stops at once.
+
+Several processes, one per host or GPU, run the same command with --distributed, or by hand:
+
+  … --coordinator=10.0.0.1:8476 --process_count=2 --process_id=0      # and 1 on the other host
+
+Each reads its own rows of the batch; process 0 writes metrics and previews; --workdir is on a disk
+that all share. SIGTERM to any of them makes all save at the same step; what ends one ends all.
 """
 
 import argparse
@@ -24,29 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print parameters, batch and schedules; needs no data and no codec, trains nothing",
     )
     parser.add_argument(
-        "--distributed",
+        "--reshard",
         action="store_true",
-        help="one of several processes (TPU pod, SLURM, …): calls jax.distributed.initialize()",
+        help="continue on whatever mesh today's devices make; without it, the same config.mesh on "
+        "another number of devices than before is refused",
     )
+    common.add_distributed(parser)
     common.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
-    import sys
-
-    import jax
-
     common.use_cache(args)
-    if args.distributed:
-        jax.distributed.initialize()
+    config = common.load_config(args)
+    with common.job(args, takes_notice=True):
+        return _train(args, config)
+
+
+def _train(args: argparse.Namespace, config) -> int:
+    import sys
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import loop, metrics
+    from dalle_jax.engine import claim, distributed, loop, metrics, sharding
     from dalle_jax.types import UsageError
 
-    config = common.load_config(args)
+    distributed.agree(claim.facts(args.workdir, config), ignore=claim.PER_HOST)
     if config.task not in tasks.TASKS:
         raise UsageError(
             f"task {config.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
@@ -63,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         _check_codes(config)
     loop.check(config, task)
 
+    mesh = sharding.make_mesh(config.mesh)
+
     def batches(split: str, training: bool, batch: int):
         return pipeline.make(
             config.data,
@@ -72,14 +84,16 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=tokenizer,
             training=training,
             batch=batch,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(mesh, batch),
         )
 
     training = batches(config.data.split, True, config.data.batch)
     held_out = batches(config.data.eval_split, False, config.data.eval_batch)
+    distributed.agree(
+        {"training examples": training.num_examples, "held-out examples": held_out.num_examples}
+    )
     try:
-        loop.train(config, task, training, held_out, args.workdir)
+        loop.train(config, task, training, held_out, args.workdir, may_reshard=args.reshard)
     except loop.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum

@@ -2,8 +2,8 @@
 
 The batch of a step is a pure function of (seed, step): which examples, which captions, crops,
 BPE-dropout and dropped captions. Position p = step * batch + place counts through shuffled epochs;
-process i of n computes places [i * batch / n, (i + 1) * batch / n). So the data state of a
-checkpoint is one integer, valid for any number of processes.
+each process reads the places that its devices hold (`rows`) and decodes no other record. So the
+data state of a checkpoint is one integer, valid for any mesh and number of processes.
 
 A record that cannot be used is replaced by the one at the next position that can, everywhere in
 the same way; it is counted in `skipped` and named in `skipped_ids`.
@@ -68,11 +68,10 @@ class Pipeline:
         tokenizer: tokenizers.Tokenizer | None = None,
         training: bool,
         batch: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
         """See `make`; `source` needs len(), [i] -> sources.Example and .fields."""
-        _check(source, data_config, wanted, tokenizer, training, batch, process_count)
+        _check(source, data_config, wanted, tokenizer, training, batch)
         self._source = source
         self._config = data_config
         self._seed = int(seed)
@@ -80,7 +79,7 @@ class Pipeline:
         self._tokenizer = tokenizer
         self._training = training
         self._batch = batch
-        self._places = np.arange(batch).reshape(process_count, -1)[process_index]
+        self._places = np.arange(batch) if rows is None else np.asarray(rows)
         self._crop = preprocess.CROPS[data_config.crop]
         self._random_crop = training and data_config.crop not in preprocess.DETERMINISTIC
         self._dropout = data_config.bpe_dropout if training else 0.0
@@ -98,7 +97,7 @@ class Pipeline:
         self.truncated = 0
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """This process's slice of the global batch of `step`, b = batch / process_count.
+        """This process's rows of the global batch of `step`, b = len(rows).
 
         Returns:
           Of these, what was wanted: image uint8 [b, px, px, 3], text int32 [b, text_len],
@@ -281,8 +280,7 @@ def make(
     tokenizer: tokenizers.Tokenizer | None = None,
     training: bool,
     batch: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> Pipeline:
     """The pipeline of a split of the set that a config's `data` section names.
 
@@ -295,8 +293,7 @@ def make(
       training: shuffled epochs, augmentation, a random caption, BPE-dropout, caption_drop. False
         gives the split in order (it wraps at the end), central crops and the first caption.
       batch: examples in the global batch.
-      process_index: which slice of it, in [0, process_count).
-      process_count: how many processes share it.
+      rows: the places in it, of 0 to batch - 1, that this process reads; None = all.
 
     Raises:
       UsageError: for a set, split, crop or size that cannot work, before anything is read.
@@ -312,12 +309,11 @@ def make(
         tokenizer=tokenizer,
         training=training,
         batch=batch,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
-def _check(source, config, wanted, tokenizer, training, batch, process_count) -> None:
+def _check(source, config, wanted, tokenizer, training, batch) -> None:
     """Raises UsageError for what cannot work."""
     if unknown := set(wanted) - set(_WANTED):
         raise ValueError(f"wanted holds {unknown}; a batch can hold {_WANTED}.")
@@ -347,11 +343,6 @@ def _check(source, config, wanted, tokenizer, training, batch, process_count) ->
     ):
         if not fits:
             raise UsageError(f"{field}={value} is out of range; expected {expected}.")
-    if batch % process_count:
-        raise UsageError(
-            f"{name}={batch} cannot be shared by {process_count} processes; use a multiple, e.g. "
-            f"--config.{name}={-(-batch // process_count) * process_count}."
-        )
     if training and len(source) < batch:
         raise UsageError(
             f"data.source {config.source!r} has {len(source)} training examples, fewer than "

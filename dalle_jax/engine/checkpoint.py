@@ -3,6 +3,9 @@
     config.json                                  the config that made the weights; travels with them
     checkpoints/<step>/{params,ema,extra,opt,meta}   one orbax item each, committed by one rename
 
+`meta` tells the step, the versions and the mesh that wrote the checkpoint; any mesh can read it.
+With several processes all of them write, read, and decide together what to read.
+
 A sampler reads `ema` (or `params`) and `extra` and never touches the optimiser. An exported stage
 is a folder with `config.json`, `params.safetensors` and, for tasks with text, `tokenizer.model`;
 `load_variables` reads both kinds. Nothing here is a pickle: loading a file runs no code of its
@@ -12,6 +15,7 @@ author's.
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import optim, sharding, shipped
+from dalle_jax.engine import distributed, sharding, shipped
 from dalle_jax.engine.state import TrainState
 from dalle_jax.types import UsageError
 
@@ -37,14 +41,6 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 WEIGHTS = "params.safetensors"
 TOKENIZER = "tokenizer.model"
-
-
-# Fields that may differ when a workdir continues: they change what is written and how fast, not
-# what is learned. `train.steps` is checked apart.
-MAY_CHANGE = (
-    "train.", "mesh.", "data.threads", "data.prefetch", "data.cache_mib", "data.data_dir",
-    "data.eval_batch", "stages.dvae_config",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +65,13 @@ class Checkpointer:
       workdir: the run's folder; made if absent.
       config: the run's config; `train.keep_last` newest checkpoints stay, and those whose step is
         a multiple of `train.keep_every_steps` stay for ever (0 = none).
+      meta: what each checkpoint shall remember beside the arrays, as JSON: `claim.describe`.
     """
 
-    def __init__(self, workdir: str, config: cfg.ConfigDict):
+    def __init__(self, workdir: str, config: cfg.ConfigDict, meta: Mapping[str, Any] | None = None):
         self._dir = _path(workdir) / CHECKPOINTS
         self._config = config
+        self._meta = dict(meta or {}, task=config.task, versions=_versions())
         self._saved = None
         self._dir.mkdir(parents=True, exist_ok=True)
         self._manager = self._open()
@@ -103,8 +101,8 @@ class Checkpointer:
         """
         if step not in (self._saved, self.latest_step()):
             items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-            meta = dict(step=step, task=self._config.task, versions=_versions())
-            args = ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items)
+            meta = ocp.args.JsonSave(dict(self._meta, step=step))
+            args = ocp.args.Composite(meta=meta, **items)
             self._manager.save(step, args=args)
             self._saved = step
         if wait:
@@ -114,11 +112,25 @@ class Checkpointer:
         """Step of the newest committed checkpoint, None without any."""
         return self._manager.latest_step()
 
+    def latest_meta(self) -> dict[str, Any]:
+        """What the newest checkpoint remembers beside its arrays: step, versions and `meta`.
+
+        Returns:
+          {} without a checkpoint, or if its meta is damaged: `restore` finds that out.
+        """
+        try:
+            reader = ocp.JsonCheckpointHandler()
+            path = self._dir / str(self.latest_step()) / "meta"
+            return reader.restore(path, args=ocp.args.JsonRestore())
+        except Exception:  # as in `restore`
+            return {}
+
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, int]:
         """The newest readable checkpoint, placed where `abstract_state` says.
 
         A checkpoint that cannot be read is moved to `damaged/` and the one before it is taken,
-        with a warning: a truncated file costs `save_every_steps` steps and not the run.
+        with a warning: a truncated file costs `save_every_steps` steps and not the run. If one
+        process cannot read its part, all of them fall back.
 
         Args:
           abstract_state: ShapeDtypeStructs with shardings; any mesh, not only the one that saved.
@@ -129,14 +141,16 @@ class Checkpointer:
         steps = sorted(self._manager.all_steps(), reverse=True)
         problem = None
         for position, step in enumerate(steps):
+            state = mine = None
             try:
                 state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a bad file
-                problem = error
+                problem = mine = error
+            if not distributed.all_true(state is not None):
                 logger.warning(
                     "checkpoint of step %d is damaged (%s); falling back to %s.",
                     step,
-                    _first_line(error),
+                    _first_line(mine) if mine else "for another process",
                     f"step {steps[position + 1]}" if position + 1 < len(steps) else "nothing",
                 )
                 continue
@@ -150,9 +164,14 @@ class Checkpointer:
         ) from problem
 
     def _read(self, step: int, abstract_state: TrainState) -> TrainState:
-        items = _items(abstract_state)
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        got = self._manager.restore(step, args=ocp.args.Composite(**args))
+        # Not by the manager, which waits for all processes at the end: those that can read their
+        # part would wait for one that cannot.
+        items, reader = _items(abstract_state), ocp.StandardCheckpointHandler()
+        got = {
+            name: reader.restore(self._dir / str(step) / name, args=ocp.args.StandardRestore(tree))
+            for name, tree in items.items()
+        }
+        reader.close()
         scalar = abstract_state.step
         number = sharding.place(np.asarray(step, scalar.dtype), scalar.sharding)
         return TrainState(
@@ -173,10 +192,7 @@ class Checkpointer:
                 if target.exists():
                     target.rmtree()
                 (self._dir / str(step)).rename(target)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("dalle_jax: damaged checkpoints set aside")
+        distributed.wait_for_all("damaged checkpoints set aside")
         self._manager = self._open()
 
     def close(self) -> None:
@@ -200,38 +216,6 @@ def save_config(workdir: str, config: cfg.ConfigDict) -> None:
     part = folder / (CONFIG + ".part")
     part.write_text(cfg.to_json(config) + "\n")
     part.replace(folder / CONFIG)
-
-
-def claim(workdir: str, config: cfg.ConfigDict) -> None:
-    """Stores the config in a new workdir; in an old one checks that it is the same run.
-
-    Raises:
-      UsageError: listing every field that differs, with both values.
-    """
-    if not (_path(workdir) / CONFIG).exists():
-        if jax.process_index() == 0:
-            save_config(workdir, config)
-        return
-    stored = load_config(workdir)
-    changed = cfg.differences(stored, config)
-    refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
-    hint = ""
-    if "train.steps" in changed and (
-        optim.depends_on_steps(config.optim) or optim.depends_on_steps(stored.optim)
-    ):
-        refused["train.steps"] = changed["train.steps"]
-        hint = (
-            f" train.steps sets the length of the {config.optim.schedule} schedule; a run whose "
-            "steps should grow later needs optim.decay_steps from the start."
-        )
-    if refused:
-        lines = [f"  {k}: stored {old!r}, given {new!r}" for k, (old, new) in refused.items()]
-        raise UsageError(
-            f"{workdir} holds another run; these fields differ:\n" + "\n".join(lines) + "\n"
-            f"use a new --workdir, or the stored values.{hint}"
-        )
-    if changed and jax.process_index() == 0:
-        save_config(workdir, config)
 
 
 def load_config(workdir: str) -> cfg.ConfigDict:
@@ -346,10 +330,13 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 def _read_item(path: epath.Path) -> Any:
     """One item as nested numpy arrays, whatever devices wrote it."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    # Not by a Checkpointer: it waits for all processes, of which one may read alone.
+    reader = ocp.PyTreeCheckpointHandler()
+    tree = reader.metadata(path).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    read = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    reader.close()
+    return read
 
 
 def _versions() -> dict[str, str]:

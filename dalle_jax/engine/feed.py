@@ -5,7 +5,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from dalle_jax.engine.task import Task
@@ -15,17 +14,21 @@ from dalle_jax.types import Batch, UsageError
 def fitting(batch: Batch, task: Task, rows: int) -> Batch:
     """The arrays that the task asks for, after comparing them with its batch_spec.
 
+    Args:
+      batch: this process's rows of the global batch.
+      task: what asks for them.
+      rows: how many rows those should be.
+
     Raises:
       UsageError: where data and task disagree.
     """
-    local = rows // jax.process_count()
     for name, spec in task.batch_spec.items():
         if name not in batch:
             raise UsageError(
                 f"task {task.name} needs {name!r} in its batches; the data gives "
                 f"{', '.join(sorted(batch))}."
             )
-        got, want = np.asarray(batch[name]), (local, *spec.shape[1:])
+        got, want = np.asarray(batch[name]), (rows, *spec.shape[1:])
         if got.shape != want or got.dtype != spec.dtype:
             raise UsageError(
                 f"task {task.name} expects {name} {want} {spec.dtype}; the data gives "

@@ -7,19 +7,18 @@ same bits as an unbroken one on the same mesh.
 
 import contextlib
 import signal
-import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, program, sharding
+from dalle_jax.engine import checkpoint, claim, program, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
 from dalle_jax.engine import state as state_lib
+from dalle_jax.engine import stop as stop_lib
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Batch, UsageError
 
@@ -55,6 +54,8 @@ def train(
     batches: Callable[[int], Batch],
     eval_batches: Callable[[int], Batch],
     workdir: str,
+    *,
+    may_reshard: bool = False,
 ) -> dict[str, float]:
     """Trains until `config.train.steps`, continuing what the workdir holds.
 
@@ -65,6 +66,7 @@ def train(
         names its examples in reports.
       eval_batches: likewise for held-out batches 0 .. train.eval_batches - 1.
       workdir: a new folder or one of the same run.
+      may_reshard: continue even if the workdir's mesh is another than today's devices make.
 
     Returns:
       The last metrics: {"step", "loss", …, "eval/loss", …}. A finished run returns those stored.
@@ -79,14 +81,14 @@ def train(
 
     # ---- Refuse what cannot work -------------------------------------------------------------
     check(config, task)
-    checkpoint.claim(workdir, config)
+    claim.claim(workdir, config)
     made = program.build(config, task)
     # Made under jit: an array over the devices of several processes cannot be put there from one.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
     has_ema = made.target.ema is not None
 
     # ---- Where are we? -----------------------------------------------------------------------
-    checkpointer = checkpoint.Checkpointer(workdir, config)
+    checkpointer = checkpoint.Checkpointer(workdir, config, claim.describe(made.mesh, config))
     if (checkpointer.latest_step() or 0) >= steps:
         checkpointer.close()
         metrics_lib.say(
@@ -98,18 +100,22 @@ def train(
         if task.warm_start:
             state = state_lib.warm_start(state, task, made.where)
     else:
+        claim.check_mesh(workdir, checkpointer.latest_meta(), made.mesh, config, may_reshard)
         state, start = checkpointer.restore(made.target)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
     frozen = sharding.place(sharding.unbox(task.frozen), made.frozen_where)
     metrics_lib.say(state_lib.describe(task, made.target, made.mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
+    rows = len(sharding.local_rows(made.mesh, config.data.batch))
+    eval_rows = len(sharding.local_rows(made.mesh, config.data.eval_batch))
+
     def read_train(step: int) -> Batch:
-        batch = feed_lib.fitting(batches(step), task, config.data.batch)
+        batch = feed_lib.fitting(batches(step), task, rows)
         return sharding.to_global(batch, made.batch_where)
 
     def read_eval(i: int) -> Batch:
-        batch = feed_lib.fitting(eval_batches(i), task, config.data.eval_batch)
+        batch = feed_lib.fitting(eval_batches(i), task, eval_rows)
         return sharding.to_global(batch, made.batch_where)
 
     writer = metrics_lib.Writer(workdir, config, first_step=start)
@@ -149,6 +155,7 @@ def train(
         count = config.train.eval_batches
         with feed_lib.Prefetch(read_eval, range(count), config.data.prefetch) as feed:
             for i, batch in feed:
+                watch.doing(f"evaluation batch {i + 1} after step {step}")
                 noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
                 values = made.evaluate(params, state.extra, frozen, batch, noise, state.step)
                 got = jax.device_get(values)
@@ -176,13 +183,16 @@ def train(
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
-        stop = stack.enter_context(_Stop())
+        stop = stack.enter_context(stop_lib.Stop())
+        watch = stack.enter_context(stop_lib.Watchdog(config.train.hang_timeout_s))
         feed = stack.enter_context(
             feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
         )
         meter = metrics_lib.Meter()
         waiting = time.perf_counter()
+        watch.doing(f"reading the batch of step {start + 1}")
         for index, batch in feed:
+            watch.doing(f"step {index + 1}")
             if not pending or pending[-1][1]["loss"].is_ready():
                 # Only a wait that left the device idle is the input's fault.
                 meter.waited += time.perf_counter() - waiting
@@ -213,13 +223,16 @@ def train(
                 if evals and config.train.eval_batches:
                     evaluate(done)
                 if draws and task.preview:
+                    watch.doing(f"the preview after step {done}")
                     preview(done)
                 if saves:
+                    watch.doing(f"the checkpoint of step {done}")
                     checkpointer.save(done, state, wait=bool(is_last or signum))
                 meter.pause(pause)
             if signum and not is_last:
                 raise Interrupted(signum, done)
             waiting = time.perf_counter()
+            watch.doing(f"reading the batch of step {done + 1}")
     return final
 
 
@@ -295,40 +308,3 @@ def _explain(step, values, batches, checkpointer, workdir) -> str:
         "broken state was not saved. Usual cures: a lower optim.lr, a longer "
         "optim.warmup_steps, optim.clip_norm=1, dtype.compute=float32."
     )
-
-
-class _Stop:
-    """Turns the first SIGTERM or SIGINT into a request; the second acts as usual.
-
-    With several processes jax's own preemption notice is asked instead: it makes all of them stop
-    at the same step.
-    """
-
-    def __init__(self):
-        self._signum = 0
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Stop":
-        is_main_thread = threading.current_thread() is threading.main_thread()
-        if is_main_thread and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._request)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
-
-    def _request(self, number: int, frame: Any) -> None:
-        self._signum = number
-        self.__exit__()
-
-    def requested(self, step: int) -> int:
-        """The signal to stop for after `step`, 0 to go on."""
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            if multihost_utils.reached_preemption_sync_point(step):
-                return signal.SIGTERM
-        return self._signum

@@ -241,7 +241,7 @@ def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None
       UsageError: with the nearest sizes that can.
     """
     shards = mesh.shape[axes.DATA] * mesh.shape[axes.FSDP]
-    unit = math.lcm(shards * accum_steps, jax.process_count())
+    unit = shards * accum_steps
     if size % unit:
         parts = f"{shards} data shards" + (f" x {accum_steps} micro-batches" * (accum_steps > 1))
         lower = size // unit * unit
@@ -249,11 +249,21 @@ def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None
         raise UsageError(f"{field}={size} is not a multiple of {unit} ({parts}); use {near}.")
 
 
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """Places in a global batch of `size` that the devices of this process hold, ascending.
+
+    Neighbours on a torus need not be neighbours in the mesh, so the rows of a host need not be one
+    block; processes that share a tensor axis hold the same rows.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[part] for part in parts]))
+
+
 def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
     """Global arrays from this process's rows of the batch.
 
     Args:
-      batch: name -> host array, leading axis = the rows of this process, in global order.
+      batch: name -> host array, leading axis = `local_rows`.
       sharding: `batch_sharding`'s.
     """
     make = jax.make_array_from_process_local_data

@@ -12,7 +12,11 @@ from typing import Any
 import flax.struct
 import jax
 
+from dalle_jax.engine import sharding
 from dalle_jax.types import Array, Batch, Key, Params
+
+# Whole numpy arrays on every process: what a preview must make of its batch and its drawings.
+to_host = sharding.to_host
 
 
 @flax.struct.dataclass

@@ -18,6 +18,7 @@ import numpy as np
 from dalle_jax import axes, images
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
+from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import clip
 from dalle_jax.nn import partition
@@ -86,7 +87,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
     def preview(params, extra, frozen, batch, key):
         pictures = images.to_float(batch["image"])
         image, text, _ = embed_jit(params, pictures, batch["text"])
-        return {"own_then_best_matches": best_matches(np.asarray(pictures), image, text)}
+        return {"own_then_best_matches": best_matches(*task_lib.to_host((pictures, image, text)))}
 
     return Task(
         name="clip",
@@ -188,7 +189,7 @@ def reconstruct_some(codec: stages.Codec, params: Params, pictures: Array, share
     return pictures.at[which].set(jax.lax.stop_gradient(drawn).astype(pictures.dtype))
 
 
-def best_matches(pictures: np.ndarray, image: Array, text: Array) -> np.ndarray:
+def best_matches(pictures: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.ndarray:
     """For the first captions: their own picture, then the best-scoring ones of the batch.
 
     Args:
@@ -199,7 +200,7 @@ def best_matches(pictures: np.ndarray, image: Array, text: Array) -> np.ndarray:
     Returns:
       [rows * (1 + best), h, w, 3]; a perfect model repeats the first picture as the second.
     """
-    scores = np.asarray(text)[:_PREVIEW_CAPTIONS] @ np.asarray(image).T
+    scores = text[:_PREVIEW_CAPTIONS] @ image.T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :_PREVIEW_BEST]
     rows = np.concatenate([np.arange(len(best))[:, None], best], axis=1)
     return pictures[rows.reshape(-1)]

@@ -14,6 +14,7 @@ import numpy as np
 
 from dalle_jax import config as cfg
 from dalle_jax import images
+from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle
 from dalle_jax.sampling import abstract, stages
@@ -94,7 +95,8 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
         drawn = sampling.sample(
             model, params, few["text"], num_candidates=PREVIEW_CANDIDATES, key=key
         )
-        rows = np.concatenate([np.asarray(own)[:, None], np.asarray(drawn)], axis=1)
+        own, drawn = task_lib.to_host((own, drawn))
+        rows = np.concatenate([own[:, None], drawn], axis=1)
         drawn = codec.decode(rows.reshape(-1, made.num_image_tokens))  # [n * k, h, w, 3]
         h, w = drawn.shape[1:3]
         strips = np.asarray(drawn).reshape(len(rows), -1, h, w, 3).swapaxes(1, 2)

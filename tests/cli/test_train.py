@@ -23,7 +23,7 @@ import linear_task as lt  # noqa: E402
 
 
 class Pipeline(lt.Batches):
-    skipped, truncated = collections.Counter(), 0
+    skipped, truncated, num_examples = collections.Counter(), 0, 16
     kill_at = None
 
     def __call__(self, step):
@@ -137,6 +137,8 @@ def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypa
         (["train", "--config=configs/dvae.py", "--workdir=w", "--config.optim.l=1"], "optim.l"),
         (["train", "--config=configs/dvae.py", "--workdir=w", "--config.optim.lr"], "no value"),
         (["train", "--config=configs/dvae.py", "--workdir=w", "--config.task=gan"], "'gan'"),
+        (["train", "--config=configs/dvae.py", "--workdir=w", "--process_id=0"], "belong together"),
+        (["sample", "--pretrained=shapes", "--prompt=x", "--process_count=2"], "belong together"),
     ],
 )
 def test_bad_input_is_exit_code_2_with_the_cure(args, text, capsys, monkeypatch):

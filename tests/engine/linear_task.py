@@ -3,6 +3,8 @@
 Also a program (`python linear_task.py WORKDIR key=value …`) for the tests that kill a run.
 """
 
+import os
+import signal
 import sys
 import time
 
@@ -13,6 +15,7 @@ from flax import linen as nn
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
+from dalle_jax.engine import sharding
 from dalle_jax.engine import task as task_lib
 
 D_IN, D_OUT = 8, 16
@@ -32,7 +35,7 @@ def make_config(**overrides) -> cfg.ConfigDict:
             train=dict(
                 steps=20, log_every_steps=5, eval_every_steps=0, eval_batches=2,
                 save_every_steps=6, keep_last=2, keep_every_steps=0, preview_every_steps=0,
-                tensorboard=False, wandb_project="",
+                tensorboard=False, wandb_project="", hang_timeout_s=60,
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, rules="fsdp"),
         )
@@ -92,31 +95,72 @@ class Batches:
 
 
 class Part(Batches):
-    """The rows of one of several processes."""
+    """The rows of this process; keyword `fault`: a step -> a function called before it."""
+
+    def __init__(self, mesh, fault=(None, None), **fields):
+        super().__init__(**fields)
+        self._rows, self._fault = sharding.local_rows(mesh, self._batch), fault
 
     def __call__(self, step: int):
+        if step == self._fault[0]:
+            self._fault[1]()
         whole = super().__call__(step)
-        rows = self._batch // jax.process_count()
-        start = jax.process_index() * rows
-        return {name: whole[name][start : start + rows] for name in ("x", "y")}
+        return {name: whole[name][self._rows] for name in ("x", "y")}
 
 
-def main() -> None:
-    from dalle_jax.engine import loop
+FAULTS = {
+    "raise": lambda: open("/no/such/disk"),
+    "hang": lambda: time.sleep(600),
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}
+
+
+def main() -> int:
+    """Trains as one process of a job, or alone.
+
+    `i=`, `n=` and `port=` make it one of several. `fault=KIND:I:STEP` does something of FAULTS to
+    process I before it reads the batch of that step; `unreadable=I:STEP` hides that checkpoint
+    from process I; `reshard=1` may continue on another mesh; `wait=` is how long to wait for all.
+    """
+    from dalle_jax.engine import checkpoint, claim, distributed, loop
 
     workdir, *pairs = sys.argv[1:]
     values = dict(pair.split("=") for pair in pairs)
-    delay = float(values.pop("delay", 0))
-    if "process" in values:
-        address = f"localhost:{values.pop('port')}"
-        jax.distributed.initialize(address, 2, int(values.pop("process")))
-    try:
-        batches = Part(delay=delay)
-        loop.train(make_config(**values), make_task(), batches, Part(), workdir)
-    except loop.Interrupted as stop:
-        print(stop, file=sys.stderr, flush=True)
-        sys.exit(128 + stop.signum)
+    delay, may_reshard = float(values.pop("delay", 0)), bool(values.pop("reshard", 0))
+    wait = int(values.pop("wait", 60))
+    kind, who, when = values.pop("fault", "raise:-1:0").split(":")
+    blind, hidden = values.pop("unreadable", "-1:0").split(":")
+    start = None
+    if "port" in values:
+        address, i, n = (
+            f"localhost:{values.pop('port')}",
+            int(values.pop("i")),
+            int(values.pop("n")),
+        )
+        start = distributed.Start(address, i, n, timeout_s=wait, heartbeat_timeout_s=10)
+    read = checkpoint.Checkpointer._read
+
+    def read_unless_hidden(self, step, target):
+        if (jax.process_index(), step) == (int(blind), int(hidden)):
+            raise OSError("this process cannot read it")
+        return read(self, step, target)
+
+    checkpoint.Checkpointer._read = read_unless_hidden
+    with distributed.job(start, takes_notice=True):
+        config = make_config(**values)
+        distributed.agree(claim.facts(workdir, config))
+        mesh = sharding.make_mesh(config.mesh)
+        fault = (int(when), FAULTS[kind]) if jax.process_index() == int(who) else (None, None)
+        batches = Part(mesh, fault, delay=delay)
+        try:
+            loop.train(config, make_task(), batches, Part(mesh), workdir, may_reshard=may_reshard)
+        except loop.Interrupted as stop:
+            print(stop, file=sys.stderr, flush=True)
+            return 128 + stop.signum
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -147,44 +146,6 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(workdir, tmp_path):
     assert same(workdir, tmp_path / "unbroken")
     steps = [e["step"] for e in metrics.read(workdir) if e["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 20
-
-
-@pytest.mark.slow
-def test_two_processes_stop_together_and_end_like_one(workdir, tmp_path, one_device, monkeypatch):
-    """4 devices in 2 processes, SIGTERM to one of them, then the same command again."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(HERE.parents[1]),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-    }
-
-    def start(delay):
-        command = [sys.executable, str(HERE / "linear_task.py"), str(workdir), "mesh.fsdp=2"]
-        command += [f"port={port}", f"delay={delay}"]
-        both = [[*command, f"process={i}"] for i in range(2)]
-        return [subprocess.Popen(c, env=env, stderr=subprocess.PIPE, text=True) for c in both]
-
-    pair = start(delay=0.3)
-    deadline = time.monotonic() + 120
-    while not checkpoint.steps(str(workdir)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    pair[1].send_signal(signal.SIGTERM)
-    errors = [process.communicate()[1] for process in pair]
-    assert [process.returncode for process in pair] == [143, 143], errors
-    assert 6 <= checkpoint.steps(str(workdir))[-1] < 20
-
-    pair = start(delay=0)
-    errors = [process.communicate()[1] for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], errors
-    monkeypatch.setattr(jax, "devices", lambda *a: one_device[:4])
-    run(tmp_path / "one", **{"mesh.fsdp": 2})
-    a, b = weights(workdir), weights(tmp_path / "one")
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
 
 
 def test_error_of_the_reader_reaches_the_caller_and_the_thread_ends(workdir):
