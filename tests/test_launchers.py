@@ -246,7 +246,7 @@ def test_the_readmes_commands_pass_their_dry_run(stub):
     """Every launcher call in launch/README.md renders, with the arguments as they stand there."""
     text = (ROOT / "launch" / "README.md").read_text().replace("\\\n", " ")
     calls = re.findall(
-        r"^    bash launch/((?:tpu_pod|gke|slurm|one_gpu|one_cpu)\.sh .*)$", text, re.M
+        r"^ +bash launch/((?:tpu_pod|gke|slurm|one_gpu|one_cpu)\.sh .*)$", text, re.M
     )
     assert len(calls) > 8
     for call in calls:

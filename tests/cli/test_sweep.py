@@ -1,21 +1,29 @@
 """The sweep command: what it refuses, renders and submits; and two learning rates x two seeds."""
 
+import fcntl
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 import yaml
 
-from dalle_jax import __main__
+from dalle_jax import __main__, tasks
 from dalle_jax import config as cfg
+from dalle_jax.data import pipeline
 from dalle_jax.engine import checkpoint
 from dalle_jax.sweeps import units
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "engine"))
+
+import linear_task as lt  # noqa: E402
+
 CONFIG = f"--config={ROOT}/configs/dvae.py:size=smoke"
 AXES = ["--sweep", "optim.lr=1e-3,3e-3", "--sweep", "seed=0,1"]
 
@@ -93,6 +101,69 @@ def test_submits_through_the_clusters_own_program(
     assert (tmp_path / "called").read_text().split()[-1] == str(file) and file.exists()
     assert (tmp_path / "runs" / "1" / "sweep.json").exists()
     assert "--xid=1 --table" in capsys.readouterr().out
+
+
+@pytest.fixture
+def linear(monkeypatch, tmp_path):
+    """A saved sweep of the engine tests' linear task, in this process: trained in a second."""
+
+    class Pipeline(lt.Batches):
+        skipped, truncated, close = {}, 0, lambda self: None
+
+        def __call__(self, step):
+            if step == Pipeline.stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(step)
+
+    Pipeline.stop_at = None
+    fake = types.ModuleType("linear")
+    fake.wanted = lambda config: {"image"}
+    fake.make = lambda config, tokenizer=None: lt.make_task()
+    fake.make.__module__ = "linear"
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: one)
+    monkeypatch.setitem(sys.modules, "linear", fake)
+    monkeypatch.setitem(tasks.TASKS, "linear", fake.make)
+    monkeypatch.setattr(pipeline, "make", lambda *args, **kwargs: Pipeline(delay=0.01))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    file = tmp_path / "linear_config.py"
+    file.write_text(
+        "import linear_task as lt\n"
+        "def get_config(arg=None):\n"
+        "    c = lt.make_config()\n"
+        "    c.unlock()\n"
+        "    c.data.split, c.data.eval_split = 'train', 'validation'\n"
+        "    return c\n"
+    )
+    hyper = [{"optim.lr": 0.01}, {"optim.lr": 1e38}, {"train.profile_steps": 99}]
+    made = units.define(str(tmp_path / "runs"), str(file), {}, hyper, "eval/loss", "min")
+    made.save()
+    return made, Pipeline
+
+
+def test_a_unit_trains_and_records_how_it_ended(command, linear, capsys):
+    sweep, data = linear
+
+    def run(wid):
+        return command("--xid=1", f"--unit={wid}", config=None)
+
+    data.stop_at = 9
+    assert run(1) == 143 and units.status(sweep, 1)["state"] == "started"
+    data.stop_at = None
+    with open(f"{sweep.workdir(1)}/.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run(1) == 2
+    assert "is being trained by another process" in capsys.readouterr().err
+    assert run(1) == 0
+    found = units.status(sweep, 1)
+    assert (found["state"], found["step"], found["exit_code"]) == ("done", 20, 0)
+    assert run(2) == 1 and units.status(sweep, 2)["state"] == "failed"
+    assert run(3) == 2 and "train.profile_at" in units.status(sweep, 3)["error"]
+
+    assert command("--xid=1", "--table", config=None) == 1
+    said = capsys.readouterr().out
+    assert "1*" in said and "unit 3 failed" in said
+    assert units.to_run(sweep, retry=False) == []
 
 
 def test_two_learning_rates_and_two_seeds(command, tmp_path, monkeypatch, capsys):
