@@ -74,6 +74,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             preview_every_steps=0,  # 0 = only at the end
             tensorboard=True,
             wandb_project="",  # needs the wandb extra
+            profile_steps=0,  # trace so many steps into WORKDIR/profile
+            profile_at=10,  # … from this one on, counted from the start or resume of the run
+            dump_hlo=False,  # the compiled step as text: WORKDIR/hlo/step.txt.gz
         )
     )
     c.mesh = cfg.ConfigDict(

@@ -67,7 +67,9 @@ def load_hyper(path: str) -> list[dict[str, Any]]:
     """The sweep of a config file: what its `get_hyper()` returns, a list of dotted overrides."""
     module = _module(path)
     if not hasattr(module, "get_hyper"):
-        raise UsageError(f"{path} has no get_hyper(); a sweep needs one: see configs/base.py.")
+        raise UsageError(
+            f"{path} has no get_hyper(); give the values with --sweep, or see configs/dvae.py."
+        )
     return list(module.get_hyper())
 
 
@@ -152,6 +154,11 @@ def from_json(text: str) -> ConfigDict:
 def sweep(key: str, values: Sequence[Any]) -> list[dict[str, Any]]:
     """One axis of a sweep: one override per value."""
     return [{key: value} for value in values]
+
+
+def fixed(key: str, value: Any) -> list[dict[str, Any]]:
+    """An axis of one value: an override that all units of a sweep share."""
+    return [{key: value}]
 
 
 def product(*axes: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ def test_build_names_unknown_fields():
 def test_sweeps():
     a, b = cfg.sweep("a", [1, 2]), cfg.sweep("b", [3, 4])
     assert len(cfg.product(a, b)) == 4
+    assert cfg.product(a, cfg.fixed("c", 0)) == [{"a": 1, "c": 0}, {"a": 2, "c": 0}]
     assert cfg.zipped(a, b) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
     with pytest.raises(UsageError, match="lengths"):
         cfg.zipped(a, cfg.sweep("c", [1]))

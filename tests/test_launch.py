@@ -214,6 +214,6 @@ def test_a_dry_run_of_the_local_cluster_touches_nothing(house):
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_scripts_pass_shellcheck():
-    scripts = [".ci/run", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("launch/*.sh"))]
+    scripts = [".ci/run", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("launch/*.s[hb]*"))]
     done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -22,9 +22,10 @@ STOREYS = {
     "tasks": {"nn", "models", "diffusion", "sampling", "engine.task", "engine.checkpoint"},
     "evaluation": {"nn", "models", "sampling", "data.shapes"},
     "importers": {"nn", "models"},
+    "sweeps": {"engine"},
     "cli": {
         "nn", "diffusion", "data", "engine", "models", "sampling", "tasks", "evaluation",
-        "importers",
+        "importers", "sweeps",
     },
     "__main__": {"cli"},
     "__init__": set(),

@@ -4,7 +4,8 @@
   python -m dalle_jax doctor --json > doctor.json
 
 Exits with 1 if something is broken, above all when there is an accelerator and JAX does not use
-it: a run would silently be a hundred times slower. Optional things that are missing are notes.
+it: a run would silently be a hundred times slower. Optional things that are missing are notes, and
+so is a matmul far below the chip's peak.
 """
 
 import argparse
@@ -75,6 +76,9 @@ def examine(disk: str, *, bench: bool) -> dict[str, Any]:
         report["rates"] = measure(devices) if bench else {}
         platforms = os.environ.get("JAX_PLATFORMS", "")
         checks.append(check_backend(_seen_hardware(), report["backend"], platforms))
+        if "matmul_bfloat16_gflops" in report["rates"]:
+            rate = report["rates"]["matmul_bfloat16_gflops"]
+            checks += check_rate(devices[0].device_kind, rate)
     else:
         checks.append(_check("devices", FAIL, f"JAX starts on no device: {problem}"))
     checks += check_packages(report["versions"])
@@ -125,6 +129,22 @@ def check_packages(versions: dict[str, str | None]) -> list[dict[str, str]]:
         if versions.get(name) is None:
             checks.append(_check(name, NOTE, f"not installed ({use})"))
     return checks
+
+
+def check_rate(kind: str, gflops: float) -> list[dict[str, str]]:
+    """The bfloat16 matmul against the chip's peak; nothing for a chip that is not in the table."""
+    from dalle_jax.engine import chips
+
+    if kind not in chips.CHIPS:
+        return []
+    chip = chips.CHIPS[kind]
+    share = gflops * 1e9 / chip.peak_flops
+    text = (
+        f"bfloat16 matmul at {share:.0%} of the {chip.name}'s {chip.peak_flops / 1e12:,.0f} TFLOP/s"
+    )
+    if share < 0.5:
+        text += ": is something else running on it, or is it throttled?"
+    return [_check("matmul", OK if share >= 0.5 else NOTE, text)]
 
 
 def check_disk(folder: str, free_gib: float | None) -> dict[str, str]:
@@ -224,7 +244,9 @@ def _device(device) -> dict[str, Any]:
 
 def _seen_hardware() -> str | None:
     """What the operating system shows, whether or not JAX can use it."""
-    if shutil.which("nvidia-smi") or pathlib.Path("/proc/driver/nvidia/version").exists():
+    # A container may show the device without the tools.
+    files = (pathlib.Path("/proc/driver/nvidia/version"), pathlib.Path("/dev/nvidia0"))
+    if shutil.which("nvidia-smi") or any(file.exists() for file in files):
         return "gpu"
     if any(pathlib.Path("/dev").glob("accel*")) or "TPU_NAME" in os.environ:
         return "tpu"

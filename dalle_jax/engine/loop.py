@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, claim, program, sharding
+from dalle_jax.engine import checkpoint, claim, observe, program, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
 from dalle_jax.engine import state as state_lib
@@ -119,14 +119,16 @@ def train(
         return sharding.to_global(batch, made.batch_where)
 
     writer = metrics_lib.Writer(workdir, config, first_step=start)
-    meter = metrics_lib.Meter()
     pending: list[tuple[int, dict[str, jax.Array]]] = []  # finished step count, device metrics
     untold: list[tuple[int, dict[str, float]]] = []  # fetched, not yet logged
     final: dict[str, float] = {"step": start}
 
     def fetch(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
         """Brings the metrics of these steps to the host and checks them."""
-        for step, values in jax.device_get(entries):
+        meter.spent(observe.HOST)
+        got = jax.device_get(entries)
+        meter.spent(observe.COMPUTE)
+        for step, values in got:
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
                 raise NonFiniteError(_explain(step, values, batches, checkpointer, workdir))
             untold.append((step, {name: float(value) for name, value in values.items()}))
@@ -138,10 +140,11 @@ def train(
         step, last = untold[-1]
         mean = {name: float(np.mean([v[name] for _, v in untold])) for name in last}
         mean = {"loss": mean.pop("loss"), **mean, "lr": last["lr"]}
-        rates = meter.read(config.data.batch, task.unit, task.flops)
+        rates = meter.read()
         left = (steps - step) * rates["perf/step_ms"] / 1000
         writer.scalars(step, "train", mean | rates)
-        metrics_lib.say(metrics_lib.console_line(step, steps, mean | rates, left))
+        line = metrics_lib.console_line(step, steps, mean | rates, left)
+        metrics_lib.say(f"{line}  {meter.bound()}")
         for name, text in task.alarms.items():
             if mean.get(name, 0) > 0:
                 metrics_lib.say(f"  warning ({name}): {text}")
@@ -183,26 +186,31 @@ def train(
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
+        if config.train.dump_hlo:
+            observe.dump_hlo(workdir, step_fn)
         stop = stack.enter_context(stop_lib.Stop())
         watch = stack.enter_context(stop_lib.Watchdog(config.train.hang_timeout_s))
         feed = stack.enter_context(
             feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
         )
-        meter = metrics_lib.Meter()
-        waiting = time.perf_counter()
+        profiler = stack.enter_context(observe.Profiler(workdir, config))
+        meter = observe.Meter(config.data.batch, task, jax.devices())
         watch.doing(f"reading the batch of step {start + 1}")
         for index, batch in feed:
             watch.doing(f"step {index + 1}")
-            if not pending or pending[-1][1]["loss"].is_ready():
-                # Only a wait that left the device idle is the input's fault.
-                meter.waited += time.perf_counter() - waiting
-            with jax.transfer_guard("disallow"):
+            meter.spent(observe.INPUT)
+            profiler.before(index - start, state, meter)
+            with (
+                jax.transfer_guard("disallow"),
+                jax.profiler.StepTraceAnnotation("train", step_num=index),
+            ):
                 state, values = step_fn(state, frozen, batch, key)
             done = index + 1
             pending.append((done, values))
-            meter.step()
+            meter.step(values["loss"])
             if len(pending) > _RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - _RUN_AHEAD][1])
+                meter.spent(observe.COMPUTE)
 
             if _due(done - 1, config.train.log_every_steps):
                 # One step late: the device works on this step while the host reads the last.
@@ -219,19 +227,22 @@ def train(
                 pending = []
                 if is_last or signum or _due(done, config.train.log_every_steps):
                     tell()
-                pause = time.perf_counter()
+                meter.spent(observe.HOST)
                 if evals and config.train.eval_batches:
                     evaluate(done)
                 if draws and task.preview:
                     watch.doing(f"the preview after step {done}")
                     preview(done)
+                meter.spent(observe.EVALUATION)
                 if saves:
                     watch.doing(f"the checkpoint of step {done}")
                     checkpointer.save(done, state, wait=bool(is_last or signum))
-                meter.pause(pause)
+                    meter.spent(observe.CHECKPOINT)
+                if is_last or signum:
+                    observe.conclude(meter, writer, done)
             if signum and not is_last:
                 raise Interrupted(signum, done)
-            waiting = time.perf_counter()
+            meter.spent(observe.HOST)
             watch.doing(f"reading the batch of step {done + 1}")
     return final
 
@@ -246,6 +257,7 @@ def check(config: cfg.ConfigDict, task: Task) -> None:
     for name in ("steps", "log_every_steps", "save_every_steps", "keep_last"):
         if train[name] < 1:
             raise UsageError(f"train.{name}={train[name]}; expected 1 or more.")
+    observe.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch, mesh, "data.batch", config.optim.accum_steps)
     sharding.check_batch(config.data.eval_batch, mesh, "data.eval_batch")

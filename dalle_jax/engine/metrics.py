@@ -1,12 +1,12 @@
 """What a run says: console lines, metrics.jsonl, TensorBoard, preview pictures. Process 0 only.
 
 One JSON object per event: {"step": 100, "kind": "train", "loss": …}. Training metrics are means
-over the steps since the last event; `perf/…` are rates over the same interval.
+over the steps since the last event; `perf/…` are rates over the same interval (`observe.Meter`).
+The event of kind "run" at the end has the rates and shares of the whole run.
 """
 
 import json
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,7 +59,7 @@ class Writer:
         self._lines = file.open("a")
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One event of kind "train" or "eval"; values are Python or numpy scalars."""
+        """One event of kind "train", "eval" or "run"; values are Python or numpy scalars."""
         if not self._is_main:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -119,56 +119,24 @@ def read(workdir: str) -> list[dict[str, Any]]:
     return events
 
 
-class Meter:
-    """Rates over the interval since the last `read`."""
-
-    def __init__(self):
-        self.waited = 0.0  # seconds the loop waited for input
-        self._start = time.perf_counter()
-        self._steps = 0
-
-    def step(self) -> None:
-        """Counts one dispatched step."""
-        self._steps += 1
-
-    def read(self, batch: int, unit: tuple[str, int] | None, flops: float) -> dict[str, float]:
-        """Images per second and the like since the last call, and starts the next interval.
-
-        Args:
-          batch: examples of one step.
-          unit: (name, count per example) of `Task.unit`.
-          flops: model FLOPs of one step, 0 = unknown.
-        """
-        now = time.perf_counter()
-        seconds = max(now - self._start, 1e-9)
-        rate = self._steps / seconds
-        values = {"perf/images_per_s": rate * batch, "perf/step_ms": 1000 / max(rate, 1e-9)}
-        if unit:
-            values[f"perf/{unit[0]}_per_s"] = rate * batch * unit[1]
-        if flops:
-            values["perf/gflops_per_s"] = rate * flops / 1e9
-        values["perf/input_wait_pct"] = 100 * min(1.0, self.waited / seconds)
-        self._start, self._steps, self.waited = now, 0, 0.0
-        return values
-
-    def pause(self, since: float) -> None:
-        """Takes the seconds since `time.perf_counter()` value `since` out of the interval."""
-        self._start += time.perf_counter() - since
-
-
 def console_line(
     step: int, steps: int, values: Mapping[str, float], eta_s: float | None = None
 ) -> str:
-    """`step 100/1000  loss 0.123  …  | 812 images/s  … | 3% input  ETA 0:12`."""
+    """`step 100/1000  loss 0.123  … | 812 images/s  … input wait 3%  ETA 0:12`."""
     plain = [f"{k} {_short(v)}" for k, v in values.items() if not k.startswith("perf/")]
     rates = []
     for name, value in values.items():
-        if name.endswith("_per_s"):
-            what = name.removeprefix("perf/").removesuffix("_per_s")
-            what = "GFLOP" if what == "gflops" else what
-            rates.append(f"{value:,.0f} {what}/s")
-    if "perf/input_wait_pct" in values:
-        rates.append(f"input wait {values['perf/input_wait_pct']:.0f}%")
+        what = name.removeprefix("perf/")
+        if what == "tflops_per_s":
+            small = value < 0.1
+            unit = "GFLOP" if small else "TFLOP"
+            rates.append(f"{value * 1000 if small else value:.3g} {unit}/s/device")
+        elif what == "mfu_pct":
+            rates.append(f"MFU {value:.1f}%")
+        elif what == "input_wait_pct":
+            rates.append(f"input wait {value:.0f}%")
+        elif what.endswith("_per_s"):
+            rates.append(f"{value:,.0f} {what.removesuffix('_per_s')}/s")
     if eta_s is not None:
         rates.append(f"ETA {duration(eta_s)}")
     end = " | " + "  ".join(rates) if rates else ""

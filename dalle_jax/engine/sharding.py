@@ -58,27 +58,36 @@ def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = No
         to be crossed by another axis than data.
     """
     devices = jax.devices() if devices is None else list(devices)
+    sizes = mesh_sizes(mesh_config, len(devices))
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return Mesh(_grid(sizes, devices), axes.MESH_AXES, axis_types=kinds)
+
+
+def mesh_sizes(mesh_config: ConfigDict, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the mesh axes data, fsdp and tensor over so many devices, -1 filled in.
+
+    Raises:
+      UsageError: if they do not multiply to the number of devices.
+    """
     sizes = [int(mesh_config[name]) for name in axes.MESH_AXES]
     asked = ", ".join(f"{n}={s}" for n, s in zip(axes.MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise UsageError(f"mesh {asked}: sizes are positive, and at most one is -1 (the rest).")
     given = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
-        if len(devices) % given:
+        if num_devices % given:
             raise UsageError(
-                f"mesh {asked}: {len(devices)} devices are not a multiple of {given}, the product "
+                f"mesh {asked}: {num_devices} devices are not a multiple of {given}, the product "
                 "of the given sizes; change one of them."
             )
-        sizes[sizes.index(-1)] = len(devices) // given
-    elif given != len(devices):
+        sizes[sizes.index(-1)] = num_devices // given
+    elif given != num_devices:
         product = " x ".join(str(size) for size in sizes)
         raise UsageError(
-            f"mesh {asked}: {product} = {given}, but there are {len(devices)} devices; "
+            f"mesh {asked}: {product} = {given}, but there are {num_devices} devices; "
             "set one size to -1 to fill it."
         )
-    return Mesh(
-        _grid(sizes, devices), axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
-    )
+    return tuple(sizes)
 
 
 def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:

@@ -54,6 +54,14 @@ def test_missing_packages_fail_and_optional_ones_are_notes():
     }
 
 
+def test_a_matmul_is_measured_against_the_peak():
+    [fast] = doctor.check_rate("NVIDIA H100 80GB HBM3", 700_000)
+    assert fast["status"] == "ok" and "71% of the H100 SXM's 989 TFLOP/s" in fast["text"]
+    [slow] = doctor.check_rate("TPU v5 lite", 50_000)
+    assert slow["status"] == "note" and "25%" in slow["text"]
+    assert doctor.check_rate("cpu", 100) == []
+
+
 def test_old_python_and_full_disk():
     assert doctor.check_python((3, 10))["status"] == "fail"
     assert doctor.check_python((3, 13))["status"] == "ok"

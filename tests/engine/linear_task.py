@@ -35,7 +35,8 @@ def make_config(**overrides) -> cfg.ConfigDict:
             train=dict(
                 steps=20, log_every_steps=5, eval_every_steps=0, eval_batches=2,
                 save_every_steps=6, keep_last=2, keep_every_steps=0, preview_every_steps=0,
-                tensorboard=False, wandb_project="", hang_timeout_s=60,
+                tensorboard=False, wandb_project="", hang_timeout_s=60, profile_steps=0,
+                profile_at=10, dump_hlo=False,
             ),
             mesh=dict(data=-1, fsdp=1, tensor=1, rules="fsdp"),
         )

@@ -50,34 +50,13 @@ def test_missing_wandb_is_refused_by_name(workdir, monkeypatch):
         metrics.Writer(str(workdir), lt.make_config(**{"train.wandb_project": "p"}))
 
 
-def test_meter_counts_the_interval(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
-    meter = metrics.Meter()
-    for _ in range(10):
-        meter.step()
-    now[0], meter.waited = 5.0, 1.0
-    values = meter.read(16, ("tokens", 80), 2e9)
-    assert values == {
-        "perf/images_per_s": 32.0,
-        "perf/step_ms": 500.0,
-        "perf/tokens_per_s": 2560.0,
-        "perf/gflops_per_s": 4.0,
-        "perf/input_wait_pct": 20.0,
-    }
-    now[0] = 105.0
-    meter.pause(5.0)  # an evaluation of 100 s
-    meter.step()
-    now[0] = 106.0
-    assert meter.read(16, None, 0)["perf/images_per_s"] == pytest.approx(16.0)
-
-
 def test_console_line():
-    values = {"loss": 0.123456, "perf/images_per_s": 1234.5, "perf/gflops_per_s": 87.0}
-    values["perf/input_wait_pct"] = 3.2
+    values = {"loss": 0.123456, "perf/images_per_s": 1234.5, "perf/tflops_per_s": 1.2345}
+    values |= {"perf/mfu_pct": 31.27, "perf/input_wait_pct": 3.2, "perf/host_ms": 1.0}
     line = metrics.console_line(50, 1000, values, 75)
     assert line == (
-        "step   50/1000  loss 0.1235 | 1,234 images/s  87 GFLOP/s  input wait 3%  ETA 1:15"
+        "step   50/1000  loss 0.1235 | 1,234 images/s  1.23 TFLOP/s/device  MFU 31.3%  "
+        "input wait 3%  ETA 1:15"
     )
 
 

@@ -1,0 +1,261 @@
+"""Where a run's time goes, and what to do about it: rates, MFU, a verdict, profiles, HLO.
+
+Every second of the loop is booked to what the devices were waiting for: the input pipeline, the
+host (Python between two steps), a checkpoint, an evaluation with its previews, a profile. What is
+left, they computed. A wait in which the devices finished midway is booked whole to its cause, so
+that causes are overstated by at most one step a wait, never understated.
+
+Conventions. Model FLOPs are `Task.flops`: 3 x the forward pass, 2 per multiply-add, attention on
+allowed keys, recomputation under remat not counted. TFLOP/s per device = model FLOPs of a step /
+(seconds of a step x devices). MFU = that over the dense bfloat16 peak of `chips`, whatever the run
+computes in (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). The seconds of a step are those
+of training: evaluations, checkpoints and profiles are counted apart.
+"""
+
+import gzip
+import time
+from typing import Any
+
+import jax
+from etils import epath
+
+from dalle_jax.config import ConfigDict
+from dalle_jax.engine import chips
+from dalle_jax.engine import metrics as metrics_lib
+from dalle_jax.engine.task import Task
+from dalle_jax.types import UsageError
+
+PROFILE = "profile"
+HLO = "hlo"
+
+COMPUTE, INPUT, HOST = "compute", "input", "host"
+CHECKPOINT, EVALUATION, TRACE = "checkpoint", "evaluation", "profile"
+_TRAINING = (COMPUTE, INPUT, HOST)
+
+# A cause that takes less of a run than this is not what holds it back.
+_BOUND_SHARE = 0.1
+
+_REMEDIES = {
+    INPUT: "the devices wait for batches: raise data.threads and data.prefetch, let data.cache_mib "
+    "hold the decoded pictures, prepare the set at data.image_px, or train DALL-E on stored codes "
+    "(`encode`)",
+    HOST: "the devices wait for Python between steps: a larger data.batch, a higher "
+    "train.log_every_steps, fewer other programs on this host",
+    CHECKPOINT: "saving takes that much of the run: a higher train.save_every_steps, or a faster "
+    "disk under --workdir",
+    EVALUATION: "evaluations and previews take that much of the run: a higher "
+    "train.eval_every_steps and train.preview_every_steps, fewer train.eval_batches",
+    COMPUTE: "the devices set the pace; train.profile_steps=3 shows on what",
+}
+
+
+class Meter:
+    """Books the loop's seconds and turns them into rates.
+
+    `spent(cause)` books the time since the last booking, so the bookings add up to the run.
+
+    Args:
+      batch: examples of one step, all devices together.
+      task: for `flops` and `unit`.
+      devices: all devices of the run; their kind decides the peak.
+    """
+
+    def __init__(self, batch: int, task: Task, devices: list[jax.Device]):
+        self._batch, self._task = batch, task
+        self._num_devices = len(devices)
+        self._kind = devices[0].device_kind
+        # The CPU backend runs a small program inside the call that should only dispatch it.
+        self._is_cpu = devices[0].platform == "cpu"
+        self._newest: jax.Array | None = None  # a result of the step dispatched last
+        self._steps = self._all_steps = 0
+        self._interval: dict[str, float] = {}
+        self._total: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def spent(self, cause: str) -> None:
+        """Books the seconds since the last call to `cause`, or to computing.
+
+        Input and host hold nothing up while the devices still work on the step before.
+        """
+        now = time.perf_counter()
+        if cause in (INPUT, HOST) and self._newest is not None and not self._newest.is_ready():
+            cause = COMPUTE
+        for book in (self._interval, self._total):
+            book[cause] = book.get(cause, 0.0) + now - self._last
+        self._last = now
+
+    def step(self, result: jax.Array) -> None:
+        """Counts one step and books its dispatch.
+
+        Args:
+          result: an output of the step, ready when the step is done.
+        """
+        # Asked of the step before: on an accelerator that had run dry, dispatching is waiting.
+        self.spent(COMPUTE if self._is_cpu else HOST)
+        self._newest = result
+        self._steps += 1
+        self._all_steps += 1
+
+    def read(self) -> dict[str, float]:
+        """Rates of the interval since the last call, as `perf/…` metrics; starts the next one.
+
+        Returns:
+          images_per_s and, with `task.unit`, tokens_per_s of all devices; step_ms, of which
+          input_ms and host_ms were waiting; tflops_per_s per device and mfu_pct where known;
+          input_wait_pct of the step; checkpoint_s and evaluation_s in the interval.
+        """
+        values = self._rates(self._interval, self._steps)
+        for cause in (CHECKPOINT, EVALUATION):
+            values[f"perf/{cause}_s"] = self._interval.get(cause, 0.0)
+        self._interval, self._steps = {}, 0
+        return values
+
+    def totals(self) -> dict[str, float]:
+        """The same over the whole run, with every cause's share of its time as `perf/…_pct`."""
+        values = self._rates(self._total, self._all_steps)
+        del values["perf/input_wait_pct"]  # here the share of all time says it
+        whole = max(sum(self._total.values()), 1e-9)
+        for cause in (*_TRAINING, CHECKPOINT, EVALUATION):
+            values[f"perf/{cause}_pct"] = 100 * self._total.get(cause, 0.0) / whole
+        return values
+
+    def bound(self) -> str:
+        """`input-bound` and the like: the cause that holds the run back most."""
+        return f"{self._bound()}-bound"
+
+    def verdict(self) -> str:
+        """One line for a person: what holds the run back, by how much, and the remedy."""
+        cause, shares = self._bound(), self.totals()
+        text = f"{cause}-bound: {shares[f'perf/{cause}_pct']:.0f}% of the time: {_REMEDIES[cause]}."
+        rest = [
+            f"{name} {shares[f'perf/{name}_pct']:.0f}%"
+            for name in (*_TRAINING, CHECKPOINT, EVALUATION)
+            if name != cause and shares[f"perf/{name}_pct"] >= 0.5
+        ]
+        text += f" The rest: {', '.join(rest)}." if rest else ""
+        if "perf/mfu_pct" in shares:
+            peak = chips.PEAK_FLOPS[self._kind] / 1e12
+            text += (
+                f" MFU {shares['perf/mfu_pct']:.1f}%: {shares['perf/tflops_per_s']:.1f} model "
+                f"TFLOP/s per device of {peak:,.0f} (dense bfloat16)."
+            )
+        return text
+
+    def _bound(self) -> str:
+        whole = sum(self._total.values())
+        waits = {c: s for c, s in self._total.items() if c not in (COMPUTE, TRACE)}
+        cause = max(waits, key=waits.get, default=COMPUTE)
+        return cause if waits.get(cause, 0.0) >= _BOUND_SHARE * whole else COMPUTE
+
+    def _rates(self, book: dict[str, float], steps: int) -> dict[str, float]:
+        seconds = max(sum(book.get(cause, 0.0) for cause in _TRAINING), 1e-9)
+        rate, per_step = steps / seconds, 1000 / max(steps, 1)
+        values = {"perf/images_per_s": rate * self._batch, "perf/step_ms": seconds * per_step}
+        for cause in (INPUT, HOST):
+            values[f"perf/{cause}_ms"] = book.get(cause, 0.0) * per_step
+        if self._task.unit:
+            name, count = self._task.unit
+            values[f"perf/{name}_per_s"] = rate * self._batch * count
+        if self._task.flops:
+            flops = rate * self._task.flops / self._num_devices
+            values["perf/tflops_per_s"] = flops / 1e12
+            if self._kind in chips.PEAK_FLOPS:
+                values["perf/mfu_pct"] = 100 * flops / chips.PEAK_FLOPS[self._kind]
+        values["perf/input_wait_pct"] = 100 * book.get(INPUT, 0.0) / seconds
+        return values
+
+
+def conclude(meter: Meter, writer: metrics_lib.Writer, step: int) -> None:
+    """Says the verdict and writes the run's totals as one event of kind "run"."""
+    writer.scalars(step, "run", meter.totals())
+    metrics_lib.say(meter.verdict())
+
+
+class Profiler:
+    """Traces a few steps into `workdir/profile`, on process 0; TensorBoard or Perfetto opens it.
+
+    Steps are counted from the start of this process, so that a resumed run can be profiled too.
+
+    Args:
+      workdir: the run's folder.
+      config: `train.profile_steps` (0 = off) and `train.profile_at`, the first of them.
+    """
+
+    def __init__(self, workdir: str, config: ConfigDict):
+        self._dir = str(epath.Path(workdir) / PROFILE)
+        first, count = config.train.profile_at, config.train.profile_steps
+        is_wanted = count > 0 and jax.process_index() == 0
+        self._starts, self._stops = (first, first + count) if is_wanted else (-1, -1)
+        self._is_tracing = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._is_tracing:  # the run ended first
+            self._stop()
+
+    def before(self, count: int, state: Any, meter: Meter) -> None:
+        """Starts or stops the trace; between them it does nothing.
+
+        Args:
+          count: steps that this process has dispatched.
+          state: the training state, waited for, so that the trace holds whole steps.
+          meter: gets the time of it booked apart.
+        """
+        if count not in (self._starts, self._stops):
+            return
+        jax.block_until_ready(state)
+        meter.spent(COMPUTE)
+        if count == self._starts:
+            jax.profiler.start_trace(self._dir)
+            self._is_tracing = True
+        elif self._is_tracing:
+            self._stop()
+        meter.spent(TRACE)
+
+    def _stop(self) -> None:
+        jax.profiler.stop_trace()
+        self._is_tracing = False
+        metrics_lib.say(
+            f"profile in {self._dir}: `xprof {self._dir}` or TensorBoard's profile plugin."
+        )
+
+
+def dump_hlo(workdir: str, compiled: Any) -> None:
+    """Writes the compiled step's HLO as `workdir/hlo/step.txt.gz`, on process 0.
+
+    Some compilers cannot print what they have made (TPU v5p with libtpu 0.0.52): then a line says
+    so, and the run goes on.
+    """
+    if jax.process_index() != 0:
+        return
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        metrics_lib.say(
+            f"no HLO dump: the compiler cannot print this program ({str(error).splitlines()[0]})"
+        )
+        return
+    file = epath.Path(workdir) / HLO / "step.txt.gz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+    metrics_lib.say(f"HLO of the training step: {file}")
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses a profile that the run is too short to hold.
+
+    Raises:
+      UsageError: naming the fields.
+    """
+    first, count, steps = (config.train[n] for n in ("profile_at", "profile_steps", "steps"))
+    if count < 0 or first < 0:
+        raise UsageError(
+            f"train.profile_at={first}, train.profile_steps={count}; expected 0 or more."
+        )
+    if count and first + count > steps:
+        raise UsageError(
+            f"train.profile_at={first} + train.profile_steps={count} is more than train.steps="
+            f"{steps}; lower train.profile_at."
+        )

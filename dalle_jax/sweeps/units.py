@@ -1,0 +1,235 @@
+"""Work units: which runs a sweep is made of, where each lies, and how far it is.
+
+    WORKDIR/XID/sweep.json         the definition: config, overrides of all units, metric
+    WORKDIR/XID/results.json, index.html, best.py        see `results`
+    WORKDIR/XID/WID/               an ordinary workdir of `train`
+    WORKDIR/XID/WID/unit.json      how the unit ended, written by the process that ran it
+
+XID counts sweeps of one WORKDIR from 1, WID units of one sweep from 1. The same definition finds
+its XID again, so the same command continues. What a unit is doing is read from its folder alone,
+whichever machine works on it.
+"""
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from etils import epath
+
+from dalle_jax import config as cfg
+from dalle_jax.engine import metrics
+from dalle_jax.types import UsageError
+
+SWEEP = "sweep.json"
+UNIT = "unit.json"
+LOG = "log.txt"
+
+WAITING, STARTED, DONE, FAILED = "waiting", "started", "done", "failed"
+
+Overrides = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep and its folder.
+
+    Attributes:
+      folder: WORKDIR/XID.
+      config: `FILE[:ARGS]`, as `train` takes it.
+      common: overrides of every unit, dotted keys.
+      units: overrides of each unit; unit WID is units[WID - 1].
+      metric: name of the metric that ranks units, as `eval/loss`.
+      mode: min or max.
+    """
+
+    folder: str
+    config: str
+    common: Overrides
+    units: tuple[Overrides, ...]
+    metric: str
+    mode: str
+
+    @property
+    def xid(self) -> str:
+        """The sweep's number in its WORKDIR, or the name it was given."""
+        return epath.Path(self.folder).name
+
+    @property
+    def wids(self) -> range:
+        """Numbers of all units."""
+        return range(1, len(self.units) + 1)
+
+    def workdir(self, wid: int) -> str:
+        """The unit's folder."""
+        return str(epath.Path(self.folder) / str(wid))
+
+    def overrides(self, wid: int) -> Overrides:
+        """Everything that the unit changes in the config."""
+        return {**self.common, **self.units[wid - 1]}
+
+    def load_config(self, wid: int) -> cfg.ConfigDict:
+        """The unit's whole config, locked.
+
+        Raises:
+          UsageError: for an unknown field or a value of the wrong type.
+        """
+        return cfg.override(cfg.load(self.config), self.overrides(wid))
+
+    def train_arguments(self, wid: int) -> list[str]:
+        """Arguments of `train` for the unit."""
+        changes = [f"--config.{key}={_text(v)}" for key, v in self.overrides(wid).items()]
+        return [f"--config={self.config}", *changes, f"--workdir={self.workdir(wid)}"]
+
+    def command(self, wid: int) -> str:
+        """The unit's run as a person would type it."""
+        return shlex.join(["python", "-m", "dalle_jax", "train", *self.train_arguments(wid)])
+
+    def save(self) -> None:
+        """Writes the definition."""
+        folder = epath.Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "folder"}
+        write_json(folder / SWEEP, values)
+
+    def defines(self) -> dict[str, Any]:
+        """What makes two sweeps the same: not the metric, which only reads them."""
+        values = dict(config=self.config, common=self.common, units=self.units)
+        return json.loads(json.dumps(values))
+
+
+def define(
+    workdir: str,
+    config: str,
+    common: Overrides,
+    units: list[Overrides],
+    metric: str,
+    mode: str,
+    xid: str = "",
+) -> Sweep:
+    """The sweep of these runs: the one that WORKDIR already has, or a new one.
+
+    Args:
+      workdir: folder of all sweeps of a kind.
+      config: `FILE[:ARGS]`.
+      common: overrides of every unit.
+      units: overrides of each.
+      metric: what ranks the units.
+      mode: min or max.
+      xid: name of the sweep; "" = that of an equal one, or the next number.
+
+    Raises:
+      UsageError: for no units, two equal units, a unit that the config refuses, or an xid that
+        holds another sweep.
+    """
+    if not units:
+        raise UsageError("the sweep has no units: get_hyper() returned an empty list.")
+    folder = epath.Path(workdir)
+    made = Sweep(str(folder / (xid or "new")), config, common, tuple(units), metric, mode)
+    seen: dict[str, int] = {}
+    for wid in made.wids:
+        text = cfg.to_json(made.load_config(wid))
+        if text in seen:
+            raise UsageError(
+                f"units {seen[text]} and {wid} are the same run, {units[wid - 1]}; sweep another "
+                "value, or seed, to repeat one."
+            )
+        seen[text] = wid
+    known = {path.parent.name: load(str(path.parent)) for path in folder.glob(f"*/{SWEEP}")}
+    if xid:
+        if xid in known and known[xid].defines() != made.defines():
+            raise UsageError(
+                f"{made.folder} holds another sweep ({known[xid].config}, {len(known[xid].units)} "
+                "units); choose another --xid, or leave it out."
+            )
+        return made
+    for name, other in known.items():
+        if other.defines() == made.defines():
+            return dataclasses.replace(made, folder=str(folder / name))
+    number = 1 + max((int(name) for name in known if name.isdigit()), default=0)
+    return dataclasses.replace(made, folder=str(folder / str(number)))
+
+
+def load(folder: str) -> Sweep:
+    """The sweep that lies in WORKDIR/XID.
+
+    Raises:
+      UsageError: if none does.
+    """
+    file = epath.Path(folder) / SWEEP
+    if not file.exists():
+        raise UsageError(f"{file} does not exist; start the sweep with --config first.")
+    values = json.loads(file.read_text())
+    return Sweep(str(folder), **{**values, "units": tuple(values["units"])})
+
+
+def from_text(texts: list[str]) -> list[Overrides]:
+    """Units from `optim.lr=1e-3,3e-3` texts: every combination of their values.
+
+    A value that is a list itself is written as JSON: `model.attention=[["row"],["row","column"]]`.
+
+    Raises:
+      UsageError: for a text without values.
+    """
+    axes = []
+    for text in texts:
+        key, _, values = text.partition("=")
+        if values.startswith("["):
+            try:
+                items = json.loads(values)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"--sweep={text}: {values} is not a JSON list.") from error
+        else:
+            items = [item for item in values.split(",") if item]
+        if not key or not items:
+            raise UsageError(f"--sweep={text} has no values; write --sweep optim.lr=1e-3,3e-3.")
+        axes.append(cfg.sweep(key, items))
+    return cfg.product(*axes)
+
+
+def status(sweep: Sweep, wid: int) -> dict[str, Any]:
+    """How far a unit is.
+
+    Returns:
+      `state` (waiting, started, done or failed), `step` of `steps`, and from unit.json, where it
+      exists, `exit_code`, `seconds` over all attempts and `error`, the last line it said.
+    """
+    folder = epath.Path(sweep.workdir(wid))
+    file = folder / UNIT
+    ended = json.loads(file.read_text()) if file.exists() else {}
+    events = metrics.read(str(folder))
+    steps = sweep.load_config(wid).train.steps
+    step = events[-1]["step"] if events else 0
+    state = ended.get("state", STARTED if events else WAITING)
+    return {"state": state, "step": step, "steps": steps, **ended}
+
+
+def record(sweep: Sweep, wid: int, exit_code: int, seconds: float, error: str = "") -> None:
+    """Writes how a unit ended: 0 is done, 130 and 143 were asked to stop, all else failed."""
+    folder = epath.Path(sweep.workdir(wid))
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / UNIT
+    before = json.loads(file.read_text())["seconds"] if file.exists() else 0.0
+    state = {0: DONE, 130: STARTED, 143: STARTED}.get(exit_code, FAILED)
+    values = dict(state=state, exit_code=exit_code, seconds=round(before + seconds, 1))
+    write_json(file, {**values, "error": error if state == FAILED else ""})
+
+
+def to_run(sweep: Sweep, *, retry: bool) -> list[int]:
+    """Units that are neither done nor, unless `retry`, failed."""
+    skip = {DONE} if retry else {DONE, FAILED}
+    return [wid for wid in sweep.wids if status(sweep, wid)["state"] not in skip]
+
+
+def write_json(file: epath.Path, values: Any) -> None:
+    """Writes by a rename, so that a reader never sees half of it."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    part.replace(file)
+
+
+def _text(value: Any) -> str:
+    """A config value on a command line; lists as `config.override` reads them."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return str(value)
