@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
+from dalle_jax import layout
 from dalle_jax.engine import checkpoint, optim, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
@@ -87,9 +88,12 @@ def train(
     # Made under jit: an array over the devices of several processes cannot be put there from one.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(config.seed)
     boxed = state_lib.abstract(task, key)
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
+    storage = sharding.storage(boxed[0], mesh, rules)
+    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps, storage)
     has_ema = config.optim.ema_decay > 0
     target, where = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+    saved = state_lib.Saved(target, storage)
+    task = state_lib.seen_plain(task, storage)
 
     # ---- Where are we? -----------------------------------------------------------------------
     checkpointer = checkpoint.Checkpointer(workdir, config)
@@ -105,7 +109,8 @@ def train(
         if task.warm_start:
             state = state_lib.warm_start(state, task, where)
     else:
-        state, start = checkpointer.restore(target)
+        state, start = checkpointer.restore(saved.target)
+        state = saved.back(state)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
     frozen_where = sharding.shardings(task.frozen, mesh, rules)
     frozen = sharding.place(sharding.unbox(task.frozen), frozen_where)
@@ -189,7 +194,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
-        stack.enter_context(sharding.use(mesh, rules))
+        stack.enter_context(sharding.use(mesh, rules, optim.reduce_dtype(config.optim)))
         began = time.perf_counter()
         # Compiled ahead: the executable takes these shapes and no others, so nothing can
         # compile a second time in the middle of a run.
@@ -238,7 +243,7 @@ def train(
                 if draws and task.preview:
                     preview(done)
                 if saves:
-                    checkpointer.save(done, state, wait=bool(is_last or signum))
+                    checkpointer.save(done, saved.of(state), wait=bool(is_last or signum))
                 meter.pause(pause)
             if signum and not is_last:
                 raise Interrupted(signum, done)
@@ -277,11 +282,13 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     steps = config.train.steps
     mesh, rules = sharding.make_mesh(config.mesh), sharding.rules(config.mesh)
     boxed = state_lib.abstract(task, jax.random.key(config.seed))
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps)
+    storage = sharding.storage(boxed[0], mesh, rules)
+    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps, storage)
     has_ema = config.optim.ema_decay > 0
     target, _ = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
     lines = [state_lib.describe(task, target, mesh, config), "", "parameters:"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(target.params):
+    params = layout.plain(target.params, storage)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
     lines += ["", "batch:"]
