@@ -4,10 +4,8 @@ import folded
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from dalle_jax import layout
-from dalle_jax.engine import checkpoint
 
 ONE = (1, 1)
 
