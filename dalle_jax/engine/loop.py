@@ -16,12 +16,10 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax import layout
-from dalle_jax.engine import checkpoint, optim, sharding
+from dalle_jax.engine import checkpoint, program, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
 from dalle_jax.engine import state as state_lib
-from dalle_jax.engine import steps as steps_lib
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Batch, UsageError
 
@@ -82,18 +80,11 @@ def train(
     # ---- Refuse what cannot work -------------------------------------------------------------
     check(config, task)
     checkpoint.claim(workdir, config)
-    mesh = sharding.make_mesh(config.mesh)
-    rules = sharding.rules(config.mesh)
-    whole = sharding.replicated(mesh)
+    made = program.build(config, task)
+    task = made.task
     # Made under jit: an array over the devices of several processes cannot be put there from one.
-    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=whole)(config.seed)
-    boxed = state_lib.abstract(task, key)
-    storage = sharding.storage(boxed[0], mesh, rules)
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps, storage)
-    has_ema = config.optim.ema_decay > 0
-    target, where = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
-    saved = state_lib.Saved(target, storage)
-    task = state_lib.seen_plain(task, storage)
+    key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
+    has_ema = made.target.ema is not None
 
     # ---- Where are we? -----------------------------------------------------------------------
     checkpointer = checkpoint.Checkpointer(workdir, config)
@@ -104,36 +95,24 @@ def train(
         )
         return stored_metrics(workdir)
     if checkpointer.latest_step() is None:
-        init = state_lib.make_init(task, tx, has_ema=has_ema)
-        state, start = jax.jit(init, out_shardings=where)(jax.random.fold_in(key, _INIT)), 0
+        state, start = made.init(jax.random.fold_in(key, _INIT)), 0
         if task.warm_start:
-            state = state_lib.warm_start(state, task, where)
+            state = state_lib.warm_start(state, task, made.where)
     else:
-        state, start = checkpointer.restore(saved.target)
-        state = saved.back(state)
+        state, start = checkpointer.restore(made.saved.target)
+        state = made.saved.back(state)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
-    frozen_where = sharding.shardings(task.frozen, mesh, rules)
-    frozen = sharding.place(sharding.unbox(task.frozen), frozen_where)
-    metrics_lib.say(state_lib.describe(task, target, mesh, config))
+    frozen = sharding.place(sharding.unbox(task.frozen), made.frozen_where)
+    metrics_lib.say(state_lib.describe(task, made.target, made.mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
-    batch_where = sharding.batch_sharding(mesh)
-    step_fn = jax.jit(
-        steps_lib.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
-        in_shardings=(where, frozen_where, batch_where, whole),
-        out_shardings=(where, whole),
-        donate_argnums=0,
-    )
-    eval_fn = jax.jit(steps_lib.make_eval(task), out_shardings=whole)
-
     def read_train(step: int) -> Batch:
-        return sharding.to_global(
-            feed_lib.fitting(batches(step), task, config.data.batch), batch_where
-        )
+        batch = feed_lib.fitting(batches(step), task, config.data.batch)
+        return sharding.to_global(batch, made.batch_where)
 
     def read_eval(i: int) -> Batch:
         batch = feed_lib.fitting(eval_batches(i), task, config.data.eval_batch)
-        return sharding.to_global(batch, batch_where)
+        return sharding.to_global(batch, made.batch_where)
 
     writer = metrics_lib.Writer(workdir, config, first_step=start)
     meter = metrics_lib.Meter()
@@ -173,7 +152,8 @@ def train(
         with feed_lib.Prefetch(read_eval, range(count), config.data.prefetch) as feed:
             for i, batch in feed:
                 noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
-                got = jax.device_get(eval_fn(params, state.extra, frozen, batch, noise, state.step))
+                values = made.evaluate(params, state.extra, frozen, batch, noise, state.step)
+                got = jax.device_get(values)
                 for name, value in got.items():
                     sums[name] = sums.get(name, 0.0) + float(value) / count
         if sums:
@@ -194,15 +174,9 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
-        stack.enter_context(sharding.use(mesh, rules, optim.reduce_dtype(config.optim)))
+        stack.enter_context(made.use())
         began = time.perf_counter()
-        # Compiled ahead: the executable takes these shapes and no others, so nothing can
-        # compile a second time in the middle of a run.
-        spec = {
-            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=batch_where)
-            for name, s in task.batch_spec.items()
-        }
-        step_fn = step_fn.lower(state, frozen, spec, key).compile()
+        step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
         stop = stack.enter_context(_Stop())
         feed = stack.enter_context(
@@ -243,7 +217,7 @@ def train(
                 if draws and task.preview:
                     preview(done)
                 if saves:
-                    checkpointer.save(done, saved.of(state), wait=bool(is_last or signum))
+                    checkpointer.save(done, made.saved.of(state), wait=bool(is_last or signum))
                 meter.pause(pause)
             if signum and not is_last:
                 raise Interrupted(signum, done)
@@ -280,15 +254,9 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     """
     check(config, task)
     steps = config.train.steps
-    mesh, rules = sharding.make_mesh(config.mesh), sharding.rules(config.mesh)
-    boxed = state_lib.abstract(task, jax.random.key(config.seed))
-    storage = sharding.storage(boxed[0], mesh, rules)
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, steps, storage)
-    has_ema = config.optim.ema_decay > 0
-    target, _ = state_lib.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
-    lines = [state_lib.describe(task, target, mesh, config), "", "parameters:"]
-    params = layout.plain(target.params, storage)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    made = program.build(config, task)
+    lines = [state_lib.describe(task, made.target, made.mesh, config), "", "parameters:"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made.saved.target.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
     lines += ["", "batch:"]
@@ -297,7 +265,7 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     lines += ["", f"learning rate ({config.optim.schedule}):"]
     shown = sorted({0, config.optim.warmup_steps, *(round(steps * i / 10) for i in range(11))})
     for step in (s for s in shown if s <= steps):
-        value = float(lr(step))
+        value = float(made.lr(step))
         bar = "#" * round(40 * value / config.optim.lr)
         lines.append(f"  step {step:>8}  {value:.3e}  {bar}")
     return "\n".join(lines)

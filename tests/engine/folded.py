@@ -10,8 +10,7 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax import layout
-from dalle_jax.engine import optim, sharding, steps
+from dalle_jax.engine import program, sharding
 from dalle_jax.engine import state as state_lib
 from dalle_jax.tasks import clip, dalle
 
@@ -55,61 +54,36 @@ class Run:
     """One task on one mesh: what `loop.train` puts together, without the loop."""
 
     def __init__(self, config: cfg.ConfigDict, data: int, fsdp: int, tensor: int = 1):
-        self.config, self.plain_task = config, task_of(config)
-        sizes = cfg.ConfigDict(dict(data=data, fsdp=fsdp, tensor=tensor, rules=config.mesh.rules))
-        self.mesh = sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
-        self.rules = sharding.rules(sizes)
+        sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+        config = cfg.override(config, sizes)
+        devices = jax.devices()[: data * fsdp * tensor]
+        self.config, self.program = config, program.build(config, task_of(config), devices)
         self.key = jax.random.key(config.seed)
-        self.boxed = state_lib.abstract(self.plain_task, self.key)
-        self.storage = sharding.storage(self.boxed[0], self.mesh, self.rules)
-        self.tx, self.lr = optim.make(
-            config.optim, self.boxed[0], self.plain_task.decay_mask, config.train.steps,
-            self.storage,
-        )  # fmt: skip
-        self.has_ema = config.optim.ema_decay > 0
-        self.target, self.where = state_lib.shardings(
-            self.boxed, self.tx, has_ema=self.has_ema, mesh=self.mesh, rules=self.rules
-        )
-        self.task = state_lib.seen_plain(self.plain_task, self.storage)
-        self.saved = state_lib.Saved(self.target, self.storage)
-        self.batch_where = sharding.batch_sharding(self.mesh)
-
-    def use(self):
-        return sharding.use(self.mesh, self.rules, optim.reduce_dtype(self.config.optim))
 
     def init(self) -> state_lib.TrainState:
-        init = state_lib.make_init(self.task, self.tx, has_ema=self.has_ema)
-        return jax.jit(init, out_shardings=self.where)(self.key)
+        return self.program.init(self.key)
 
-    def compiled(self):
-        """The training step, compiled for this mesh."""
-        o, whole = self.config.optim, sharding.replicated(self.mesh)
-        step = jax.jit(
-            steps.make_step(self.task, self.tx, self.lr, o.ema_decay, o.accum_steps),
-            in_shardings=(self.where, whole, self.batch_where, whole),
-            out_shardings=(self.where, whole),
-            donate_argnums=0,
-        )
-        spec = {
-            name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=self.batch_where)
-            for name, s in self.task.batch_spec.items()
-        }
-        with self.use():
-            return step.lower(self.target, None, spec, self.key).compile()
+    def compiled(self) -> str:
+        """The text of the training step, compiled for this mesh."""
+        return self.program.lower_step().compile().as_text()
 
     def batch(self):
-        return sharding.to_global(batch_of(self.task), self.batch_where)
+        made = self.program
+        return sharding.to_global(batch_of(made.task), made.batch_where)
+
+    def plain(self, params):
+        """Parameters or gradients on the host, in the shapes that models see."""
+        target = self.program.saved.target.params
+        return jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), params, target)
 
     def gradients(self, state: state_lib.TrainState):
-        """(loss, plain gradients on the host) of the first batch."""
+        """(loss, plain gradients) of the first batch."""
+        made = self.program
 
         def loss(params, batch, key):
-            return self.task.loss(params, state.extra, None, batch, key, state.step)[0]
+            return made.task.loss(params, state.extra, None, batch, key, state.step)[0]
 
-        with self.use():
-            run = jax.jit(
-                jax.value_and_grad(loss),
-                out_shardings=(sharding.replicated(self.mesh), self.where.params),
-            )
+        with made.use():
+            run = jax.jit(jax.value_and_grad(loss), out_shardings=(made.whole, made.where.params))
             value, gradients = run(state.params, self.batch(), self.key)
-        return float(value), sharding.to_host(layout.plain(gradients, self.storage))
+        return float(value), self.plain(gradients)
