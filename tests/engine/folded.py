@@ -23,10 +23,11 @@ def config_of(root, task: str, **overrides) -> cfg.ConfigDict:
     shared = {
         "data.batch": BATCH, "data.eval_batch": BATCH, "data.text_len": TEXT,
         "data.vocab_size": 48, "data.image_px": 8, "optim.warmup_steps": 0, "optim.schedule":
-        "constant", "mesh.rules": "fsdp", "train.steps": 10,
+        "constant", "mesh.rules": "fsdp", "train.steps": 10, "model.scan_layers": True,
     }  # fmt: skip
     if task == "dalle":
         sizes = {"model.width": WIDTH, "model.num_layers": 3, "model.num_heads": 2}
+        sizes |= {"model.attention": ("row",), "model.last_attention": ""}  # one period, scanned
         sizes |= {"stages.from_codes": True, "stages.dvae": "codec"}
     else:
         sizes = {"model.joint_width": 16, "model.patch_px": 4}
@@ -66,6 +67,13 @@ class Run:
     def compiled(self) -> str:
         """The text of the training step, compiled for this mesh."""
         return self.program.lower_step().compile().as_text()
+
+    def step(self, state: state_lib.TrainState):
+        made = self.program
+        return made.lower_step().compile()(state, None, self.batch(), self.placed_key())
+
+    def placed_key(self):
+        return jax.device_put(self.key, self.program.whole)
 
     def batch(self):
         made = self.program
