@@ -216,7 +216,8 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
         return NamedSharding(mesh, spec(shape, names, mesh, rules, where, uneven))
 
     tree = jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
-    text = "; ".join(uneven)
+    more = f"; and {len(uneven) - 4} more" if len(uneven) > 4 else ""
+    text = "; ".join(uneven[:4]) + more
     if text and text not in _reported:
         _reported.add(text)
         logger.warning("not divisible by their mesh axis, so replicated: %s.", text)
