@@ -140,7 +140,12 @@ def use(mesh: Mesh, rules: Rules, reduce_dtype: Any = None) -> Iterator[Mesh]:
 
 
 def storage(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """How each array is stored: the tree of `unbox(boxed)` with a `layout.Storage` per leaf."""
+    """How each array is stored: the tree of `unbox(boxed)` with a `layout.Storage` per leaf.
+
+    Raises:
+      ValueError: for a name without a rule.
+    """
+    check_names(boxed, rules)
 
     def choose(leaf):
         return storage_of(np.shape(unbox(leaf)), _names(leaf), mesh=mesh, rules=rules)

@@ -6,6 +6,7 @@ the state and a checkpoint.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -92,29 +93,30 @@ class Saved:
     """
 
     def __init__(self, target: TrainState, storage: Any):
-        self._storage = _state_storage(target, storage)
-        self.target = layout.plain(target, self._storage)
+        every = _state_storage(target, storage)
+        self.target = layout.plain(target, every)
+        self._folded = [i for i, s in enumerate(jax.tree.leaves(every)) if s.fold > 1]
+        kinds = [jax.tree.leaves(every)[i] for i in self._folded]
+        where = [jax.tree.leaves(target)[i].sharding for i in self._folded]
+        self._plain, self._stored = (
+            jax.jit(functools.partial(convert, storage=kinds), out_shardings=where)
+            for convert in (layout.plain, layout.stored)
+        )
 
     def of(self, state: TrainState) -> TrainState:
         """`state` with plain matrices: copies of the folded ones, the other arrays themselves."""
-        return self._each(layout.plain, state)
+        return self._each(self._plain, state)
 
     def back(self, state: TrainState) -> TrainState:
         """The reverse of `of`."""
-        return self._each(layout.stored, state)
+        return self._each(self._stored, state)
 
-    def _each(self, convert, state: TrainState) -> TrainState:
+    def _each(self, convert: Callable[[list], list], state: TrainState) -> TrainState:
+        if not self._folded:
+            return state
         arrays, tree = jax.tree.flatten(state)
-        storage = jax.tree.leaves(self._storage)
-        folded = [i for i, s in enumerate(storage) if s.fold > 1]
-        if folded:
-            given = [arrays[i] for i in folded]
-            run = jax.jit(
-                lambda xs: convert(xs, [storage[i] for i in folded]),
-                out_shardings=[x.sharding for x in given],
-            )
-            for i, array in zip(folded, run(given), strict=True):
-                arrays[i] = array
+        for i, array in zip(self._folded, convert([arrays[i] for i in self._folded]), strict=True):
+            arrays[i] = array
         return jax.tree.unflatten(tree, arrays)
 
 

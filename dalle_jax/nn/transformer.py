@@ -223,7 +223,7 @@ class Transformer(nn.Module):
 
             def body(x, layers):
                 for i, mask in enumerate(kinds):
-                    x = self._layer(x, mask, *jax.tree.map(lambda a, i=i: a[i], layers))
+                    x = self._layer(x, mask, i, *layers)
                 return x, None
 
             head = jax.tree.map(
@@ -231,14 +231,16 @@ class Transformer(nn.Module):
             )
             x, _ = jax.lax.scan(body, x, head)
         for i in range(start, c.num_layers):
-            layer = jax.tree.map(lambda a, i=i: a[i], (blocks, keys))
-            x = self._layer(x, self.layer_masks[i], *layer)
+            x = self._layer(x, self.layer_masks[i], i, blocks, keys)
         return x
 
     def _storage(self) -> Any:
         return partition.storage(_boxed_blocks(self.config))
 
-    def _layer(self, x: Array, mask: masks.Mask | None, params: Params, key: Key | None) -> Array:
+    def _layer(
+        self, x: Array, mask: masks.Mask | None, i: int, stack: Params, keys: Key | None
+    ) -> Array:
+        """Layer i of a stored stack with one key per layer."""
         c = self.config
 
         def attend(q, k, v):
@@ -248,7 +250,12 @@ class Transformer(nn.Module):
             return apply_block(c, params, x, attend, keys)[0]
 
         stored = self._storage()
-        layer = partition.layer(run, stored, c.dtype.compute)
+        device_layer = partition.layer(run, stored, c.dtype.compute)
+
+        # Cut inside the remat: what a scan keeps is then its own input and no copy of each layer.
+        def layer(stack, x, keys):
+            return device_layer(jax.tree.map(lambda a: a[i], stack), x, keys)
+
         gathers = any(s.gathered for s in jax.tree.leaves(stored))
         if c.remat != "none" or gathers:
             policies = jax.checkpoint_policies
@@ -261,8 +268,8 @@ class Transformer(nn.Module):
             # Inside a scan the loop already keeps XLA from merging the recomputation away.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)
         # A key per example: the same dropout wherever the example lies.
-        keys = None if key is None else jax.random.split(key, len(x))
-        return layer(params, x, keys)
+        keys = None if keys is None else jax.random.split(keys[i], len(x))
+        return layer(stack, x, keys)
 
 
 @functools.lru_cache
