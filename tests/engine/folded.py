@@ -4,13 +4,14 @@ Width 24 over eight devices is 3968 over 128 in small: the shard of a plain matr
 folded one 24, three tiles of 8.
 """
 
+import dataclasses
 import types
 
 import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import program, sharding
+from dalle_jax.engine import loop, program, sharding
 from dalle_jax.engine import state as state_lib
 from dalle_jax.tasks import clip, dalle
 
@@ -43,12 +44,26 @@ def task_of(config: cfg.ConfigDict):
     return dalle.build(config, codec)
 
 
-def batch_of(task) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
+def batch_of(task, step: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
     return {
         name: rng.integers(1, 32, spec.shape).astype(spec.dtype)
         for name, spec in task.batch_spec.items()
     }
+
+
+def train(config: cfg.ConfigDict, steps: int, workdir) -> dict[str, float]:
+    """`loop.train` over the devices of `jax.devices()`, all of them along fsdp."""
+    short = {
+        "train.steps": steps, "train.eval_batches": 0, "train.tensorboard": False,
+        "train.log_every_steps": 1, "mesh.fsdp": len(jax.devices()), "mesh.data": 1,
+    }  # fmt: skip
+    task = dataclasses.replace(task_of(config), preview=None)
+
+    def batches(step):
+        return batch_of(task, step)
+
+    return loop.train(cfg.override(config, short), task, batches, batches, str(workdir))
 
 
 class Run:

@@ -89,6 +89,17 @@ def test_checkpoint_goes_from_mesh_to_mesh_bit_for_bit(root, workdir):
     assert loaded["transformer"]["blocks"]["attn"]["q"].shape == (3, folded.WIDTH, folded.WIDTH)
 
 
+def test_run_that_moves_to_one_device_goes_on(root, tmp_path, monkeypatch):
+    config = folded.config_of(root, "dalle", **{"optim.name": "adamw"})
+    folded.train(config, 2, tmp_path / "moved")
+    real = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: real[:1])
+    moved = folded.train(config, 4, tmp_path / "moved")
+    unbroken = folded.train(config, 4, tmp_path / "unbroken")
+    assert moved["step"] == unbroken["step"] == 4
+    assert moved["loss"] == pytest.approx(unbroken["loss"], rel=1e-4)
+
+
 def budget(run, text):
     """What moves more than a vector: (kind, axis, shape) -> executions per step."""
     assert run.program.arguments[2]["text"].sharding.spec[0] == ("data", "fsdp")
