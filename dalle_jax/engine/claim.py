@@ -32,6 +32,9 @@ _SHARED_DISK_S = 60.0
 def claim(workdir: str, config: cfg.ConfigDict) -> None:
     """Stores the config in a new workdir; in an old one checks that it is the same run.
 
+    A workdir without a checkpoint is new: a start that failed (a learning rate refused, too large
+    a batch for the memory) leaves nothing that binds the next one.
+
     Raises:
       UsageError: listing every field that differs, with both values; or if not all processes see
         the same workdir.
@@ -120,7 +123,8 @@ def _told(mesh: Mapping[str, Any]) -> str:
 
 
 def _check_config(workdir: str, config: cfg.ConfigDict) -> None:
-    if not (epath.Path(workdir).expanduser() / checkpoint.CONFIG).exists():
+    is_new = not (epath.Path(workdir).expanduser() / checkpoint.CONFIG).exists()
+    if is_new or not checkpoint.steps(workdir):
         if jax.process_index() == 0:
             checkpoint.save_config(workdir, config)
         return
