@@ -136,23 +136,16 @@ def _check_codes(config) -> None:
 
 
 def _tokenizer(config, workdir: str):
-    """The workdir's own tokenizer, or else that of the prepared set, copied into the workdir.
+    """That of the run in the workdir, or else that of the prepared set.
 
     A resumed run must read text as it was trained to, whatever happened to the prepared set.
     """
-    import jax
     from etils import epath
 
     from dalle_jax.data import tokenizer
     from dalle_jax.engine import checkpoint
 
     file = epath.Path(workdir) / checkpoint.TOKENIZER
-    if file.exists():
+    if file.exists() and checkpoint.steps(workdir):
         return tokenizer.Tokenizer(file.read_bytes())
-    found = tokenizer.find(config.data)
-    if jax.process_index() == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(file.name + ".part")
-        part.write_bytes(found.model_bytes)
-        part.replace(file)
-    return found
+    return tokenizer.find(config.data)

@@ -41,6 +41,7 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 WEIGHTS = "params.safetensors"
 TOKENIZER = "tokenizer.model"
+CODEC = "codec.fingerprint"  # of the frozen codec that a run was trained with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +146,8 @@ class Checkpointer:
             try:
                 state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a bad file
+                if _is_not_damage(error):
+                    raise
                 problem = mine = error
             if not distributed.all_true(state is not None):
                 logger.warning(
@@ -343,6 +346,11 @@ def _versions() -> dict[str, str]:
     from importlib import metadata
 
     return {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def _is_not_damage(error: Exception) -> bool:
+    """Whether the checkpoint may be whole: there was no memory to read it, or no permission."""
+    return isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _first_line(error: BaseException | None) -> str:

@@ -29,17 +29,26 @@ PER_HOST = ("config.data.data_dir", "config.data.threads", "config.data.cache_mi
 _SHARED_DISK_S = 60.0
 
 
-def claim(workdir: str, config: cfg.ConfigDict) -> None:
-    """Stores the config in a new workdir; in an old one checks that it is the same run.
+def claim(workdir: str, config: cfg.ConfigDict, keeps: Mapping[str, bytes] | None = None) -> None:
+    """Stores config and kept files in a new workdir; in an old one checks that they are the same.
 
     A workdir without a checkpoint is new: a start that failed (a learning rate refused, too large
     a batch for the memory) leaves nothing that binds the next one.
 
+    Args:
+      workdir: the run's folder; made if absent.
+      config: of this start.
+      keeps: `Task.keeps`.
+
     Raises:
-      UsageError: listing every field that differs, with both values; or if not all processes see
-        the same workdir.
+      UsageError: listing every field that differs, with both values; for a kept file that
+        differs; or if not all processes see the same workdir.
     """
-    _check_config(workdir, config)
+    keeps = keeps or {}
+    # A codec may be moved, but not exchanged.
+    may_change = (*MAY_CHANGE, *(["stages.dvae"] if checkpoint.CODEC in keeps else []))
+    _check_config(workdir, config, may_change)
+    _check_kept(workdir, keeps)
     distributed.wait_for_all("workdir claimed")
     file = epath.Path(workdir).expanduser() / checkpoint.CONFIG
     deadline = time.monotonic() + _SHARED_DISK_S
@@ -122,7 +131,24 @@ def _told(mesh: Mapping[str, Any]) -> str:
     return f"mesh ({sizes}) of {mesh['device_kind']}, {count} process{'es' * (count > 1)}"
 
 
-def _check_config(workdir: str, config: cfg.ConfigDict) -> None:
+def _check_kept(workdir: str, keeps: Mapping[str, bytes]) -> None:
+    is_new = not checkpoint.steps(workdir)
+    for name, content in keeps.items():
+        file = epath.Path(workdir).expanduser() / name
+        if is_new or not file.exists():
+            if jax.process_index() == 0:
+                part = file.with_name(file.name + ".part")
+                part.write_bytes(content)
+                part.replace(file)
+        elif file.read_bytes() != content:
+            raise UsageError(
+                f"{file} differs from this start's, and what was trained depends on it: the "
+                "codec in stages.dvae or the tokenizer was made again since. Give the old one, or "
+                "use a new --workdir."
+            )
+
+
+def _check_config(workdir: str, config: cfg.ConfigDict, may_change: tuple[str, ...]) -> None:
     is_new = not (epath.Path(workdir).expanduser() / checkpoint.CONFIG).exists()
     if is_new or not checkpoint.steps(workdir):
         if jax.process_index() == 0:
@@ -130,7 +156,7 @@ def _check_config(workdir: str, config: cfg.ConfigDict) -> None:
         return
     stored = checkpoint.load_config(workdir)
     changed = cfg.differences(stored, config)
-    refused = {k: v for k, v in changed.items() if not k.startswith(MAY_CHANGE)}
+    refused = {k: v for k, v in changed.items() if not k.startswith(may_change)}
     hint = ""
     if "train.steps" in changed and (
         optim.depends_on_steps(config.optim) or optim.depends_on_steps(stored.optim)

@@ -83,7 +83,7 @@ def train(
     check(config, task)
     made = program.build(config, task)
     task = made.task
-    claim.claim(workdir, config)
+    claim.claim(workdir, config, task.keeps)
     # Made under jit: an array over the devices of several processes cannot be put there from one.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
     has_ema = made.target.ema is not None
@@ -123,6 +123,7 @@ def train(
     writer = metrics_lib.Writer(workdir, config, first_step=start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []  # finished step count, device metrics
     untold: list[tuple[int, dict[str, float]]] = []  # fetched, not yet logged
+    ringing: set[str] = set()  # alarms told and not yet over
     final: dict[str, float] = {"step": start}
 
     def fetch(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
@@ -148,7 +149,10 @@ def train(
         line = metrics_lib.console_line(step, steps, mean | rates, left)
         metrics_lib.say(f"{line}  {meter.bound()}")
         for name, text in task.alarms.items():
-            if mean.get(name, 0) > 0:
+            if mean.get(name, 0) <= 0:
+                ringing.discard(name)
+            elif name not in ringing:
+                ringing.add(name)
                 metrics_lib.say(f"  warning ({name}): {text}")
         final.update(last, step=step)
         untold.clear()
@@ -185,6 +189,7 @@ def train(
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
         stack.enter_context(made.use())
+        feed_lib.fitting(batches(start), task, rows)  # before minutes of compiling, not after
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
@@ -259,6 +264,9 @@ def check(config: cfg.ConfigDict, task: Task) -> None:
     for name in ("steps", "log_every_steps", "save_every_steps", "keep_last"):
         if train[name] < 1:
             raise UsageError(f"train.{name}={train[name]}; expected 1 or more.")
+    for name in ("eval_every_steps", "preview_every_steps", "keep_every_steps", "eval_batches"):
+        if train[name] < 0:
+            raise UsageError(f"train.{name}={train[name]}; expected 0 (never) or more.")
     observe.check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch, mesh, "data.batch", config.optim.accum_steps)

@@ -61,8 +61,11 @@ class Task:
       warm_start: (params, extra) -> (params, extra) on host arrays, called once on a fresh
         workdir (never on resume): `init_from`. None = train from init.
       unit: what is counted per second beside images, e.g. ("tokens", 80) per example.
-      alarms: name of a metric -> the plain text the loop prints when a logged value of it is
+      alarms: name of a metric -> the plain text the loop prints when a logged value of it rises
         above 0: what is wrong and the remedy.
+      keeps: name -> content of small files in the workdir on which the meaning of what is learnt
+        depends: the tokenizer, the fingerprint of a frozen codec. A start whose files are others
+        than the workdir's is refused.
     """
 
     name: str
@@ -77,3 +80,4 @@ class Task:
     warm_start: Callable[[Params, Any], tuple[Params, Any]] | None = None
     unit: tuple[str, int] | None = None
     alarms: dict[str, str] = dataclasses.field(default_factory=dict)
+    keeps: dict[str, bytes] = dataclasses.field(default_factory=dict)

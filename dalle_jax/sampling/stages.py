@@ -86,6 +86,14 @@ class Codec(_Weights):
         key = jax.eval_shape(jax.random.key, 0)
         return partition.rebox(jax.eval_shape(self.model.init, key, picture), self.params)
 
+    @property
+    def encoder(self) -> Params:
+        """`boxed` without the decoder: all that `encode_fn` reads, about half."""
+        return {
+            collection: {k: v for k, v in tree.items() if not k.startswith("decoder")}
+            for collection, tree in self.boxed.items()
+        }
+
     def encode(self, images: Array) -> Array:
         """Codes [B, g, g] int32 of images [B, h, w, 3], float in [-1, 1]; compiled."""
         return self._encode(self._beside(images), images)
@@ -222,6 +230,13 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
     """
     config, variables = _open(workdir, "dalle", step)
     codec = load_codec(_codec_workdir(workdir, config, dvae))
+    trained_with = pathlib.Path(workdir) / checkpoint.CODEC
+    if trained_with.is_file() and trained_with.read_text() != codec.fingerprint:
+        raise UsageError(
+            f"{str(workdir)!r} was trained on the codes of a codec {trained_with.read_text()}, but "
+            f"{codec.workdir!r} holds {codec.fingerprint}: it was trained on or again. Give the "
+            "folder of the old one with --dvae, or train the DALL-E again."
+        )
     model = dalle(config, codec.grid, codec.num_codes)
     params = _floats(variables.params, config)
     text = jax.ShapeDtypeStruct((1, config.data.text_len), jnp.int32)
@@ -238,6 +253,12 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
         workdir=str(workdir),
         step=variables.step,
     )
+
+
+def kept(tokenizer=None, codec: Codec | None = None) -> dict[str, bytes]:
+    """`Task.keeps` of a run on this tokenizer and this codec."""
+    files = {} if tokenizer is None else {checkpoint.TOKENIZER: tokenizer.model_bytes}
+    return files if codec is None else files | {checkpoint.CODEC: codec.fingerprint.encode()}
 
 
 def pretrained(name: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px
     # Early codes are few in a healthy run too; a run has collapsed if they still are later.
-    judged_from = max(100, config.train.steps // 5)
+    judged_from = max(100, min(2000, config.train.steps // 5))
 
     def init(key: Key) -> tuple[Params, dict]:
         variables = model.init(key, jnp.zeros((1, image_px, image_px, 3), jnp.float32))

@@ -100,6 +100,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
         flops=3 * (batch * clip.flops(model.config) + 2 * batch**2 * model.config.joint_width),
         decay_mask=decay_mask,
         warm_start=_warm_start(config, init),
+        keeps=stages.kept(tokenizer, codec),
     )
 
 

@@ -46,10 +46,10 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
     _check(config, tokenizer, by_shape)
     codec = abstract.codec(config) if by_shape else stages.load_codec(config.stages.dvae)
     check_codec(config, codec)
-    return build(config, codec)
+    return build(config, codec, tokenizer)
 
 
-def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
+def build(config: cfg.ConfigDict, codec: stages.Codec, tokenizer=None) -> Task:
     """`make` for a codec that is already loaded."""
     model = stages.dalle(config, codec.grid, codec.num_codes)
     made, data = model.config, config.data
@@ -107,13 +107,14 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
         batch_spec={"text": text_spec, **spec},
         init=init,
         loss=loss,
-        frozen=None if config.stages.from_codes else codec.boxed,
+        frozen=None if config.stages.from_codes else codec.encoder,
         preview=preview,
         evaluate=evaluate,
         flops=3 * data.batch * dalle.flops(made),
         decay_mask=None,
         warm_start=_warm_start(config, init),
         unit=("tokens", made.length),
+        keeps=stages.kept(tokenizer, codec),
     )
 
 

@@ -15,6 +15,7 @@ from dalle_jax import __main__, tasks
 from dalle_jax.cli import common
 from dalle_jax.data import pipeline, tokenizer
 from dalle_jax.engine import checkpoint
+from dalle_jax.sampling import stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "engine"))
@@ -43,7 +44,7 @@ def command(monkeypatch, workdir, tmp_path):
 
     def make(config, tokenizer=None, *, by_shape=False):
         fake.tokenizer = tokenizer
-        return lt.make_task()
+        return lt.make_task(keeps=stages.kept(tokenizer))
 
     make.__module__ = "linear"
     fake.make = make
@@ -127,6 +128,19 @@ def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypa
     monkeypatch.setattr(tokenizer, "find", lost)
     assert command(*text, "--config.train.steps=3") == 0
     assert command.fake.tokenizer.model_bytes == copied
+
+
+def test_a_refused_start_leaves_another_runs_workdir_as_it_was(command, workdir):
+    assert command() == 0
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert command("--config.seed=2", "--config.optim.lr=0.5") == 2
+    assert command("--config.task=dalle") == 2  # a workdir of another task
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_first_start_does_not_bind_the_next(command):
+    assert command("--config.optim.lr=-1") == 2
+    assert command("--config.optim.lr=0.01") == 0
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,25 @@ def test_clip_and_dalle_load_with_their_tokenizers(folders):
     assert logits.shape == (1, dalle.codec.grid**2, dalle.codec.num_codes)
 
 
+def test_a_codec_that_was_trained_on_is_refused(folders, tmp_path):
+    moved = tmp_path / "dalle"
+    shutil.copytree(folders["dalle"], moved)
+    file = moved / checkpoint.CODEC
+    file.write_text(stages.load_codec(folders["codec"]).fingerprint)
+    assert stages.load_dalle(str(moved)).codec.workdir == folders["codec"]
+    file.write_text("0123456789abcdef")
+    with pytest.raises(UsageError, match="codec 0123456789abcdef, but.*--dvae"):
+        stages.load_dalle(str(moved))
+
+
+def test_the_encoders_half_encodes(folders, rng):
+    codec = stages.load_codec(folders["codec"])
+    pictures = rng.uniform(-1, 1, (2, tiny_stages.PX, tiny_stages.PX, 3)).astype(np.float32)
+    half = sharding.unbox(codec.encoder)
+    assert not any(name.startswith("decoder") for name in half["params"])
+    np.testing.assert_array_equal(codec.encode_fn(half, pictures), codec.encode(pictures))
+
+
 def test_half_precision_exports_come_back_as_the_configs_dtype(folders, tmp_path):
     config = stages.load_clip(folders["clip"]).config
     half = jax.tree.map(lambda x: x.astype(np.float16), stages.load_clip(folders["clip"]).params)

@@ -32,7 +32,8 @@ def quadrant_codec(**changes):
     params = {"levels": np.linspace(-1, 1, CODES, dtype=np.float32)}
     record = dict(
         params=params,
-        boxed=params,
+        encoder=params,
+        fingerprint="0123",
         grid=GRID,
         num_codes=CODES,
         image_px=PX,
