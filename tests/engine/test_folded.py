@@ -26,35 +26,36 @@ def close(got, expected, atol):
         ("dalle", (1, 8), {"model.scan_layers": False, "model.num_layers": 2}),
         ("dalle", (2, 4), {"model.remat": "full", "model.use_bias": True}),
         ("dalle", (2, 4), {"model.dropout": 0.3, "model.remat": "dots"}),
-        ("dalle", (1, 8), {"model.dropout": 0.3, "model.remat": "names", "model.norm": "layer"}),
-        ("clip", (1, 8), {}),
         ("clip", (2, 4), {"optim.grad_reduce_dtype": "float32"}),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(root, task, mesh, overrides):
     config = folded.config_of(root, task, **overrides)
     one, many = folded.Run(config, 1, 1), folded.Run(config, *mesh)
-    a, b = one.init(), many.init()
+    a = one.init()
+    b = many.place(a)
     shards = [x.addressable_shards[0].data for x in jax.tree.leaves(b.params) if x.ndim == 3]
     assert {x.shape[1] for x in shards} == {ROWS}
-    close(many.plain(b.params), one.plain(a.params), 1e-6)
     loss, gradients = one.gradients(a)
     got_loss, got = many.gradients(b)
     assert got_loss == pytest.approx(loss, abs=1e-5)
     close(got, gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-def test_every_optimiser_makes_the_step_of_one_device(root, name):
-    """Muon and adafactor look at rows and columns: folded ones would make another step."""
-    config = folded.config_of(root, "dalle", **{"optim.name": name})
-    stepped = []
-    for mesh in ((1, 1), (2, 4)):
-        run = folded.Run(config, *mesh)
-        state, metrics = run.step(run.init())
-        stepped.append((run.plain(state.params), run.plain(state.ema), metrics["update_ratio"]))
-    assert stepped[0][2] > 1e-4
-    close(stepped[1], stepped[0], 2e-5)
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_optimisers_that_look_at_rows_make_the_step_of_one_device(root, name):
+    """Rows and columns of a folded matrix would make another step."""
+    sizes = {"optim.name": name, "model.num_layers": 2, "model.width": 136}  # folds by 4
+    config = folded.config_of(root, "dalle", **sizes)  # adafactor factors from 128
+    one, many = folded.Run(config, 1, 1), folded.Run(config, 2, 4)
+    start = one.init()
+    other = many.place(start)
+    results = []
+    for run, state in ((one, start), (many, other)):
+        state, metrics = run.step(state)
+        results.append((run.plain(state.params), run.plain(state.ema), metrics["update_ratio"]))
+    assert results[0][2] > 1e-4
+    close(results[1], results[0], 2e-5)
 
 
 def filled(run):
