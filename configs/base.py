@@ -57,6 +57,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             clip_norm=1.0,  # 0 = off
             ema_decay=0.999,  # of the weights; 0 = off. Warmed up: min(decay, (1+t)/(10+t))
             accum_steps=1,  # gradient accumulation: micro-batches per update
+            mu_dtype="float32",  # first moment; bfloat16 saves 2 bytes a parameter
+            nu_dtype="float32",  # second moment; bfloat16 needs beta2 <= 0.99
+            grad_reduce_dtype="compute",  # sum over devices of layer gradients; or float32
         )
     )
     c.train = cfg.ConfigDict(
@@ -78,7 +81,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             data=-1,  # -1 = what is left of the devices
             fsdp=1,
             tensor=1,
-            rules="dp",  # a name of dalle_jax.axes.RULES
+            rules="dp",  # a name of dalle_jax.axes.RULES; "fsdp,vocab=tensor" changes a row
         )
     )
     return c

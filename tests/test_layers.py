@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dalle_jax"
 
-WORDS = {"axes", "types", "config", "images", "pages", "charts"}
+WORDS = {"axes", "types", "config", "layout", "images", "pages", "charts"}
 
 # Room -> what it may import of the package, beside the words and itself. `engine.task` allows
 # that one file of a room. Anything may use nn: it is matter, and every storey stands on it.

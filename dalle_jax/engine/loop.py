@@ -81,6 +81,7 @@ def train(
     check(config, task)
     checkpoint.claim(workdir, config)
     made = program.build(config, task)
+    task = made.task
     # Made under jit: an array over the devices of several processes cannot be put there from one.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
     has_ema = made.target.ema is not None
@@ -98,7 +99,8 @@ def train(
         if task.warm_start:
             state = state_lib.warm_start(state, task, made.where)
     else:
-        state, start = checkpointer.restore(made.target)
+        state, start = checkpointer.restore(made.saved.target)
+        state = made.saved.back(state)
         metrics_lib.say(f"continuing {workdir} from step {start}.")
     frozen = sharding.place(sharding.unbox(task.frozen), made.frozen_where)
     metrics_lib.say(state_lib.describe(task, made.target, made.mesh, config))
@@ -172,7 +174,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
-        stack.enter_context(sharding.use(made.mesh, made.rules))
+        stack.enter_context(made.use())
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
@@ -215,7 +217,7 @@ def train(
                 if draws and task.preview:
                     preview(done)
                 if saves:
-                    checkpointer.save(done, state, wait=bool(is_last or signum))
+                    checkpointer.save(done, made.saved.of(state), wait=bool(is_last or signum))
                 meter.pause(pause)
             if signum and not is_last:
                 raise Interrupted(signum, done)
@@ -254,7 +256,7 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     steps = config.train.steps
     made = program.build(config, task)
     lines = [state_lib.describe(task, made.target, made.mesh, config), "", "parameters:"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(made.target.params):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made.saved.target.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
     lines += ["", "batch:"]

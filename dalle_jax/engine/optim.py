@@ -10,7 +10,12 @@ and is the same for every optimiser.
              of Adam's and both share one learning rate; Adam for everything else: embeddings,
              output heads, codebooks, positions, convolutions, gains and biases.
   adafactor  factored second moments (memory ~ rows + columns), no first moment; update clipped
-             to RMS 1. `beta1`, `beta2` are not used.
+             to RMS 1. `beta1`, `beta2` and the moments' dtypes are not used.
+
+`mu_dtype` is that of the first moment (Adam's, muon's momentum), `nu_dtype` that of the second; the
+arithmetic is float32 whatever they are. Adam works on each number by itself, so on folded matrices
+as they are stored; muon and adafactor look at rows and columns, so they are shown the plain
+matrices and their own state is plain.
 
 Schedules, after a linear warmup over `warmup_steps` from 0 to `lr`:
 
@@ -31,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dalle_jax import axes
+from dalle_jax import axes, layout
 from dalle_jax.config import ConfigDict
 from dalle_jax.engine import sharding
 from dalle_jax.types import Array, Params, UsageError
@@ -41,6 +46,8 @@ Schedule = Callable[[Array], Array]
 OPTIMISERS = ("adamw", "muon", "adafactor")
 SCHEDULES = ("constant", "cosine", "plateau_halving")
 HALVINGS = 5
+DTYPES = ("float32", "bfloat16")
+MAX_NARROW_BETA2 = 0.99  # bfloat16 keeps steps of 0.4 to 0.8 %
 
 MUON_BETA = 0.95  # Jordan 2024; beta1 is Adam's
 MUON_RMS = 0.2  # Liu et al. 2025 (arXiv:2502.16982): the RMS of Adam's updates
@@ -55,6 +62,7 @@ def make(
     boxed_params: Params,
     decay_mask: Callable[[Params], Any] | None,
     steps: int,
+    storage: Any = None,
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """The gradient transformation and its learning rate as a function of the step.
 
@@ -64,11 +72,13 @@ def make(
         count as nameless.
       decay_mask: the task's own mask, params -> pytree of bool; None = `default_decay_mask`.
       steps: `train.steps`, the length of a schedule whose `decay_steps` is 0.
+      storage: `sharding.storage` of the params; None = all are stored as they are.
 
     Raises:
       UsageError: for unknown names or impossible numbers.
     """
     lr = make_schedule(optim, steps)
+    reduce_dtype(optim)
     checks = (
         ("name", optim.name in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}"),
         ("beta1", 0 <= optim.beta1 < 1, "in [0, 1)"),
@@ -78,18 +88,28 @@ def make(
         ("clip_norm", optim.clip_norm >= 0, ">= 0 (0 = off)"),
         ("ema_decay", 0 <= optim.ema_decay < 1, "in [0, 1) (0 = off)"),
         ("accum_steps", optim.accum_steps >= 1, ">= 1"),
+        ("mu_dtype", optim.mu_dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        ("nu_dtype", optim.nu_dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
     )
     for field, holds, expected in checks:
         if not holds:
             raise UsageError(f"optim.{field}={optim[field]!r}; expected {expected}.")
 
-    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    if optim.nu_dtype != "float32" and optim.beta2 > MAX_NARROW_BETA2:
+        raise UsageError(
+            f"optim.nu_dtype={optim.nu_dtype} with beta2={optim.beta2}: a second moment that moves "
+            f"by less than 1 % a step stands still in 8 bits; use beta2 <= {MAX_NARROW_BETA2} or "
+            "nu_dtype=float32."
+        )
+
+    adam = _adam(optim)
     if optim.name == "adamw":
         direction = adam
     elif optim.name == "muon":
-        direction = _muon(boxed_params, adam)
+        direction = _seen_plain(_muon(boxed_params, adam, optim.mu_dtype), storage)
     else:
-        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+        direction = _seen_plain(factored, storage)
     mask = decay_mask(sharding.unbox(boxed_params)) if decay_mask else None
     mask = default_decay_mask(boxed_params) if mask is None else mask
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
@@ -138,6 +158,21 @@ def make_schedule(optim: ConfigDict, steps: int) -> Schedule:
     return optax.join_schedules([rise, after], [warmup])
 
 
+def reduce_dtype(optim: ConfigDict) -> Any:
+    """In which dtype devices add up the gradients of layer matrices; None = the compute dtype.
+
+    Raises:
+      UsageError: for an unknown name.
+    """
+    known = {"compute": None, "float32": jnp.float32}
+    if optim.grad_reduce_dtype not in known:
+        raise UsageError(
+            f"optim.grad_reduce_dtype={optim.grad_reduce_dtype!r}; expected one of "
+            f"{', '.join(known)}."
+        )
+    return known[optim.grad_reduce_dtype]
+
+
 def depends_on_steps(optim: ConfigDict) -> bool:
     """Whether a longer run would have had another learning rate from the start."""
     return optim.schedule != "constant" and not optim.decay_steps
@@ -173,7 +208,44 @@ def _own_names(leaf: Array, names: sharding.Names) -> tuple[str | None, ...]:
     return tuple(name for name in dims if name != axes.LAYERS)
 
 
-def _muon(boxed_params: Params, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+def _adam(optim: ConfigDict) -> optax.GradientTransformation:
+    """Adam's direction with its moments stored in the config's dtypes."""
+    adam = optax.scale_by_adam(
+        b1=optim.beta1, b2=optim.beta2, eps=optim.eps, mu_dtype=optim.mu_dtype
+    )
+    if optim.nu_dtype == "float32":
+        return adam
+
+    def store(state):
+        return state._replace(nu=optax.tree.cast(state.nu, optim.nu_dtype))
+
+    def update(updates, state, params=None):
+        state = state._replace(nu=optax.tree.cast(state.nu, jnp.float32))
+        updates, state = adam.update(updates, state, params)
+        return updates, store(state)
+
+    return optax.GradientTransformation(lambda params: store(adam.init(params)), update)
+
+
+def _seen_plain(tx: optax.GradientTransformation, storage: Any) -> optax.GradientTransformation:
+    """`tx` for matrices as they are stored: it sees them plain."""
+    if storage is None:
+        return tx
+
+    def init(params):
+        return tx.init(layout.plain(params, storage))
+
+    def update(updates, state, params=None):
+        params = None if params is None else layout.plain(params, storage)
+        updates, state = tx.update(layout.plain(updates, storage), state, params)
+        return layout.stored(updates, storage), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _muon(
+    boxed_params: Params, adam: optax.GradientTransformation, mu_dtype: str
+) -> optax.GradientTransformation:
     def dimensions(leaf, names):
         dims = _own_names(leaf, names)
         if len(dims) != 2 or any(name in _TABLES for name in dims):
@@ -197,7 +269,9 @@ def _muon(boxed_params: Params, adam: optax.GradientTransformation) -> optax.Gra
         return jax.tree.map(scale, updates, masked)
 
     matrices = optax.chain(
-        optax.contrib.scale_by_muon(beta=MUON_BETA, weight_dimension_numbers=lambda _: masked),
+        optax.contrib.scale_by_muon(
+            beta=MUON_BETA, mu_dtype=mu_dtype, weight_dimension_numbers=lambda _: masked
+        ),
         optax.stateless(match_rms),
     )
     return optax.partition({"muon": matrices, "adam": adam}, labels)

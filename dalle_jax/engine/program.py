@@ -22,12 +22,15 @@ class Program:
     """The compiled functions of a run and where their arguments live.
 
     Attributes:
+      task: what is trained, its functions for parameters as the state stores them.
       mesh: the device mesh.
       rules: logical name -> mesh axes.
+      reduce_dtype: see `sharding.use`.
       tx: the optimiser.
       lr: its schedule.
       target: the training state as ShapeDtypeStructs with shardings.
       where: its NamedShardings.
+      saved: takes the state to the plain shapes of a checkpoint and back.
       frozen_where: those of `Task.frozen`.
       batch_where: that of every array of a batch.
       whole: the same array on every device: keys, metrics.
@@ -37,12 +40,15 @@ class Program:
       arguments: what `step` takes, as ShapeDtypeStructs with shardings.
     """
 
+    task: Task
     mesh: jax.sharding.Mesh
     rules: sharding.Rules
+    reduce_dtype: Any
     tx: optax.GradientTransformation
     lr: optim.Schedule
     target: state.TrainState
     where: state.TrainState
+    saved: state.Saved
     frozen_where: Any
     batch_where: jax.sharding.NamedSharding
     whole: jax.sharding.NamedSharding
@@ -51,13 +57,17 @@ class Program:
     evaluate: Any
     arguments: tuple
 
+    def use(self):
+        """The context in which the functions are traced; see `sharding.use`."""
+        return sharding.use(self.mesh, self.rules, self.reduce_dtype)
+
     def lower_step(self):
         """The training step, traced for its arguments; `.compile()` makes the executable.
 
         Compiled ahead it takes these shapes and no others, so nothing can compile a second time in
         the middle of a run.
         """
-        with sharding.use(self.mesh, self.rules):
+        with self.use():
             return self.step.lower(*self.arguments)
 
 
@@ -77,9 +87,11 @@ def build(config: ConfigDict, task: Task, devices: Sequence[jax.Device] | None =
     whole = sharding.replicated(mesh)
     key = jax.eval_shape(jax.random.key, 0)
     boxed = state.abstract(task, key)
-    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, config.train.steps)
+    storage = sharding.storage(boxed[0], mesh, rules)
+    tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, config.train.steps, storage)
     has_ema = config.optim.ema_decay > 0
     target, where = state.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+    task = state.seen_plain(task, storage)
     frozen_where = sharding.shardings(task.frozen, mesh, rules)
     batch_where = sharding.batch_sharding(mesh)
     step = jax.jit(
@@ -99,12 +111,15 @@ def build(config: ConfigDict, task: Task, devices: Sequence[jax.Device] | None =
         placed(key, whole),
     )
     return Program(
+        task=task,
         mesh=mesh,
         rules=rules,
+        reduce_dtype=optim.reduce_dtype(config.optim),
         tx=tx,
         lr=lr,
         target=target,
         where=where,
+        saved=state.Saved(target, storage),
         frozen_where=frozen_where,
         batch_where=batch_where,
         whole=whole,

@@ -1,14 +1,26 @@
-"""The two touch points between a network and the mesh: named parameters, named activations.
+"""The touch points between a network and the mesh: named parameters, named activations, layers.
 
 A module says which logical axis (`dalle_jax.axes`) each dimension is; the engine's rules say which
 mesh axes carry it. No other file under nn/ or models/ names a partitioning API of flax or jax.
+
+Weights outside layer stacks are left to the partitioner. The matrices of a stack, most of any big
+model, are not where the rules scatter them over fsdp: `layer` then runs each layer device by device
+and gathers its weights itself, one layer at a time. Left to itself the TPU partitioner all-reduces
+their gradients whole, or merges the reductions over data and fsdp (measured by compiling at 12B:
+3.51 instead of 2.76 s per step).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import flax.linen as nn
+import jax
 
-from dalle_jax.types import Array
+from dalle_jax import layout
+from dalle_jax.types import Array, Key, Params
+
+Layer = Callable[[Params, Array, Key | None], Array]
 
 
 def param_with_axes(init: Callable[..., Array], names: tuple[str | None, ...]):
@@ -19,6 +31,15 @@ def param_with_axes(init: Callable[..., Array], names: tuple[str | None, ...]):
       names: one name of `dalle_jax.axes` per dimension; None = never sharded.
     """
     return nn.with_logical_partitioning(init, names)
+
+
+def rebox(boxed: Params, values: Params) -> Params:
+    """`values` boxed like `boxed`, a tree of the same structure (abstract ones will do)."""
+
+    def one(box, value):
+        return box.replace_boxed(value) if _is_box(box) else value
+
+    return jax.tree.map(one, boxed, values, is_leaf=_is_box)
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -36,10 +57,101 @@ def constrain(x: Array, *names: str | None) -> Array:
     return nn.with_logical_constraint(x, names)
 
 
-def unconstrained():
-    """A context in which `constrain` leaves everything to the partitioner.
+@contextlib.contextmanager
+def unconstrained() -> Iterator[None]:
+    """A context in which `constrain` and `layer` leave everything to the partitioner.
 
     For decoding, whose arrays have other leading axes (few prompts, many candidates) than the
     training batch that the rules speak of.
     """
-    return nn.logical_axis_rules(())
+    with nn.logical_axis_rules(()), layout.gathering(None):
+        yield
+
+
+def storage(boxed: Params) -> Any:
+    """How each array of a layer stack is stored under the rules in force, a tree of `Storage`.
+
+    Args:
+      boxed: the stacked parameters [L, ...] (abstract ones will do), boxed with their names.
+    """
+    how = layout.gathers()
+
+    def one(leaf):
+        return layout.PLAIN if how is None else how.storage(leaf.value.shape, leaf.names)
+
+    return jax.tree.map(one, boxed, is_leaf=_is_box)
+
+
+def layer(run: Layer, stored: Any, dtype: Any) -> Layer:
+    """`run` as a function of a slice of the stack as it is stored.
+
+    Where the rules scatter the matrices, the layer runs under `jax.shard_map`: each device casts
+    its shards to `dtype`, gathers the whole matrices and sees its own examples only. The transpose
+    adds the gradients of the fsdp devices with a reduce-scatter and then, on the shard that is
+    left, those of the data devices. A batch that does not split evenly over the devices (a single
+    example of `init`) is left to the partitioner, with the same result.
+
+    Args:
+      run: (plain parameters of one layer, x [B, ...], keys [B] or None) -> [B, ...]. Every output
+        row depends on its own row of x and keys alone.
+      stored: `storage` of the stack.
+      dtype: the layer's compute dtype.
+    """
+    how = layout.gathers()
+    if how is None or not any(s.gathered for s in jax.tree.leaves(stored)):
+        return run
+    spec, batch = jax.sharding.PartitionSpec, jax.sharding.PartitionSpec(how.batch)
+    where = jax.tree.map(lambda s: spec(how.rows) if s.gathered else spec(), stored)
+
+    def on_one_device(params, x, keys):
+        def whole(w, s):
+            return s.plain(_gather(w, how, dtype)) if s.gathered else w
+
+        with unconstrained():
+            return run(jax.tree.map(whole, params, stored), x, keys)
+
+    def on_all(params, x, keys):
+        if len(x) % how.batch_shards:
+            return run(layout.plain(params, stored), x, keys)
+        mapped = jax.shard_map(
+            on_one_device, mesh=how.mesh, in_specs=(where, batch, batch), out_specs=batch
+        )
+        return mapped(params, x, keys)
+
+    return on_all
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy that keeps everything except gathered weights, which backward gathers again.
+
+    Without it "no remat" would keep the whole stack's matrices on every device.
+    """
+    return primitive.name not in _GATHER + _FREE
+
+
+# What `_gather` looks like before and after differentiation.
+_GATHER = ("custom_vjp_call", "all_gather")
+# Between the stack, the gather and the matrix: kept, they would be copies of one or the other.
+_FREE = ("slice", "squeeze", "pvary", "reshape")
+
+
+def _gather(shard: Array, how: layout.Gathers, dtype: Any) -> Array:
+    """The whole matrix in `dtype` from this device's rows of it."""
+
+    @jax.custom_vjp
+    def gather(shard):
+        return jax.lax.all_gather(shard.astype(dtype), how.rows, axis=0, tiled=True)
+
+    def backward(_, gradient):
+        gradient = gradient.astype(how.reduce_dtype or dtype)
+        rows = jax.lax.psum_scatter(gradient, how.rows, scatter_dimension=0, tiled=True)
+        return (rows.astype(shard.dtype),)
+
+    gather.defvjp(lambda shard: (gather(shard), None), backward)
+    # Declared before the gather, so that in the transpose the sum over data is one of shards.
+    others = tuple(axis for axis in how.batch if axis != how.rows)
+    return gather(jax.lax.pcast(shard, others, to="varying") if others else shard)
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, nn.meta.AxisMetadata)

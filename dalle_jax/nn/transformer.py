@@ -17,12 +17,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
 
-from dalle_jax import axes
+from dalle_jax import axes, layout
 from dalle_jax.nn import attention, masks, partition
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
@@ -162,26 +163,28 @@ class Block(nn.Module):
     config: TransformerConfig
 
     @nn.compact
-    def __call__(self, x: Array, attend: Attend, key: Key | None = None) -> tuple[Array, Any]:
+    def __call__(self, x: Array, attend: Attend, keys: Key | None = None) -> tuple[Array, Any]:
         """One layer.
 
         Args:
           x: [B, T, D].
           attend: (q, k, v), each [B, T, H, K] -> (values [B, T, H, K], out).
-          key: draws dropout; None = none.
+          keys: [B], one per example, draw dropout; None = none.
 
         Returns:
           ([B, T, D], out).
         """
         c = self.config
-        keys = (None, None) if key is None or not c.dropout else jax.random.split(key)
+        attn_keys = mlp_keys = None
+        if keys is not None and c.dropout:
+            attn_keys, mlp_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         h = Norm(c.norm, c.dtype, name="norm_attn")(x)
         y, out = Attention(c, name="attn")(h, attend)
-        x = x + _dropout(y, c.dropout, keys[0])
+        x = x + _dropout(y, c.dropout, attn_keys)
         x = partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED)
         x = jax.ad_checkpoint.checkpoint_name(x, "attn_out")
         h = Norm(c.norm, c.dtype, name="norm_mlp")(x)
-        x = x + _dropout(Mlp(c, name="mlp")(h), c.dropout, keys[1])
+        x = x + _dropout(Mlp(c, name="mlp")(h), c.dropout, mlp_keys)
         return partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED), out
 
 
@@ -210,6 +213,8 @@ class Transformer(nn.Module):
             x.astype(c.dtype.compute), axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_EMBED
         )
         keys = None if key is None or not c.dropout else jax.random.split(key, c.num_layers)
+        # Linen freezes the dicts of attributes.
+        blocks = layout.stored(flax.core.unfreeze(self.blocks), self._storage())
         start = 0
         if c.scan_layers:
             period, repeats = _periods(self.layer_masks)
@@ -218,37 +223,59 @@ class Transformer(nn.Module):
 
             def body(x, layers):
                 for i, mask in enumerate(kinds):
-                    x = self._layer(x, mask, *jax.tree.map(lambda a, i=i: a[i], layers))
+                    x = self._layer(x, mask, i, *layers)
                 return x, None
 
             head = jax.tree.map(
-                lambda a: a[:start].reshape(repeats, period, *a.shape[1:]), (self.blocks, keys)
+                lambda a: a[:start].reshape(repeats, period, *a.shape[1:]), (blocks, keys)
             )
             x, _ = jax.lax.scan(body, x, head)
         for i in range(start, c.num_layers):
-            layer = jax.tree.map(lambda a, i=i: a[i], (self.blocks, keys))
-            x = self._layer(x, self.layer_masks[i], *layer)
+            x = self._layer(x, self.layer_masks[i], i, blocks, keys)
         return x
 
-    def _layer(self, x: Array, mask: masks.Mask | None, params: Params, key: Key | None) -> Array:
+    def _storage(self) -> Any:
+        return partition.storage(_boxed_blocks(self.config))
+
+    def _layer(
+        self, x: Array, mask: masks.Mask | None, i: int, stack: Params, keys: Key | None
+    ) -> Array:
+        """Layer i of a stored stack with one key per layer."""
         c = self.config
 
         def attend(q, k, v):
             return attention.attention(q, k, v, mask, impl=c.impl), None
 
-        def layer(params, x, key):
-            return apply_block(c, params, x, attend, key)[0]
+        def run(params, x, keys):
+            return apply_block(c, params, x, attend, keys)[0]
 
-        if c.remat != "none":
+        stored = self._storage()
+        device_layer = partition.layer(run, stored, c.dtype.compute)
+
+        # Cut inside the remat: what a scan keeps is then its own input and no copy of each layer.
+        def layer(stack, x, keys):
+            return device_layer(jax.tree.map(lambda a: a[i], stack), x, keys)
+
+        gathers = any(s.gathered for s in jax.tree.leaves(stored))
+        if c.remat != "none" or gathers:
             policies = jax.checkpoint_policies
             policy = {
                 "full": policies.nothing_saveable,
                 "dots": policies.dots_with_no_batch_dims_saveable,
                 "names": policies.save_only_these_names("attn_out"),
+                "none": partition.keep_all_but_gathered,
             }[c.remat]
             # Inside a scan the loop already keeps XLA from merging the recomputation away.
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=not c.scan_layers)
-        return layer(params, x, key)
+        # A key per example: the same dropout wherever the example lies.
+        keys = None if keys is None else jax.random.split(keys[i], len(x))
+        return layer(stack, x, keys)
+
+
+@functools.lru_cache
+def _boxed_blocks(config: TransformerConfig) -> Params:
+    key = jax.eval_shape(jax.random.key, 0)
+    return jax.eval_shape(functools.partial(init_blocks, config), key)
 
 
 def init_blocks(config: TransformerConfig, key: Key) -> Params:
@@ -264,10 +291,10 @@ def init_blocks(config: TransformerConfig, key: Key) -> Params:
 
 
 def apply_block(
-    config: TransformerConfig, params: Params, x: Array, attend: Attend, key: Key | None = None
+    config: TransformerConfig, params: Params, x: Array, attend: Attend, keys: Key | None = None
 ) -> tuple[Array, Any]:
     """One block as a function of one slice of the stacked tree; see `Block.__call__`."""
-    return Block(config, parent=None).apply({"params": params}, x, attend, key)
+    return Block(config, parent=None).apply({"params": params}, x, attend, keys)
 
 
 def quick_gelu(x: Array) -> Array:
@@ -317,8 +344,8 @@ def _along(vector: Array, x: Array) -> Array:
     return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
-def _dropout(x: Array, rate: float, key: Key | None) -> Array:
-    if key is None:
+def _dropout(x: Array, rate: float, keys: Key | None) -> Array:
+    if keys is None:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

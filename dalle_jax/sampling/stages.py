@@ -25,6 +25,7 @@ from dalle_jax.engine import checkpoint
 from dalle_jax.models import clip as clip_model
 from dalle_jax.models import dalle as dalle_model
 from dalle_jax.models import dvae, vqvae
+from dalle_jax.nn import partition
 from dalle_jax.types import Array, DtypePolicy, Params, UsageError
 
 PRETRAINED = pathlib.Path(__file__).resolve().parent.parent / "pretrained"
@@ -37,8 +38,7 @@ class Codec:
 
     Attributes:
       model: the linen module, with `encode` and `decode_codes` methods.
-      params: all its variables, `{"params": ..., other collections}`, host arrays. What a task
-        puts into `Task.frozen`.
+      params: all its variables, `{"params": ..., other collections}`, host arrays.
       grid: g, side of the code grid.
       num_codes: V, entries of the codebook.
       image_px: h = w of the images.
@@ -63,6 +63,13 @@ class Codec:
     step: int
     encode_fn: Callable[[Params, Array], Array]
     decode_fn: Callable[[Params, Array], Array]
+
+    @property
+    def boxed(self) -> Params:
+        """`params` with the logical names that the model gives them: what `Task.frozen` wants."""
+        picture = jax.ShapeDtypeStruct((1, self.image_px, self.image_px, 3), jnp.float32)
+        key = jax.eval_shape(jax.random.key, 0)
+        return partition.rebox(jax.eval_shape(self.model.init, key, picture), self.params)
 
     def encode(self, images: Array) -> Array:
         """Codes [B, g, g] int32 of images [B, h, w, 3], float in [-1, 1]; compiled."""

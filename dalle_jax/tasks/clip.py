@@ -93,7 +93,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
         batch_spec={"image": picture, "text": caption},
         init=init,
         loss=loss,
-        frozen=None if codec is None else codec.params,
+        frozen=None if codec is None else codec.boxed,
         preview=preview,
         evaluate=evaluate,
         flops=3 * (batch * clip.flops(model.config) + 2 * batch**2 * model.config.joint_width),

@@ -105,7 +105,7 @@ def build(config: cfg.ConfigDict, codec: stages.Codec) -> Task:
         batch_spec={"text": text_spec, **spec},
         init=init,
         loss=loss,
-        frozen=None if config.stages.from_codes else codec.params,
+        frozen=None if config.stages.from_codes else codec.boxed,
         preview=preview,
         evaluate=evaluate,
         flops=3 * data.batch * dalle.flops(made),

@@ -27,7 +27,8 @@ def make_config(**overrides) -> cfg.ConfigDict:
             optim=dict(
                 name="adamw", lr=0.05, schedule="constant", warmup_steps=3, decay_steps=0,
                 end_lr_ratio=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.01,
-                clip_norm=1.0, ema_decay=0.9, accum_steps=1,
+                clip_norm=1.0, ema_decay=0.9, accum_steps=1, mu_dtype="float32",
+                nu_dtype="float32", grad_reduce_dtype="compute",
             ),
             train=dict(
                 steps=20, log_every_steps=5, eval_every_steps=0, eval_batches=2,

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from dalle_jax import axes
+from dalle_jax import axes, layout
 from dalle_jax.engine import sharding
 from dalle_jax.types import UsageError
 
@@ -139,3 +139,63 @@ def test_global_batch_is_split_over_data_and_fsdp(mesh):
 def test_batch_sizes_that_do_not_split_are_refused(mesh, size, accum, near):
     with pytest.raises(UsageError, match=near):
         sharding.check_batch(size, mesh, "data.batch", accum)
+
+
+def stacked(rows, columns, names=(axes.EMBED, axes.HEADS)):
+    matrix = jax.ShapeDtypeStruct((3, rows, columns), jnp.float32)
+    vector = jax.ShapeDtypeStruct((3, columns), jnp.float32)
+    return {
+        "w": nn.LogicallyPartitioned(matrix, (axes.LAYERS, *names)),
+        "b": nn.LogicallyPartitioned(vector, (axes.LAYERS, names[1])),
+    }
+
+
+@pytest.mark.parametrize("names", [(axes.EMBED, axes.HEADS), (axes.HEADS, axes.EMBED)])
+def test_layer_matrices_lie_by_rows_folded(names):
+    """Whichever of the two dimensions the rules put on fsdp."""
+    mesh = sharding.make_mesh(mesh_config(2, 4))
+    boxed = stacked(12, 16, names)
+    assert sharding.storage(boxed, mesh, RULES) == {
+        "w": layout.Storage(8, gathered=True),
+        "b": layout.PLAIN,
+    }
+    where = sharding.shardings(boxed, mesh, RULES)
+    assert where["w"].spec == P(None, "fsdp", None) and where["b"].is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    "sizes, rules, rows, spec",
+    [
+        ((2, 2, 2), "fsdp_tp", 12, P(None, "fsdp", "tensor")),  # tensor: the partitioner's
+        ((8, 1, 1), "fsdp", 12, P(None, None, None)),
+        ((1, 8, 1), "dp", 12, P(None, None, None)),
+        ((1, 8, 1), "fsdp", 12, P(None, None, None)),  # 8 does not divide 12: reported
+        ((1, 8, 1), "fsdp,heads=fsdp", 12, P(None, None, "fsdp")),
+    ],
+)
+def test_other_layers_are_left_to_the_partitioner(sizes, rules, rows, spec):
+    made = mesh_config(*sizes, rules=rules)
+    mesh, table = sharding.make_mesh(made), sharding.rules(made)
+    boxed = stacked(rows, 16)
+    assert sharding.storage(boxed, mesh, table)["w"] == layout.PLAIN
+    assert sharding.shardings(boxed, mesh, table)["w"].spec == spec
+
+
+def test_rules_can_change_single_rows():
+    table = sharding.rules(mesh_config(rules="fsdp, vocab=fsdp+tensor, embed="))
+    assert table[axes.VOCAB] == ("fsdp", "tensor") and table[axes.EMBED] == ()
+    assert table[axes.CODES] == axes.RULES["fsdp"][axes.CODES]
+    assert axes.RULES["fsdp"][axes.VOCAB] == ()
+
+
+@pytest.mark.parametrize(
+    "rules, text",
+    [
+        ("fsdp,vocabulary=fsdp", "'vocabulary=fsdp' is not LOGICAL=AXES.*vocab"),
+        ("fsdp,vocab", "'vocab' is not LOGICAL=AXES"),
+        ("fsdp,vocab=tp", "'vocab=tp' names an unknown mesh axis.*tensor"),
+    ],
+)
+def test_bad_rows_are_refused(rules, text):
+    with pytest.raises(UsageError, match=text):
+        sharding.rules(mesh_config(rules=rules))

@@ -11,7 +11,7 @@ import pytest
 import tiny_stages
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint
+from dalle_jax.engine import checkpoint, sharding
 from dalle_jax.sampling import stages
 from dalle_jax.types import UsageError
 
@@ -49,6 +49,24 @@ def test_codec_functions_are_pure_in_their_params(folders, rng):
     np.testing.assert_array_equal(encode(codec.params, images), codec.encode(images))
     other = jax.tree.map(lambda x: -x if x.dtype == np.float32 else x, codec.params)
     assert (np.asarray(encode(other, images)) != np.asarray(codec.encode(images))).any()
+
+
+@pytest.mark.parametrize("kind", ["vqvae", "dvae"])
+def test_frozen_weights_know_their_axes(tmp_path, kind):
+    """So that a frozen codec is spread over the devices that train on its codes."""
+    codec = stages.load_codec(tiny_stages.write_codec(tmp_path / kind, kind))
+    boxed = codec.boxed
+    jax.tree.map(np.testing.assert_array_equal, sharding.unbox(boxed), codec.params)
+    sizes = cfg.ConfigDict(dict(data=2, fsdp=4, tensor=1, rules="fsdp"))
+    where = sharding.shardings(boxed, sharding.make_mesh(sizes), sharding.rules(sizes))
+    whole = [
+        jax.tree_util.keystr(path)
+        for (path, x), s in zip(
+            jax.tree_util.tree_leaves_with_path(codec.params), jax.tree.leaves(where), strict=True
+        )
+        if x.size > 512 and s.is_fully_replicated
+    ]
+    assert not whole
 
 
 def test_fingerprint_changes_with_a_weight_and_with_the_architecture_only(folders):

@@ -1,5 +1,6 @@
 """The contrastive loss: symmetric, global, clamped; duplicates, codec pictures, config checks."""
 
+import math
 import types
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
-from dalle_jax.engine import sharding
+from dalle_jax.engine import hlo, sharding
 from dalle_jax.models import clip as clip_model
 from dalle_jax.tasks import clip
 from dalle_jax.types import UsageError
@@ -73,6 +74,28 @@ def test_sharded_loss_and_gradient_are_the_unsharded_ones(rng):
     for a, b in zip(gradient, wanted, strict=True):
         assert len(a.sharding.device_set) == 8
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_only_embeddings_travel(rng):
+    """B x E numbers are gathered, their gradient comes back; no picture's row of B logits moves."""
+    batch, joint = 64, 8
+    image, text = unit_rows(rng, batch, joint), unit_rows(rng, batch, joint)
+    tokens = rng.integers(4, 9, (batch, 2))
+    mesh_config = cfg.ConfigDict(dict(data=2, fsdp=4, tensor=1, rules="fsdp"))
+    mesh = sharding.make_mesh(mesh_config)
+    split = sharding.batch_sharding(mesh)
+
+    def loss(image, text, tokens):
+        return contrastive(image, text, jnp.float32(3.0), tokens)
+
+    with sharding.use(mesh, sharding.rules(mesh_config)):
+        grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        step = jax.jit(grad, in_shardings=(split,) * 3, out_shardings=(None, (split, split)))
+        program = step.lower(image, text, tokens).compile().as_text()
+    moved = hlo.collectives(program, mesh.shape)
+    large = [(c.kind, c.axis) for c in moved if math.prod(c.shape) > 2 * batch]
+    assert max(math.prod(c.shape) for c in moved) == batch * joint
+    assert large.count(("all-gather", "data+fsdp")) == 1 and len(large) == 2
 
 
 def test_identical_captions_are_not_negatives(rng):

@@ -32,6 +32,7 @@ def quadrant_codec(**changes):
     params = {"levels": np.linspace(-1, 1, CODES, dtype=np.float32)}
     record = dict(
         params=params,
+        boxed=params,
         grid=GRID,
         num_codes=CODES,
         image_px=PX,

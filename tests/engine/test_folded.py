@@ -1,0 +1,145 @@
+"""Folded layer weights: the numbers of one device on every mesh, plain on disk, and their traffic.
+
+The step's traffic is read out of the compiled program: what the layout promises and nothing else.
+"""
+
+import collections
+import math
+
+import folded
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax.engine import checkpoint, hlo, sharding
+
+ROWS = 24  # of a shard of any stored matrix in these sizes: three tiles
+
+
+def close(got, expected, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize(
+    "task, mesh, overrides",
+    [
+        ("dalle", (1, 8), {"model.scan_layers": False, "model.num_layers": 2}),
+        ("dalle", (2, 4), {"model.remat": "full", "model.use_bias": True}),
+        ("dalle", (2, 4), {"model.dropout": 0.3, "model.remat": "dots"}),
+        ("dalle", (1, 8), {"model.dropout": 0.3, "model.remat": "names", "model.norm": "layer"}),
+        ("clip", (1, 8), {}),
+        ("clip", (2, 4), {"optim.grad_reduce_dtype": "float32"}),
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_device(root, task, mesh, overrides):
+    config = folded.config_of(root, task, **overrides)
+    one, many = folded.Run(config, 1, 1), folded.Run(config, *mesh)
+    a, b = one.init(), many.init()
+    shards = [x.addressable_shards[0].data for x in jax.tree.leaves(b.params) if x.ndim == 3]
+    assert {x.shape[1] for x in shards} == {ROWS}
+    close(many.plain(b.params), one.plain(a.params), 1e-6)
+    loss, gradients = one.gradients(a)
+    got_loss, got = many.gradients(b)
+    assert got_loss == pytest.approx(loss, abs=1e-5)
+    close(got, gradients, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+def test_every_optimiser_makes_the_step_of_one_device(root, name):
+    """Muon and adafactor look at rows and columns: folded ones would make another step."""
+    config = folded.config_of(root, "dalle", **{"optim.name": name})
+    stepped = []
+    for mesh in ((1, 1), (2, 4)):
+        run = folded.Run(config, *mesh)
+        state, metrics = run.step(run.init())
+        stepped.append((run.plain(state.params), run.plain(state.ema), metrics["update_ratio"]))
+    assert stepped[0][2] > 1e-4
+    close(stepped[1], stepped[0], 2e-5)
+
+
+def filled(run):
+    """A state whose every leaf is noise, by name: the same numbers on every mesh."""
+
+    def noise(path, leaf):
+        rng = np.random.default_rng(list(jax.tree_util.keystr(path).encode()))
+        return (rng.normal(size=leaf.shape) * 100).astype(leaf.dtype)
+
+    plain = run.program.saved.target
+    values = jax.tree_util.tree_map_with_path(noise, plain)
+    placed = sharding.place(values, jax.tree.map(lambda x: x.sharding, plain))
+    return values, run.program.saved.back(placed)
+
+
+def test_checkpoint_goes_from_mesh_to_mesh_bit_for_bit(root, workdir):
+    config = folded.config_of(root, "dalle", **{"optim.name": "adamw"})
+    values, state = filled(folded.Run(config, 1, 8))
+    for step, (old, new) in enumerate([((1, 8), (1, 1)), ((1, 1), (2, 4)), ((2, 4), (1, 8))], 1):
+        before, after = folded.Run(config, *old), folded.Run(config, *new)
+        manager = checkpoint.Checkpointer(str(workdir), config)
+        manager.save(step, before.program.saved.of(state), wait=True)
+        state, _ = manager.restore(after.program.saved.target)
+        manager.close()
+        state = after.program.saved.back(state)
+        jax.tree.map(lambda x, t: x.sharding == t or pytest.fail(), state, after.program.where)
+        got = after.program.saved.of(state)
+        for name in ("params", "ema", "opt_state"):
+            jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(values, name))
+    checkpoint.save_config(str(workdir), config)
+    loaded = checkpoint.load_variables(str(workdir)).params
+    assert loaded["transformer"]["blocks"]["attn"]["q"].shape == (3, folded.WIDTH, folded.WIDTH)
+
+
+def test_run_that_moves_to_one_device_goes_on(root, tmp_path, monkeypatch):
+    config = folded.config_of(root, "dalle", **{"optim.name": "adamw"})
+    folded.train(config, 2, tmp_path / "moved")
+    real = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: real[:1])
+    moved = folded.train(config, 4, tmp_path / "moved")
+    unbroken = folded.train(config, 4, tmp_path / "unbroken")
+    assert moved["step"] == unbroken["step"] == 4
+    assert moved["loss"] == pytest.approx(unbroken["loss"], rel=1e-4)
+
+
+def budget(run, text):
+    """What moves more than a vector: (kind, axis, shape) -> executions per step."""
+    assert run.program.arguments[2]["text"].sharding.spec[0] == ("data", "fsdp")
+    moved = collections.Counter()
+    for c in hlo.collectives(text, run.program.mesh.shape):
+        if math.prod(c.shape) > 16 * folded.WIDTH:
+            moved[c.kind, c.axis, math.prod(c.shape)] += c.count
+    return moved
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_move_their_weights_and_nothing_else(root, remat):
+    """Per layer and matrix: a gather forward, another backward, one reduce-scatter."""
+    config = folded.config_of(root, "dalle", **{"model.remat": remat, "optim.name": "adamw"})
+    run = folded.Run(config, 2, 4)
+    moved = budget(run, run.compiled())
+    square, wide, layers = folded.WIDTH**2, 4 * folded.WIDTH**2, config.model.num_layers
+    of_layers = {key: n for key, n in moved.items() if key[2] in (square, wide)}
+    print(moved)
+    assert of_layers == {
+        ("all-reduce", "data", wide // 4): 2 * layers,  # of shards, after the scatter
+        ("all-gather", "fsdp", square): 2 * 4 * layers,
+        ("all-gather", "fsdp", wide): 2 * 2 * layers,
+        ("reduce-scatter", "fsdp", square): 4 * layers,
+        ("reduce-scatter", "fsdp", wide): 2 * layers,
+    }
+
+
+def test_state_of_every_optimiser_lies_with_its_weights(root):
+    """Nothing of the size of a matrix is held whole, whatever the optimiser keeps of it."""
+    for name in ("adamw", "muon", "adafactor"):
+        sizes = {"optim.name": name, "model.width": 128, "model.num_heads": 2}
+        run = folded.Run(folded.config_of(root, "dalle", **sizes), 2, 4)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(run.program.target):
+            held = math.prod(leaf.sharding.shard_shape(leaf.shape))
+            assert held <= max(leaf.size / 4, 3 * 4 * 128), (jax.tree_util.keystr(path), leaf)
+        if name == "adafactor":
+            factors = run.program.target.opt_state[1][0]
+            row = factors.v_row["transformer"]["blocks"]["attn"]["q"]
+            column = factors.v_col["transformer"]["blocks"]["attn"]["q"]
+            assert row.shape == column.shape == (3, 128)
+            assert row.sharding.shard_shape(row.shape) == (3, 32)  # of rows, which are scattered
+            assert column.sharding.is_fully_replicated
