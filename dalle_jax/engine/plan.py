@@ -151,10 +151,10 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
     parts = {name: held_bytes(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     held = held_bytes(state) + held_bytes(frozen) + held_bytes(inputs)
 
-    with sharding.use(made.mesh, made.rules):
+    with made.use():
         work = flops.hardware(made.step, *made.arguments) / batch
         kept = flops.kept_bytes(
-            task.loss, state.params, state.extra, frozen, inputs, key, state.step
+            made.task.loss, state.params, state.extra, frozen, inputs, key, state.step
         )
     shards = made.mesh.shape["data"] * made.mesh.shape["fsdp"]
     kept = kept / shards / accum

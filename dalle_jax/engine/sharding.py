@@ -84,9 +84,8 @@ def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = No
             f"mesh {asked}: {product} = {given}, but there are {len(devices)} devices; "
             "set one size to -1 to fill it."
         )
-    return Mesh(
-        _grid(sizes, devices), axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes)
-    )
+    grid = _grid(sizes, devices)
+    return Mesh(grid, axes.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
 
 
 def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
