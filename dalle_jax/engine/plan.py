@@ -154,7 +154,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
     with made.use():
         work = flops.hardware(made.step, *made.arguments) / batch
         kept = flops.kept_bytes(
-            task.loss, state.params, state.extra, frozen, inputs, key, state.step
+            made.task.loss, state.params, state.extra, frozen, inputs, key, state.step
         )
     shards = made.mesh.shape["data"] * made.mesh.shape["fsdp"]
     kept = kept / shards / accum
@@ -167,22 +167,12 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         if compiled.fits and compiled.text is None:
             notes.append("the compiler's text cannot be read for this chip: no traffic, no time.")
 
-    devices = len(topology.devices)
-    found = hlo.collectives(compiled.text, made.mesh.shape) if compiled.text else []
-    cycles = hlo.estimated_cycles(compiled.text) if compiled.text else None
-    chip = topology.chip
-    per_device = batch / devices
-    estimate = cycles / chip.clock_hz / per_device if chip and cycles else None
-    floor = work / chip.peak_flops if chip else None
-    second = estimate or floor
-    step_s = second * per_device if second else None
-    tokens = task.unit[1] if task.unit else 0
-    days = config.train.steps * step_s / DAY if step_s else None
+    text = compiled.text or ""
     return Plan(
         task=task.name,
         topology=topology.name,
-        chip=chip.name if chip else "CPU",
-        devices=devices,
+        chip=topology.chip.name if topology.chip else "CPU",
+        devices=len(topology.devices),
         mesh=dict(made.mesh.shape),
         rules=config.mesh.rules,
         batch=batch,
@@ -203,17 +193,8 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         temporaries_gib=max(0.0, compiled.peak - held - kept) / GIB if compiled.fits else None,
         model_tflop_per_sample=task.flops / batch / 1e12,
         hardware_tflop_per_sample=work / 1e12,
-        estimated_s_per_sample=estimate,
-        floor_s_per_sample=floor,
-        mfu_bound=task.flops / batch / chip.peak_flops / second if second else None,
-        basis="estimate" if estimate else "floor",
-        step_s=step_s,
-        images_per_s=batch / step_s if step_s else None,
-        tokens_per_s=batch * tokens / step_s if step_s else None,
-        steps=config.train.steps,
-        days=days,
-        chip_days=days * devices if days else None,
-        collectives=hlo.traffic(found),
+        **_times(config, task, topology, work, hlo.estimated_cycles(text)),
+        collectives=hlo.traffic(hlo.collectives(text, made.mesh.shape)),
         compile_s=compiled.seconds,
         notes=notes,
     )
@@ -241,6 +222,44 @@ def needed_bytes(message: str) -> float | None:
         if found:
             return float(found[1]) * _UNITS[found[2]]
     return None
+
+
+def _times(
+    config: ConfigDict, task: Task, topology: Topology, work: float, cycles: int | None
+) -> dict[str, Any]:
+    """The fields of a plan that are times and rates.
+
+    Args:
+      config: the run's config.
+      task: its task.
+      topology: where it would run.
+      work: hardware FLOPs of one sample.
+      cycles: the compiler's estimate for one step; None = it makes none.
+    """
+    batch, steps, devices = config.data.batch, config.train.steps, len(topology.devices)
+    chip = topology.chip
+    estimate = cycles / chip.clock_hz * devices / batch if chip and cycles else None
+    floor = work / chip.peak_flops if chip else None
+    times = dict(
+        estimated_s_per_sample=estimate,
+        floor_s_per_sample=floor,
+        basis="estimate" if estimate else "floor",
+        steps=steps,
+    )
+    second = estimate or floor
+    if second is None:
+        unknown = ("mfu_bound", "step_s", "images_per_s", "tokens_per_s", "days", "chip_days")
+        return times | dict.fromkeys(unknown)
+    step_s = second * batch / devices
+    days = steps * step_s / DAY
+    return times | dict(
+        mfu_bound=task.flops / batch / chip.peak_flops / second,
+        step_s=step_s,
+        images_per_s=batch / step_s,
+        tokens_per_s=batch * (task.unit[1] if task.unit else 0) / step_s,
+        days=days,
+        chip_days=days * devices,
+    )
 
 
 def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:

@@ -107,7 +107,7 @@ def default_meshes(config: cfg.ConfigDict, devices: int) -> list[tuple[int, int,
 
     One way along tensor, and with rules that use it also 2 and 4.
     """
-    tensors = (1, 2, 4) if config.mesh.rules == "fsdp_tp" else (1,)
+    tensors = (1, 2, 4) if config.mesh.rules.startswith("fsdp_tp") else (1,)
     meshes = [
         (devices // fsdp // tensor, fsdp, tensor)
         for tensor in tensors
@@ -155,7 +155,7 @@ def _neighbours(config: cfg.ConfigDict, failed: Plan) -> Iterator[Overrides]:
     # While the state takes more than half, sharding it further is what helps.
     while held > failed.capacity_gib / 2 and fsdp < devices // failed.mesh[axes.TENSOR]:
         fsdp *= 2
-        rules = {"mesh.rules": "fsdp"} if config.mesh.rules == "dp" else {}
+        rules = {"mesh.rules": "fsdp"} if config.mesh.rules.startswith("dp") else {}
         yield base | {"mesh.data": -1, "mesh.fsdp": fsdp} | rules
     if held > failed.capacity_gib:
         return  # no batch is small enough
