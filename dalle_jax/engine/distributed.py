@@ -192,6 +192,13 @@ def all_true(value: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(value)).all())
 
 
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in their order; every process must bring equally many."""
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
 def wait_for_all(what: str) -> None:
     """Returns when every process has come here, however long that takes.
 

@@ -110,7 +110,7 @@ def test_a_job_goes_on_with_other_processes_and_ends_like_an_unbroken_one(
         assert job.codes()[2] == -signal.SIGKILL and 0 not in job.codes(), out
         assert all(re.search("another task died|error: process", out[i]) for i in (0, 1, 3)), out
     saved = checkpoint.steps(str(workdir))
-    assert len(saved) == 2 and saved[-1] < 15, saved
+    assert len(saved) >= 2 and saved[-1] < 15, saved
 
     # Two processes go on. One cannot read the newest checkpoint: both take the one before it.
     # Then one gets SIGTERM: both save the same step.
