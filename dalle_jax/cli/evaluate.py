@@ -23,6 +23,9 @@ With --dvae alone it measures judge and codec. Fields of the JSON:
   seconds_per_picture.K   seconds to draw and rank K candidates, compilation left out
 
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
+
+Several processes (--distributed) share the prompts of --suite=shapes; the other suites are measured
+by process 0, while the others wait.
 """
 
 import argparse
@@ -83,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     group.add_argument("--json", action="store_true", help="print only JSON on stdout")
     group.add_argument("--out", metavar="DIR", help="write metrics.json, sheet.png and index.html")
+    common.add_distributed(parser)
     common.add_cache(parser)
 
 
@@ -97,11 +101,34 @@ def run(args: argparse.Namespace) -> int:
     if args.out and pathlib.Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
     common.use_cache(args)
+    with common.job(args):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    import jax
+
+    from dalle_jax.engine import distributed
+
+    distributed.agree({"the command": _command(args)})
     folders = _folders(args)
+    if jax.process_index() == 0 or args.suite == "shapes":
+        result, write_pictures = _measure(args, folders)
+    if jax.process_index() == 0:
+        _report(args, result, write_pictures)
+    distributed.wait_for_all("measured")
+    return 0
+
+
+def _measure(args, folders):
+    """(the figures, a function of (folder, figures) that writes pictures and page)."""
     suite = {"shapes": _shapes, "recon": _recon, "retrieval": _retrieval}[args.suite]
     result, write_pictures = suite(args, folders)
     result = {"suite": args.suite, **result, "networks": folders, "command": _command(args)}
-    result = _rounded(result)
+    return _rounded(result), write_pictures
+
+
+def _report(args, result, write_pictures) -> None:
     if args.out:
         out = pathlib.Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
@@ -109,7 +136,6 @@ def run(args: argparse.Namespace) -> int:
         write_pictures(out, result)
         _to_stderr(f"written: {out / 'metrics.json'}, {out / 'index.html'}")
     print(json.dumps(result, indent=2) if args.json else _as_text(result))
-    return 0
 
 
 def _folders(args) -> dict[str, str]:
@@ -195,7 +221,7 @@ def _shapes(args, folders):
     result, examples = suites.shapes_suite(
         image_px=codec.image_px,
         reconstruct=lambda x: images.to_uint8(decode(encode(images.to_float(x)))),
-        generate=generate,
+        generate=generate and _shared(generate),
         score=score,
         prompts_per_skill=args.prompts_per_skill,
         candidates=args.candidates,
@@ -254,6 +280,23 @@ def _retrieval(args, folders):
     )
     result["split"] = split
     return result, evaluate_page.write_retrieval
+
+
+def _shared(generate):
+    """`generate` with the captions divided among the processes; all get all pictures."""
+    import jax
+
+    from dalle_jax.engine import distributed
+
+    def apply(captions, num_candidates, first_prompt):
+        share = -(-len(captions) // jax.process_count())
+        start = jax.process_index() * share
+        mine = list(captions[start : start + share])
+        mine += [captions[0]] * (share - len(mine))  # one shape for all
+        pictures = generate(mine, num_candidates, first_prompt + start)
+        return distributed.gather_rows(pictures)[: len(captions)]
+
+    return apply
 
 
 def _tokens(stage):
@@ -336,13 +379,17 @@ def _command(args) -> str:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     words = ["python", "-m", "dalle_jax", "evaluate"]
+    skip = ("compilation_cache", "json", *common.DISTRIBUTED)
     for action in parser._actions:
         value = getattr(args, action.dest, None)
-        if action.dest in ("compilation_cache", "json") or value in (None, action.default):
+        if action.dest in skip or value in (None, action.default):
             continue
         words.append(f"--{action.dest}={value}")
     return shlex.join(words)
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    import jax
+
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)

@@ -11,7 +11,8 @@ Several processes, one per host or GPU, run the same command with --distributed,
   … --coordinator=10.0.0.1:8476 --process_count=2 --process_id=0      # and 1 on the other host
 
 Each reads its own rows of the batch; process 0 writes metrics and previews; --workdir is on a disk
-that all share. SIGTERM to any of them makes all save at the same step; what ends one ends all.
+that all share. SIGTERM to any of them makes all save at the same step; what ends one ends all:
+docs/many_hosts.md.
 """
 
 import argparse

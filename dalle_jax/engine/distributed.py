@@ -7,8 +7,8 @@ is gone:
     what happens to one process                 what the others do, and when
     an exception, a refused input, a hang       end with its text within 2 s (a note in the
                                                 runtime's key-value store)
-    killed, or its machine lost                 end within `heartbeat_timeout_s`; the runtime
-                                                names the process
+    killed, or its machine lost or frozen       end at the next collective or within
+                                                `heartbeat_timeout_s`; the runtime names it
     it never comes                              end after `timeout_s`
 
 Exit codes: 2 if what ended the job was bad input, else 1; the runtime's own end of a process that
@@ -165,7 +165,7 @@ def agree(facts: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
     """
     if jax.process_count() == 1:
         return
-    mine = {k: str(v) for k, v in facts.items() if not k.startswith(ignore or ("\0",))}
+    mine = {k: str(v) for k, v in facts.items() if not k.startswith(ignore)}
     texts = _gather(json.dumps(mine, sort_keys=True))
     usual, count = collections.Counter(texts).most_common(1)[0]
     if count == len(texts):
@@ -190,6 +190,13 @@ def all_true(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).all())
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in their order; every process must bring equally many."""
+    if jax.process_count() == 1:
+        return rows
+    return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
 def wait_for_all(what: str) -> None:

@@ -294,7 +294,7 @@ def _check(c: dalle.DalleConfig, text: Array, prefix: Array | None, n: int):
         raise UsageError(f"num_candidates={n}; expected 1 or more.")
     text = jnp.asarray(text, jnp.int32)
     if prefix is None:
-        return text, jnp.zeros((len(text), 0), jnp.int32)
+        return text, np.zeros((len(text), 0), np.int32)
     if prefix.ndim != 2 or len(prefix) != len(text):
         raise ValueError(f"prefix has shape {prefix.shape}; expected [{len(text)}, n].")
     if prefix.shape[1] >= c.num_image_tokens:

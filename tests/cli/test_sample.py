@@ -1,9 +1,13 @@
 """The sample command: what it writes, what it repeats, what it refuses before compiling."""
 
 import json
+import os
 import pathlib
+import socket
+import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,6 +93,44 @@ def test_same_seed_same_pictures_whatever_the_batch(folders, tmp_path):
     np.testing.assert_allclose(scores["a"], scores["b"], atol=2e-5)
     np.testing.assert_allclose(scores["a"][:4], scores["c"], atol=2e-5)
     assert np.abs(scores["a"] - scores["d"]).max() > 1e-3
+
+
+def test_two_processes_share_the_prompts_and_draw_the_same(folders, tmp_path):
+    flags = ("--prompt=two blue stars", "--prompt=a cat", "--candidates=4", "--keep=2")
+    assert draw(folders, tmp_path / "one", *flags) == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    root = pathlib.Path(__file__).resolve().parents[2]
+    env = os.environ | {
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    }
+    command = [sys.executable, "-m", "dalle_jax", "sample", f"--workdir={folders['dalle']}"]
+    command += [f"--clip={folders['clip']}", f"--out={tmp_path / 'two'}", f"--prompt={PROMPT}"]
+    command += [*flags, f"--coordinator=localhost:{port}", "--process_count=2"]
+    processes = [
+        subprocess.Popen(
+            [*command, f"--process_id={i}"],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    out = [process.communicate(timeout=150)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], out
+    assert "1/3 a red cube" in out[0] and "2/3 two blue stars" in out[1]
+    assert "2/3" not in out[0]
+    files = sorted(path.relative_to(tmp_path / "one") for path in tmp_path.glob("one/*/codes.npy"))
+    assert len(files) == 3
+    for file in files:
+        codes = [np.load(tmp_path / name / file) for name in ("one", "two")]
+        np.testing.assert_array_equal(*codes)
+    page = (tmp_path / "two" / "index.html").read_text()
+    assert "a cat" in page and "two blue stars" in page and "coordinator" not in page
 
 
 def test_completion_keeps_the_given_rows_bit_for_bit(folders, tmp_path, picture):

@@ -4,11 +4,14 @@ import itertools
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from dalle_jax import __main__ as main
+from dalle_jax.cli import evaluate
 from dalle_jax.data import shapes
+from dalle_jax.engine import distributed
 from dalle_jax.evaluation import alignment, recon, shapes_judge
 from dalle_jax.evaluation import run as suites
 from dalle_jax.sampling import dalle as sampling
@@ -286,6 +289,22 @@ def test_command_prints_json_alone_and_writes_its_pages(fake_stages, tmp_path, c
     assert json.loads((tmp_path / "metrics.json").read_text()) == result
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert "candidates" in (tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_processes_share_the_prompts(monkeypatch, count):
+    def generate(captions, num_candidates, first_prompt):
+        rows = [[first_prompt + k, int(caption)] for k, caption in enumerate(captions)]
+        return np.repeat(np.array(rows)[:, None], num_candidates, axis=1)
+
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(distributed, "gather_rows", lambda rows: parts.append(rows) or rows)
+    for i in range(count):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i)
+        evaluate._shared(generate)("56789", 2, 10)
+    assert len({len(part) for part in parts}) == 1  # a collective needs equal shapes
+    np.testing.assert_array_equal(np.concatenate(parts)[:5], generate("56789", 2, 10))
 
 
 def test_command_measures_a_codec_alone(fake_stages, capsys):
