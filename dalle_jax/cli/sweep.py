@@ -19,6 +19,8 @@ import time
 
 from dalle_jax.cli import common
 
+_METRIC, _MODE = "eval/loss", "min"
+
 SUMMARY = "train a config many times over: locally, on SLURM or GKE; rank the results"
 
 
@@ -38,8 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="name of the sweep (default: that of an equal one, or a new number)",
     )
-    parser.add_argument("--metric", default="eval/loss", help="ranks units (default: %(default)s)")
-    parser.add_argument("--mode", choices=("min", "max"), default="min", help="which is better")
+    parser.add_argument("--metric", help=f"ranks units (default: {_METRIC}, or what --xid has)")
+    parser.add_argument(
+        "--mode", choices=("min", "max"), help=f"which is better (default: {_MODE})"
+    )
     parser.add_argument("--runner", choices=("local", "slurm", "gke"), default="local")
     parser.add_argument(
         "--jobs", type=int, default=0, help="runs at a time (default: local one per GPU or core)"
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     found = results.write(sweep)
     print(f"\n{results.table(found)}\n\n{sweep.folder}/{results.PAGE}")
     if missing := results.missing_metric(found):
-        raise UsageError(f"--metric={args.metric}: {missing}")
+        raise UsageError(f"--metric={sweep.metric}: {missing}")
     failed = any(row["state"] == units.FAILED for row in found["units"])
     return code or int(failed and args.runner == "local")
 
@@ -99,23 +103,25 @@ def _sweep(args):
     """The sweep that the flags name: by its definition, or by --xid alone."""
     import dataclasses
 
+    from etils import epath
+
     from dalle_jax import config as cfg
     from dalle_jax.sweeps import units
     from dalle_jax.types import UsageError
 
     if args.config:
         found = units.from_text(args.sweep) if args.sweep else cfg.load_hyper(args.config)
+        metric, mode = args.metric or _METRIC, args.mode or _MODE
         return units.define(
-            args.workdir, args.config, args.overrides, found, args.metric, args.mode, args.xid
+            args.workdir, args.config, args.overrides, found, metric, mode, args.xid
         )
     if not args.xid:
         raise UsageError("the sweep is not named: give --config=FILE, or the --xid of an old one.")
     if args.sweep or args.overrides:
         raise UsageError("--sweep and --config.* define a new sweep: give --config=FILE too.")
-    sweep = units.load(str(pathlib.PurePosixPath(args.workdir) / args.xid))
-    if args.unit is None:
-        sweep = dataclasses.replace(sweep, metric=args.metric, mode=args.mode)
-    return sweep
+    sweep = units.load(str(epath.Path(args.workdir) / args.xid))
+    metric, mode = args.metric or sweep.metric, args.mode or sweep.mode
+    return dataclasses.replace(sweep, metric=metric, mode=mode)
 
 
 def _run_unit(sweep, wid: int) -> int:
@@ -170,7 +176,10 @@ def _only_one(workdir: str):
 
 def _run_here(args, sweep, wids: list[int]) -> int:
     from dalle_jax.sweeps import local, results
+    from dalle_jax.types import UsageError
 
+    if "://" in sweep.folder:
+        raise UsageError(f"--runner=local writes its logs to --workdir={args.workdir}: use a disk.")
     places = local.shares(args.jobs, *local.hardware())
     print(
         f"sweep {sweep.folder}: {len(wids)} of {len(sweep.units)} units to run, "

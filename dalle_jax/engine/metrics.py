@@ -127,7 +127,7 @@ def console_line(
     rates = []
     for name, value in values.items():
         what = name.removeprefix("perf/")
-        if what == "tflops_per_s":
+        if what == "tflops_per_device":
             small = value < 0.1
             unit = "GFLOP" if small else "TFLOP"
             rates.append(f"{value * 1000 if small else value:.3g} {unit}/s/device")

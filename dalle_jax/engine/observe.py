@@ -101,7 +101,7 @@ class Meter:
 
         Returns:
           images_per_s and, with `task.unit`, tokens_per_s of all devices; step_ms, of which
-          input_ms and host_ms were waiting; tflops_per_s per device and mfu_pct where known;
+          input_ms and host_ms were waiting; tflops_per_device and mfu_pct where known;
           input_wait_pct of the step; checkpoint_s and evaluation_s in the interval.
         """
         values = self._rates(self._interval, self._steps)
@@ -136,7 +136,7 @@ class Meter:
         if "perf/mfu_pct" in shares:
             peak = chips.PEAK_FLOPS[self._kind] / 1e12
             text += (
-                f" MFU {shares['perf/mfu_pct']:.1f}%: {shares['perf/tflops_per_s']:.1f} model "
+                f" MFU {shares['perf/mfu_pct']:.1f}%: {shares['perf/tflops_per_device']:.1f} model "
                 f"TFLOP/s per device of {peak:,.0f} (dense bfloat16)."
             )
         return text
@@ -158,7 +158,7 @@ class Meter:
             values[f"perf/{name}_per_s"] = rate * self._batch * count
         if self._task.flops:
             flops = rate * self._task.flops / self._num_devices
-            values["perf/tflops_per_s"] = flops / 1e12
+            values["perf/tflops_per_device"] = flops / 1e12
             if self._kind in chips.PEAK_FLOPS:
                 values["perf/mfu_pct"] = 100 * flops / chips.PEAK_FLOPS[self._kind]
         values["perf/input_wait_pct"] = 100 * book.get(INPUT, 0.0) / seconds

@@ -113,7 +113,8 @@ def run(sweep: Sweep, wids: list[int], places: list[Share], on_change: Callable[
                 while waiting and free:
                     wid, share = waiting.pop(0), free.pop(0)
                     running[wid] = (_start(sweep, wid, share), share)
-                    progress.say(f"unit {wid} started on core {','.join(map(str, share[0]))}")
+                    where = f"GPU {','.join(share[1])}" if share[1] else f"cores {share[0]}"
+                    progress.say(f"unit {wid} started on {where}")
                 for wid, (process, share) in list(running.items()):
                     if process.poll() is None:
                         continue

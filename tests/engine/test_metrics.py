@@ -51,7 +51,7 @@ def test_missing_wandb_is_refused_by_name(workdir, monkeypatch):
 
 
 def test_console_line():
-    values = {"loss": 0.123456, "perf/images_per_s": 1234.5, "perf/tflops_per_s": 1.2345}
+    values = {"loss": 0.123456, "perf/images_per_s": 1234.5, "perf/tflops_per_device": 1.2345}
     values |= {"perf/mfu_pct": 31.27, "perf/input_wait_pct": 3.2, "perf/host_ms": 1.0}
     line = metrics.console_line(50, 1000, values, 75)
     assert line == (

@@ -62,7 +62,7 @@ def test_rates_of_an_interval(monkeypatch):
         "perf/input_ms": 100.0,
         "perf/host_ms": 0.0,
         "perf/tokens_per_s": 2560.0,
-        "perf/tflops_per_s": per_device / 1e12,
+        "perf/tflops_per_device": per_device / 1e12,
         "perf/mfu_pct": 100 * per_device / 197e12,
         "perf/input_wait_pct": 20.0,
         "perf/checkpoint_s": 3.0,
@@ -115,7 +115,7 @@ def test_no_mfu_without_a_known_peak(monkeypatch):
     clock = Clock(monkeypatch, kind="Mystery 9000")
     clock.step(1.0)
     assert "perf/mfu_pct" not in clock.meter.read() and "MFU" not in clock.meter.verdict()
-    assert "perf/tflops_per_s" in clock.meter.totals()
+    assert "perf/tflops_per_device" in clock.meter.totals()
     assert all(kind.startswith(("TPU", "NVIDIA")) for kind in chips.PEAK_FLOPS)
 
 
