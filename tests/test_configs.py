@@ -10,7 +10,7 @@ import pytest
 
 from dalle_jax import config as cfg
 from dalle_jax import tasks
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks
 from dalle_jax.types import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -90,13 +90,13 @@ def test_the_model_of_every_config_has_shapes(case):
     picture = jax.ShapeDtypeStruct((1, px, px, 3), "float32")
     text = jax.ShapeDtypeStruct((1, config.data.text_len), "int32")
     if config.task == "autoencode":
-        variables = jax.eval_shape(stages.autoencoder(config).init, key, picture)
+        variables = jax.eval_shape(networks.autoencoder(config).init, key, picture)
     elif config.task == "clip":
-        variables = jax.eval_shape(stages.clip(config).init, key, picture, text)
+        variables = jax.eval_shape(networks.clip(config).init, key, picture, text)
     else:
         grid = {32: 8, 64: 16, 256: 32}[px]
         codes = jax.ShapeDtypeStruct((1, grid * grid), "int32")
-        model = stages.dalle(config, grid, 512)
+        model = networks.dalle(config, grid, 512)
         variables = jax.eval_shape(model.init, key, text, codes)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) > 10_000
 

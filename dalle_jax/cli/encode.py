@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax.config import ConfigDict
     from dalle_jax.data import sources
     from dalle_jax.data.builders import codes, store
-    from dalle_jax.engine import metrics, sharding
+    from dalle_jax.engine import meshes, metrics, sharding
     from dalle_jax.sampling import stages
     from dalle_jax.types import UsageError
 
@@ -91,9 +91,8 @@ def run(args: argparse.Namespace) -> int:
                 f"{', '.join(sorted(source.fields))}. Choose another --source."
             )
 
-    devices = jax.local_devices()
-    batch = -(-args.batch // len(devices)) * len(devices)
-    mesh = sharding.make_mesh(ConfigDict(dict(data=-1, fsdp=1, tensor=1, rules="dp")), devices)
+    mesh = meshes.local()
+    batch = -(-args.batch // mesh.size) * mesh.size
     layout = sharding.batch_sharding(mesh)
 
     def encode(pictures):

@@ -172,9 +172,8 @@ def _codec(folders):
 def _shapes(args, folders):
     import jax
 
-    from dalle_jax import config as cfg
     from dalle_jax import images
-    from dalle_jax.engine import sharding
+    from dalle_jax.engine import meshes, sharding
     from dalle_jax.evaluation import run as suites
     from dalle_jax.sampling import dalle as sampling
     from dalle_jax.sampling import logits, rerank, stages
@@ -185,17 +184,13 @@ def _shapes(args, folders):
         dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
         codec = dalle.codec
         logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
-        devices = jax.local_devices()
-        mesh = where = None
-        if len(devices) > 1:
-            mesh = sharding.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=1, tensor=1)), devices)
-            where = sharding.replicated(mesh)
+        mesh = meshes.local()
         tokens, clip_tokens = _tokens(dalle), clip and _tokens(clip)
 
         def generate(captions, num_candidates, first_prompt):
             codes = sampling.sample(
                 dalle.model,
-                dalle.on(where),
+                dalle.on(sharding.replicated(mesh)),
                 tokens(captions),
                 num_candidates=num_candidates,
                 key=jax.random.key(args.seed),

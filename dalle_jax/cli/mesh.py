@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from dalle_jax import axes
-    from dalle_jax.engine import sharding
+    from dalle_jax.engine import meshes, sharding
     from dalle_jax.types import UsageError
 
     for name in ("hosts", "devices_per_host"):
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     config = common.load_config(args)
     sharding.rules(config.mesh)
     num_devices = args.hosts * args.devices_per_host
-    sizes = sharding.mesh_sizes(config.mesh, num_devices)
+    sizes = meshes.mesh_sizes(config.mesh, num_devices)
     mesh = jax.sharding.AbstractMesh(sizes, axes.MESH_AXES)
     data, accum = config.data, config.optim.accum_steps
     sharding.check_batch(data.batch, mesh, "data.batch", accum)

@@ -148,7 +148,7 @@ def _search(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     from dalle_jax.cli import plan_page
-    from dalle_jax.sampling import abstract, budget, stages
+    from dalle_jax.sampling import abstract, budget, networks
     from dalle_jax.types import UsageError
 
     config = _config(args)
@@ -158,7 +158,7 @@ def _sample(args: argparse.Namespace) -> int:
             f"{config.task!r}."
         )
     codec = abstract.codec(config)
-    model = stages.dalle(config, codec.grid, codec.num_codes)
+    model = networks.dalle(config, codec.grid, codec.num_codes)
     records = []
     for topology in _topologies(args):
         for guidance in (False, True):

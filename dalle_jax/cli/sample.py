@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     import jax
 
     from dalle_jax.cli import sample_page
-    from dalle_jax.engine import distributed
+    from dalle_jax.engine import distributed, meshes
     from dalle_jax.sampling import logits, rerank
 
     distributed.agree({"the command": _command(args), "prompts": prompts})
@@ -110,8 +110,8 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     given, prefix, rows = _prefix(args, codec)
 
     out = pathlib.Path(args.out)
-    mesh = _mesh()
-    chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * jax.local_device_count()
+    mesh = meshes.local()
+    chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * mesh.size
     results: dict[int, dict] = {}
     folders = _folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
@@ -276,19 +276,6 @@ def _prefix(args, codec):
     given = preprocess.crop_center(images.read(args.image), codec.image_px)
     codes = np.asarray(codec.encode(images.to_float(given)[None])).reshape(1, -1)
     return given, codes[:, : rows * codec.grid], rows
-
-
-def _mesh():
-    """All local devices as one data axis; None on one device."""
-    import jax
-
-    from dalle_jax import config as cfg
-    from dalle_jax.engine import sharding
-
-    devices = jax.local_devices()
-    if len(devices) == 1:
-        return None
-    return sharding.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=1, tensor=1)), devices)
 
 
 def _folders(out: pathlib.Path, prompts: list[str]) -> list[pathlib.Path]:

@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace, config) -> int:
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import claim, distributed, loop, metrics, sharding
+    from dalle_jax.engine import claim, distributed, loop, meshes, metrics, sharding
     from dalle_jax.types import UsageError
 
     distributed.agree(claim.facts(args.workdir, config), ignore=claim.PER_HOST)
@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace, config) -> int:
         _check_codes(config)
     loop.check(config, task)
 
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
 
     def batches(split: str, training: bool, batch: int):
         return pipeline.make(

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, claim, observe, program, sharding
+from dalle_jax.engine import checkpoint, claim, meshes, observe, program, sharding
 from dalle_jax.engine import feed as feed_lib
 from dalle_jax.engine import metrics as metrics_lib
 from dalle_jax.engine import state as state_lib
@@ -268,7 +268,7 @@ def check(config: cfg.ConfigDict, task: Task) -> None:
         if train[name] < 0:
             raise UsageError(f"train.{name}={train[name]}; expected 0 (never) or more.")
     observe.check(config)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch, mesh, "data.batch", config.optim.accum_steps)
     sharding.check_batch(config.data.eval_batch, mesh, "data.eval_batch")
     for name, spec in task.batch_spec.items():

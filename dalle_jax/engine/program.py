@@ -13,7 +13,7 @@ import jax
 import optax
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import optim, sharding, state, steps
+from dalle_jax.engine import meshes, optim, sharding, state, steps
 from dalle_jax.engine.task import Task
 
 
@@ -82,7 +82,7 @@ def build(config: ConfigDict, task: Task, devices: Sequence[jax.Device] | None =
     Raises:
       UsageError: for a mesh, rules, optimiser or schedule that do not fit.
     """
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, devices)
     rules = sharding.rules(config.mesh)
     whole = sharding.replicated(mesh)
     key = jax.eval_shape(jax.random.key, 0)

@@ -18,7 +18,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import layout
-from dalle_jax.engine import metrics, sharding
+from dalle_jax.engine import meshes, metrics, sharding
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Array, Key, Params
 
@@ -218,7 +218,7 @@ def describe(task: Task, target: TrainState, mesh: jax.sharding.Mesh, config) ->
     return (
         f"{task.name}: {count(target.params):,} parameters ({parts})\n"
         f"training state {metrics.size(total)}, {metrics.size(per_device)} per device; "
-        f"{sharding.describe(mesh)}, rules {config.mesh.rules}; batch {batch}); "
+        f"{meshes.describe(mesh)}, rules {config.mesh.rules}; batch {batch}); "
         f"{task.flops / 1e9:,.1f} GFLOP per step"
     )
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import config as cfg
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks, stages
 from dalle_jax.types import UsageError
 
 CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
@@ -52,5 +52,5 @@ def codec_of(path: str) -> stages.Codec:
         )
     px = config.data.image_px
     images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
-    variables = jax.eval_shape(stages.autoencoder(config).init, jax.random.key(0), images)
+    variables = jax.eval_shape(networks.autoencoder(config).init, jax.random.key(0), images)
     return stages.make_codec(config, nn.meta.unbox(variables), digits="", workdir="", step=0)

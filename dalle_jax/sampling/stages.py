@@ -23,11 +23,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
-from dalle_jax.models import clip as clip_model
-from dalle_jax.models import dalle as dalle_model
-from dalle_jax.models import dvae, vqvae
 from dalle_jax.nn import partition
-from dalle_jax.types import Array, DtypePolicy, Params, UsageError
+from dalle_jax.sampling import networks
+from dalle_jax.types import Array, Params, UsageError
 
 PRETRAINED = pathlib.Path(__file__).resolve().parent.parent / "pretrained"
 STAGES = ("dvae", "clip", "dalle")
@@ -196,7 +194,7 @@ def load_clip(workdir: str, step: int | None = None) -> ClipStage:
       UsageError: if the folder is missing, of another task, not trained yet or damaged.
     """
     config, variables = _open(workdir, "clip", step)
-    model = clip(config)
+    model = networks.clip(config)
     params = _floats(variables.params, config)
     px, length = config.data.image_px, config.data.text_len
     images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
@@ -237,7 +235,7 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
             f"{codec.workdir!r} holds {codec.fingerprint}: it was trained on or again. Give the "
             "folder of the old one with --dvae, or train the DALL-E again."
         )
-    model = dalle(config, codec.grid, codec.num_codes)
+    model = networks.dalle(config, codec.grid, codec.num_codes)
     params = _floats(variables.params, config)
     text = jax.ShapeDtypeStruct((1, config.data.text_len), jnp.int32)
     codes = jax.ShapeDtypeStruct((1, codec.grid**2), jnp.int32)
@@ -292,25 +290,6 @@ def fingerprint(params: Params, config: cfg.ConfigDict) -> str:
     return digest.hexdigest()[:16]
 
 
-def policy(config: cfg.ConfigDict) -> DtypePolicy:
-    """The dtype policy that a config names."""
-    return DtypePolicy.from_names(config.dtype.param, config.dtype.compute)
-
-
-def autoencoder(config: cfg.ConfigDict) -> dvae.Dvae | vqvae.Vqvae:
-    """The autoencoder module of a config: a dVAE or a VQ-VAE.
-
-    Raises:
-      UsageError: for an unknown model.kind, or sizes that do not fit.
-    """
-    kinds = {"dvae": (dvae.DvaeConfig, dvae.Dvae), "vqvae": (vqvae.VqvaeConfig, vqvae.Vqvae)}
-    kind = config.model.get("kind", "")
-    if kind not in kinds:
-        raise UsageError(f"model.kind {kind!r} is unknown; use one of {', '.join(kinds)}.")
-    made, module = kinds[kind]
-    return module(cfg.build(made, config.model, image_px=config.data.image_px), policy(config))
-
-
 def make_codec(
     config: cfg.ConfigDict, params: Params, digits: str, workdir: str, step: int
 ) -> Codec:
@@ -323,7 +302,7 @@ def make_codec(
       workdir: where they came from.
       step: their training step.
     """
-    model = autoencoder(config)
+    model = networks.autoencoder(config)
     grid = model.config.grid
 
     def encode_fn(params: Params, images: Array) -> Array:
@@ -346,31 +325,6 @@ def make_codec(
         encode_fn=encode_fn,
         decode_fn=decode_fn,
     )
-
-
-def dalle(config: cfg.ConfigDict, grid: int, num_codes: int) -> dalle_model.Dalle:
-    """The DALL·E module of a config over codes [g, g] of a codec with `num_codes` entries."""
-    made = cfg.build(
-        dalle_model.DalleConfig,
-        config.model,
-        text_len=config.data.text_len,
-        vocab_size=config.data.vocab_size,
-        grid=grid,
-        num_codes=num_codes,
-    )
-    return dalle_model.Dalle(made, policy(config))
-
-
-def clip(config: cfg.ConfigDict) -> clip_model.Clip:
-    """The CLIP module of a config; the one place that joins its data and model sections."""
-    made = cfg.build(
-        clip_model.ClipConfig,
-        config.model,
-        image_px=config.data.image_px,
-        text_len=config.data.text_len,
-        vocab_size=config.data.vocab_size,
-    )
-    return clip_model.Clip(made, policy(config))
 
 
 def _open(workdir: str, task: str, step: int | None):
@@ -415,7 +369,7 @@ def _tokenizer_bytes(workdir: str) -> bytes:
 
 def _floats(tree: Params, config: cfg.ConfigDict) -> Params:
     """Host arrays, floats in the config's parameter dtype: an export may store 16-bit ones."""
-    dtype = policy(config).param
+    dtype = networks.policy(config).param
 
     def cast(leaf):
         leaf = np.asarray(leaf)

@@ -12,7 +12,7 @@ from dalle_jax import images as pictures
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dvae, vqvae
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks, stages
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
 NAME = "autoencode"
@@ -36,7 +36,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
       UsageError: for an unknown kind, or sizes that do not fit, before anything compiles.
     """
     del tokenizer, by_shape  # pictures only, no frozen network
-    model = stages.autoencoder(config)
+    model = networks.autoencoder(config)
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px
     # Early codes are few in a healthy run too; a run has collapsed if they still are later.

@@ -22,7 +22,7 @@ from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import clip
 from dalle_jax.nn import partition
-from dalle_jax.sampling import abstract, stages
+from dalle_jax.sampling import abstract, networks, stages
 from dalle_jax.types import Array, Params, UsageError
 
 # Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
@@ -49,7 +49,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
       UsageError: for values that do not fit together.
     """
     _check(config, tokenizer, by_shape)
-    model = stages.clip(config)
+    model = networks.clip(config)
     codec = _codec(config, by_shape)
     data, batch = config.data, config.data.batch
     picture = jax.ShapeDtypeStruct((batch, data.image_px, data.image_px, 3), jnp.uint8)

@@ -17,7 +17,7 @@ from dalle_jax import images
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle
-from dalle_jax.sampling import abstract, stages
+from dalle_jax.sampling import abstract, networks, stages
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.types import Array, Key, Params, UsageError
 
@@ -51,7 +51,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
 
 def build(config: cfg.ConfigDict, codec: stages.Codec, tokenizer=None) -> Task:
     """`make` for a codec that is already loaded."""
-    model = stages.dalle(config, codec.grid, codec.num_codes)
+    model = networks.dalle(config, codec.grid, codec.num_codes)
     made, data = model.config, config.data
     text_spec = jax.ShapeDtypeStruct((data.batch, data.text_len), jnp.int32)
     if config.stages.from_codes:

@@ -84,10 +84,10 @@ def test_sampling_weighs_weights_and_caches(capsys):
 
 def test_the_12b_model_draws_on_a_v5p_and_on_no_v5e():
     """12.3 B weights of 4 bytes, and the blocks' matrices once more in bfloat16."""
-    from dalle_jax.sampling import budget, stages
+    from dalle_jax.sampling import budget, networks
 
     config = cfg.load("configs/dalle_12b.py")
-    found = budget.budget(stages.dalle(config, 32, 8192))
+    found = budget.budget(networks.dalle(config, 32, 8192))
     assert found.weights == 4 * 12_292_808_448
     assert found.working == 2 * 64 * 12 * 3968**2
     assert found.candidates(16 * 2**30) == 0 < found.candidates(95 * 2**30)

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
-from dalle_jax.engine import sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.engine import task as task_lib
 
 D_IN, D_OUT = 8, 16
@@ -153,7 +153,7 @@ def main() -> int:
     with distributed.job(start, takes_notice=True):
         config = make_config(**values)
         distributed.agree(claim.facts(workdir, config))
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = meshes.make_mesh(config.mesh)
         fault = (int(when), FAULTS[kind]) if jax.process_index() == int(who) else (None, None)
         batches = Part(mesh, fault, delay=delay)
         try:

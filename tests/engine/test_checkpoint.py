@@ -13,7 +13,7 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, optim, sharding
+from dalle_jax.engine import checkpoint, meshes, optim, sharding
 from dalle_jax.engine import state as state_lib
 from dalle_jax.types import UsageError
 
@@ -24,7 +24,7 @@ damaged = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWa
 
 def make_state(devices, config, seed=0):
     """(abstract target, state) of the linear task on these devices."""
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = meshes.make_mesh(config.mesh, devices)
     rules = sharding.rules(config.mesh)
     task, key = lt.make_task(), jax.random.key(seed)
     boxed = state_lib.abstract(task, key)

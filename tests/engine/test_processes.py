@@ -14,7 +14,7 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, claim, distributed, loop, metrics, sharding, stop
+from dalle_jax.engine import checkpoint, claim, distributed, loop, meshes, metrics, sharding, stop
 from dalle_jax.types import UsageError
 
 HERE = pathlib.Path(__file__).parent
@@ -261,11 +261,11 @@ def test_same_config_on_another_mesh_needs_permission(workdir, monkeypatch):
     meta = keeper.latest_meta()
     keeper.close()
     assert meta["step"] == 6 and meta["mesh"]["shape"] == {"data": 4, "fsdp": 1, "tensor": 1}
-    claim.check_mesh(str(workdir), {}, sharding.make_mesh(config.mesh), config)  # an older one
+    claim.check_mesh(str(workdir), {}, meshes.make_mesh(config.mesh), config)  # an older one
 
 
 def test_one_process_reads_all_rows():
-    mesh = sharding.make_mesh(lt.make_config(**{"mesh.fsdp": 2, "mesh.tensor": 2}).mesh)
+    mesh = meshes.make_mesh(lt.make_config(**{"mesh.fsdp": 2, "mesh.tensor": 2}).mesh)
     np.testing.assert_array_equal(sharding.local_rows(mesh, 16), np.arange(16))
 
 

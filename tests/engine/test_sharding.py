@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dalle_jax import axes, layout
-from dalle_jax.engine import sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.types import UsageError
 
 
@@ -19,21 +19,21 @@ def mesh_config(data=-1, fsdp=1, tensor=1, rules="fsdp_tp"):
 
 @pytest.fixture
 def mesh():
-    return sharding.make_mesh(mesh_config(2, 2, 2))
+    return meshes.make_mesh(mesh_config(2, 2, 2))
 
 
 RULES = axes.RULES["fsdp_tp"]
 
 
 def test_minus_one_fills_the_mesh():
-    mesh = sharding.make_mesh(mesh_config(-1, 2, 2))
+    mesh = meshes.make_mesh(mesh_config(-1, 2, 2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     assert len({d.id for d in mesh.devices.flat}) == 8
 
 
 def test_one_device_is_a_mesh_too():
-    mesh = sharding.make_mesh(mesh_config(), jax.devices()[:1])
+    mesh = meshes.make_mesh(mesh_config(), jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
 
 
@@ -48,7 +48,7 @@ def test_one_device_is_a_mesh_too():
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_arithmetic(sizes, text):
     with pytest.raises(UsageError, match=text):
-        sharding.make_mesh(mesh_config(*sizes))
+        meshes.make_mesh(mesh_config(*sizes))
 
 
 def test_unknown_rules_are_refused():
@@ -153,7 +153,7 @@ def stacked(rows, columns, names=(axes.EMBED, axes.HEADS)):
 @pytest.mark.parametrize("names", [(axes.EMBED, axes.HEADS), (axes.HEADS, axes.EMBED)])
 def test_layer_matrices_lie_by_rows_folded(names):
     """Whichever of the two dimensions the rules put on fsdp."""
-    mesh = sharding.make_mesh(mesh_config(2, 4))
+    mesh = meshes.make_mesh(mesh_config(2, 4))
     boxed = stacked(12, 16, names)
     assert sharding.storage(boxed, mesh, RULES) == {
         "w": layout.Storage(8, gathered=True),
@@ -175,7 +175,7 @@ def test_layer_matrices_lie_by_rows_folded(names):
 )
 def test_other_layers_are_left_to_the_partitioner(sizes, rules, rows, spec):
     made = mesh_config(*sizes, rules=rules)
-    mesh, table = sharding.make_mesh(made), sharding.rules(made)
+    mesh, table = meshes.make_mesh(made), sharding.rules(made)
     boxed = stacked(rows, 16)
     assert sharding.storage(boxed, mesh, table)["w"] == layout.PLAIN
     assert sharding.shardings(boxed, mesh, table)["w"].spec == spec

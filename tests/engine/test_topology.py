@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import chips, no_tpu, sharding, topology
+from dalle_jax.engine import chips, meshes, no_tpu, topology
 from dalle_jax.types import UsageError
 
 
@@ -117,10 +117,10 @@ def test_tpu_slices_are_there_with_the_extra(name, devices, kind):
 def test_only_the_data_axis_crosses_slices():
     topology.prepare("2*v5e:2x2")
     devices = topology.get("2*v5e:2x2").devices
-    mesh = sharding.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=4, tensor=1)), devices)
+    mesh = meshes.make_mesh(cfg.ConfigDict(dict(data=-1, fsdp=4, tensor=1)), devices)
     assert [{d.slice_index for d in part.flat} for part in mesh.devices] == [{0}, {1}]
     with pytest.raises(UsageError, match="data=1 over 2 TPU slices"):
-        sharding.make_mesh(cfg.ConfigDict(dict(data=1, fsdp=8, tensor=1)), devices)
+        meshes.make_mesh(cfg.ConfigDict(dict(data=1, fsdp=8, tensor=1)), devices)
 
 
 @pytest.mark.slow

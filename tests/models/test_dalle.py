@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import dalle
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks
 from dalle_jax.types import DtypePolicy, UsageError
 
 CONFIG = dalle.DalleConfig(
@@ -173,7 +173,7 @@ def test_sharded_loss_and_gradients_are_those_of_one_device(table, sizes):
     value, gradient = jax.jit(value_and_grad)(params, text, codes)
     mesh_config = cfg.ConfigDict(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     mesh_config.rules = table
-    mesh = sharding.make_mesh(mesh_config)
+    mesh = meshes.make_mesh(mesh_config)
     rules = sharding.rules(mesh_config)
     placed = sharding.shardings(boxed, mesh, rules)
     batch = sharding.batch_sharding(mesh)
@@ -199,7 +199,7 @@ def test_the_papers_model_has_12_292_808_448_parameters(root):
     The paper says "12 billion".
     """
     config = cfg.load(f"{root}/configs/dalle_12b.py")
-    model = stages.dalle(config, grid=32, num_codes=8192)
+    model = networks.dalle(config, grid=32, num_codes=8192)
     text, codes = jnp.zeros((1, 256), jnp.int32), jnp.zeros((1, 1024), jnp.int32)
     tree = jax.eval_shape(model.init, jax.random.key(0), text, codes)
     d = 3968

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dalle_jax.engine import sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import dalle
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.types import UsageError
@@ -103,7 +103,7 @@ def test_a_candidate_depends_on_its_index_alone(network):
 
 def test_eight_devices_give_the_codes_of_one(network):
     """Five candidates on eight devices: rounded up, cut off, and really spread."""
-    mesh = sharding.make_mesh(ConfigDict(dict(data=4, fsdp=2, tensor=1)))
+    mesh = meshes.make_mesh(ConfigDict(dict(data=4, fsdp=2, tensor=1)))
     np.testing.assert_array_equal(
         draw(network, num_candidates=5, mesh=mesh), draw(network, num_candidates=5)
     )
@@ -124,7 +124,7 @@ def test_eight_devices_give_the_codes_of_one(network):
 def test_training_rules_in_force_do_not_disturb(network):
     """A preview draws inside the trainer's mesh; 6 rows do not divide by 8 devices."""
     mesh_config = ConfigDict(dict(data=8, fsdp=1, tensor=1, rules="dp"))
-    mesh = sharding.make_mesh(mesh_config)
+    mesh = meshes.make_mesh(mesh_config)
     with sharding.use(mesh, sharding.rules(mesh_config)):
         inside = draw(network)
     np.testing.assert_array_equal(inside, draw(network))

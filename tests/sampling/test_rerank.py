@@ -8,7 +8,7 @@ import pytest
 import tiny_stages
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.sampling import rerank, stages
 
 
@@ -76,7 +76,7 @@ def test_best_of_n_on_eight_devices_is_that_of_one(clip, tmp_path):
     """Eleven candidates in chunks of 9, each rounded up to 16 for the decoder."""
     codec = tiny_stages.write_codec(tmp_path / "dvae")
     dalle = stages.load_dalle(tiny_stages.write_dalle(tmp_path / "dalle", codec))
-    mesh = sharding.make_mesh(ConfigDict(dict(data=8, fsdp=1, tensor=1)))
+    mesh = meshes.make_mesh(ConfigDict(dict(data=8, fsdp=1, tensor=1)))
     text = np.zeros(dalle.text_len, np.int32)
     one, eight = (
         rerank.draw_best(

@@ -11,7 +11,7 @@ import pytest
 import tiny_stages
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, sharding
+from dalle_jax.engine import checkpoint, meshes, sharding
 from dalle_jax.sampling import stages
 from dalle_jax.types import UsageError
 
@@ -58,7 +58,7 @@ def test_frozen_weights_know_their_axes(tmp_path, kind):
     boxed = codec.boxed
     jax.tree.map(np.testing.assert_array_equal, sharding.unbox(boxed), codec.params)
     sizes = cfg.ConfigDict(dict(data=2, fsdp=4, tensor=1, rules="fsdp"))
-    where = sharding.shardings(boxed, sharding.make_mesh(sizes), sharding.rules(sizes))
+    where = sharding.shardings(boxed, meshes.make_mesh(sizes), sharding.rules(sizes))
     whole = [
         jax.tree_util.keystr(path)
         for (path, x), s in zip(

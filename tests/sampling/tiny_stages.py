@@ -12,7 +12,7 @@ from safetensors import numpy as safetensors
 from dalle_jax import config as cfg
 from dalle_jax.data import tokenizer
 from dalle_jax.engine import checkpoint
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks, stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CAPTIONS = [
@@ -54,7 +54,7 @@ def write(folder: pathlib.Path, config, params, extra=None, has_text: bool = Tru
 
 def write_codec(folder: pathlib.Path, name: str = "vqvae", seed: int = 0, **overrides) -> str:
     made = config(name, **overrides)
-    model = stages.autoencoder(made)
+    model = networks.autoencoder(made)
     variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, PX, PX, 3)))
     variables = dict(nn.meta.unbox(variables))
     extra = {k: v for k, v in variables.items() if k != "params"}
@@ -69,14 +69,16 @@ def write_clip(folder: pathlib.Path, seed: int = 0, **overrides) -> str:
     made = config("clip", **overrides)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     px = made.data.image_px
-    params = jax.jit(stages.clip(made).init)(jax.random.key(seed), jnp.zeros((1, px, px, 3)), text)
+    params = jax.jit(networks.clip(made).init)(
+        jax.random.key(seed), jnp.zeros((1, px, px, 3)), text
+    )
     return write(folder, made, nn.meta.unbox(params)["params"])
 
 
 def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) -> str:
     made = config("dalle", **{"stages.dvae": codec} | overrides)
     loaded = stages.load_codec(codec)
-    model = stages.dalle(made, loaded.grid, loaded.num_codes)
+    model = networks.dalle(made, loaded.grid, loaded.num_codes)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     codes = jnp.zeros((1, loaded.grid**2), jnp.int32)
     params = jax.jit(model.init)(jax.random.key(seed), text, codes)

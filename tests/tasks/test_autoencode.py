@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, sharding
+from dalle_jax.engine import checkpoint, meshes, sharding
 from dalle_jax.engine.state import TrainState
 from dalle_jax.models import vqvae
-from dalle_jax.sampling import stages
+from dalle_jax.sampling import networks, stages
 from dalle_jax.tasks import autoencode
 from dalle_jax.types import UsageError
 
@@ -100,7 +100,7 @@ def test_eight_devices_compute_what_one_computes(kind, key, rng):
         return grads, out.extra, out.metrics
 
     alone = jax.jit(step)(params, extra, batch)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
     with sharding.use(mesh, sharding.rules(config.mesh)):
         where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
         spread = jax.device_put(batch, where)
@@ -182,7 +182,7 @@ def test_a_dvae_starts_as_the_vqvae_it_is_made_from(key, rng, workdir):
     codec = stages.load_codec(str(workdir))
     images = batch["image"] / np.float32(127.5) - 1
     codes = codec.encode(images)
-    model = stages.autoencoder(_config("dvae"))
+    model = networks.autoencoder(_config("dvae"))
     encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode"))
     np.testing.assert_array_equal(encode(new, images), codes)
 
@@ -229,5 +229,5 @@ def test_bad_configs_are_refused_before_anything_compiles():
 def test_flops_are_three_forward_passes():
     config = _config("vqvae")
     task = autoencode.make(config)
-    made = stages.autoencoder(config).config
+    made = networks.autoencoder(config).config
     assert task.flops == 6 * 16 * vqvae.forward_macs(made)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
-from dalle_jax.engine import hlo, sharding
+from dalle_jax.engine import hlo, meshes, sharding
 from dalle_jax.models import clip as clip_model
 from dalle_jax.tasks import clip
 from dalle_jax.types import UsageError
@@ -65,7 +65,7 @@ def test_sharded_loss_and_gradient_are_the_unsharded_ones(rng):
     grad = jax.value_and_grad(loss, argnums=(0, 1))
     expected, wanted = jax.jit(grad)(image, text, tokens)
     mesh_config = cfg.ConfigDict(dict(data=4, fsdp=2, tensor=1, rules="dp"))
-    mesh = sharding.make_mesh(mesh_config)
+    mesh = meshes.make_mesh(mesh_config)
     split = NamedSharding(mesh, PartitionSpec((axes.DATA, axes.FSDP)))
     with sharding.use(mesh, sharding.rules(mesh_config)):
         compiled = jax.jit(grad, in_shardings=(split,) * 3, out_shardings=(None, (split, split)))
@@ -82,7 +82,7 @@ def test_only_embeddings_travel(rng):
     image, text = unit_rows(rng, batch, joint), unit_rows(rng, batch, joint)
     tokens = rng.integers(4, 9, (batch, 2))
     mesh_config = cfg.ConfigDict(dict(data=2, fsdp=4, tensor=1, rules="fsdp"))
-    mesh = sharding.make_mesh(mesh_config)
+    mesh = meshes.make_mesh(mesh_config)
     split = sharding.batch_sharding(mesh)
 
     def loss(image, text, tokens):
