@@ -62,13 +62,13 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys, monkeypatch):
 
 
 def test_search_prints_what_nothing_beats(capsys):
-    args = [*TINY, "--topology=cpu:2", "--search", "--batch", "2", "4", "--mesh", "2,1,1", "1,2,1"]
+    args = [*TINY, "--topology=cpu:1", "--search", "--batch", "2", "4", "--mesh=1,1,1"]
     assert plan(*args, "--remat=none", "--json") == 0
     captured = capsys.readouterr()
     best = json.loads(captured.out)
     assert best and all(record["fits"] for record in best)
     assert {"mesh.fsdp", "data.batch", "model.remat"} <= best[0]["changes"].keys()
-    assert captured.err.count("batch") == 4
+    assert captured.err.count("batch") == 2
 
 
 def test_sampling_weighs_weights_and_caches(capsys):
