@@ -162,3 +162,15 @@ def test_the_page_has_every_config_on_five_topologies():
 
 def test_records_are_rounded_at_any_depth():
     assert plan_page._rounded({"a": [1.23456789, {"b": (2,)}]}) == {"a": [1.23457, {"b": [2]}]}
+
+
+# Needs the `plan` extra (libtpu, 484 MB), which the test extra leaves out; half a minute each.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2", "v4:2x2x1", "v5p:2x2x1", "2*v5e:2x2"])
+def test_a_tpu_slice_that_is_not_there(name, capsys):
+    """The smoke DALL-E: time by the compiler, gradients over the data axis and nothing else."""
+    assert plan("--config=configs/dalle.py:size=smoke", f"--topology={name}", "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["estimated_s_per_sample"] > record["floor_s_per_sample"] > 0
+    assert 0 < record["mfu_bound"] < 1
+    assert {row["axis"] for row in record["collectives"]} == {"data"}
