@@ -15,7 +15,9 @@ Seconds per sample are chip-seconds: a step takes that times the samples of one 
 """
 
 import dataclasses
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -265,13 +267,18 @@ def _times(
 def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
     """Compiles; a program that is too large for its device is an answer and not an error."""
     began = time.perf_counter()
-    try:
-        compiled = made.lower_step().compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
-        if needed is None:
-            raise
-        return _Compiled(False, max(needed, held), None, time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder:
+        # libtpu itself can always print its program.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_long_text": True}
+        try:
+            lowered = made.lower_step()
+            compiled = lowered.compile(compiler_options=None if topology.has_text else dump)
+        except jax.errors.JaxRuntimeError as error:
+            needed = needed_bytes(str(error))
+            if needed is None:
+                raise
+            return _Compiled(False, max(needed, held), None, time.perf_counter() - began)
+        text = _text(compiled, pathlib.Path(folder))
     memory = compiled.memory_analysis()
     # What the step does not read (a frozen codec's decoder) is no argument of the executable, but
     # it lies in memory all the same.
@@ -282,11 +289,18 @@ def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
-    try:
-        text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        text = None  # jaxlib cannot parse what libtpu 0.0.52 writes for v5p
     return _Compiled(peak <= topology.capacity, peak, text, time.perf_counter() - began)
+
+
+def _text(compiled: jax.stages.Compiled, folder: pathlib.Path) -> str | None:
+    """The program as text: dumped into `folder`, else by jaxlib; None if it cannot."""
+    dumped = sorted(folder.glob("*.after_optimizations.txt"))
+    if dumped:
+        return dumped[-1].read_text()
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        return None
 
 
 def _notes(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[str]:

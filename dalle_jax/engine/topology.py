@@ -34,12 +34,12 @@ _TPUS = {
     "v5p": ("TPU v5p", _CUBE),
     "v6e": ("TPU v6e", _FLAT),
 }
+# "Available HBM" in GiB, as each one's compiler says when it runs out (libtpu 0.0.52).
+_TPU_MEMORY = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 _GPUS = {"h100": ("NVIDIA H100 80GB HBM3", ("1x1", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8"))}
 _CPUS = ("cpu:1", "cpu:8")
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z]\w*):(\d+(?:x\d+)*)")
 
-# What a TPU's own runtime keeps of its memory. v5e's compiler says so: "available HBM (15.75G)".
-_TPU_RESERVED = 2**28
 # jax takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; more than 0.92
 # leaves NCCL and the CUDA context too little.
 _GPU_SHARE = 0.92
@@ -83,6 +83,8 @@ class Topology:
       chip: peaks of one device; None for a CPU.
       capacity: bytes of one device's memory that a program can have.
       slices: TPU slices, joined by a slower network.
+      has_text: whether jaxlib can print what its compiler made. It cannot read the asynchronous
+        operations that libtpu 0.0.52 writes for v5p.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Topology:
     chip: chips.Chip | None
     capacity: int
     slices: int = 1
+    has_text: bool = True
 
 
 def known() -> list[str]:
@@ -193,9 +196,14 @@ def _tpu(name: str, slices: int, kind: str, sizes: list[int]) -> Topology:
             f"there is no topology {name!r} ({reason}); sizes of {kind}: "
             f"{', '.join(_TPUS[kind][1])}."
         ) from error
-    chip = chips.CHIPS[_TPUS[kind][0]]
-    capacity = chip.hbm_bytes - _TPU_RESERVED
-    return Topology(name, tuple(found.devices), chip, capacity, slices)
+    return Topology(
+        name,
+        tuple(found.devices),
+        chips.CHIPS[_TPUS[kind][0]],
+        capacity=int(_TPU_MEMORY[kind] * 2**30),
+        slices=slices,
+        has_text=kind != "v5p",
+    )
 
 
 def _gpu(name: str, kind: str, sizes: list[int]) -> Topology:

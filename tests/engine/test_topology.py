@@ -110,6 +110,7 @@ def test_tpu_slices_are_there_with_the_extra(name, devices, kind):
     found = topology.get(name)
     assert (len(found.devices), found.chip.name) == (devices, kind)
     assert chips.CHIPS[found.devices[0].device_kind] == found.chip
+    assert 0.9 * found.chip.hbm_bytes < found.capacity <= 1.01 * found.chip.hbm_bytes
     assert len({getattr(d, "slice_index", 0) for d in found.devices}) == found.slices
 
 
