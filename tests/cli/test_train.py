@@ -130,11 +130,18 @@ def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypa
     assert command.fake.tokenizer.model_bytes == copied
 
 
-def test_a_refused_start_leaves_another_runs_workdir_as_it_was(command, workdir):
+def test_a_refused_start_leaves_another_runs_workdir_as_it_was(
+    command, workdir, monkeypatch, capsys
+):
     assert command() == 0
+    other = checkpoint.load_config(str(workdir))
+    other.task = "clip"  # the folder of another network
+    checkpoint.save_config(str(workdir), other)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    assert command("--config.seed=2", "--config.optim.lr=0.5") == 2
-    assert command("--config.task=dalle") == 2  # a workdir of another task
+    found = tokenizer.train(["a red square", "a blue circle"] * 20, 320, None)
+    monkeypatch.setattr(tokenizer, "find", lambda config: found)
+    assert command("--config.seed=7") == 2  # a task with text
+    assert "task: stored 'clip', given 'linear'" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
