@@ -148,9 +148,13 @@ class ImageTower(nn.Module):
             (c.num_patches + 1, width),
             dtype.param,
         )
-        x = x.astype(dtype.compute) @ patch_embed.astype(dtype.compute)  # [B, patches, D]
-        first = jnp.broadcast_to(class_embed.astype(x.dtype), (x.shape[0], 1, width))
-        x = jnp.concatenate([first, x], axis=1) + positions.astype(x.dtype)[None]
+        patch_embed, class_embed, positions = (
+            partition.whole(weight.astype(dtype.compute))
+            for weight in (patch_embed, class_embed, positions)
+        )
+        x = x.astype(dtype.compute) @ patch_embed  # [B, patches, D]
+        first = jnp.broadcast_to(class_embed, (x.shape[0], 1, width))
+        x = jnp.concatenate([first, x], axis=1) + positions[None]
         x = transformer.Norm("layer", dtype, name="norm_pre")(x)
         tower = c.image_tower(dtype)
         x = transformer.Transformer(tower, (None,) * c.image_layers, name="transformer")(x)
@@ -182,7 +186,10 @@ class TextTower(nn.Module):
             (c.text_len, c.text_width),
             dtype.param,
         )
-        x = tokens.astype(dtype.compute)[text] + positions.astype(dtype.compute)[None]
+        tokens, positions = (
+            partition.whole(table.astype(dtype.compute)) for table in (tokens, positions)
+        )
+        x = tokens[text] + positions[None]
         causal = masks.Mask("full", c.text_len, 0)
         tower = c.text_tower(dtype)
         x = transformer.Transformer(tower, (causal,) * c.text_layers, name="transformer")(x)

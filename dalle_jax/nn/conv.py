@@ -48,8 +48,8 @@ class Conv(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, h, w, in_features] -> [B, h, w, features], dtype `self.dtype`."""
-        kernel = self.kernel.astype(self.dtype)
-        bias = self.bias.astype(self.dtype)[None, None, None]
+        kernel = partition.whole(self.kernel.astype(self.dtype))
+        bias = partition.whole(self.bias.astype(self.dtype))[None, None, None]
         x = x.astype(self.dtype)
         if self.kernel_size == 1:
             return x @ kernel[0, 0] + bias
@@ -64,7 +64,7 @@ class Conv(nn.Module):
         float32, and not rounded to bfloat16 by a TPU's default matmul precision.
         """
         assert self.kernel_size == 1
-        rows = jnp.take(self.kernel[0, 0].astype(self.dtype), indices, axis=0)
+        rows = jnp.take(partition.whole(self.kernel.astype(self.dtype))[0, 0], indices, axis=0)
         return rows + self.bias.astype(self.dtype).reshape((1,) * indices.ndim + (-1,))
 
 

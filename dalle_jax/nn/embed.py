@@ -43,7 +43,7 @@ class StreamEmbedding(nn.Module):
 
         def table(name: str, rows: int, axis: str) -> Array:
             init = partition.param_with_axes(nn.initializers.normal(self.std), (axis, axes.EMBED))
-            return self.param(name, init, (rows, self.width), self.dtype.param)
+            return partition.whole(self.param(name, init, (rows, self.width), self.dtype.param))
 
         self.text_table = table("text", self.vocab_size + self.text_len, axes.VOCAB)
         self.position_table = table("position", self.text_len, axes.POSITIONS)

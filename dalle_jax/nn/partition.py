@@ -57,6 +57,16 @@ def constrain(x: Array, *names: str | None) -> Array:
     return nn.with_logical_constraint(x, names)
 
 
+def whole(weight: Array) -> Array:
+    """`weight`, gathered on every device before it is used.
+
+    For tables and kernels outside layer stacks, where the partitioner would rather split the
+    activations along the weight's axis and then cannot find the way back to the batch: it copies
+    the activations of the global batch to every device (at 12B more than 20 GiB).
+    """
+    return constrain(weight, *[None] * weight.ndim)
+
+
 @contextlib.contextmanager
 def unconstrained() -> Iterator[None]:
     """A context in which `constrain` and `layer` leave everything to the partitioner.

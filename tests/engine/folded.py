@@ -79,6 +79,12 @@ class Run:
     def init(self) -> state_lib.TrainState:
         return self.program.init(self.key)
 
+    def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
+        """A plain state, of the host or of another mesh, as this mesh stores it."""
+        target = self.program.saved.target
+        placed = sharding.place(sharding.to_host(state), jax.tree.map(lambda x: x.sharding, target))
+        return self.program.saved.back(placed)
+
     def compiled(self) -> str:
         """The text of the training step, compiled for this mesh."""
         return self.program.lower_step().compile().as_text()

@@ -26,35 +26,36 @@ def close(got, expected, atol):
         ("dalle", (1, 8), {"model.scan_layers": False, "model.num_layers": 2}),
         ("dalle", (2, 4), {"model.remat": "full", "model.use_bias": True}),
         ("dalle", (2, 4), {"model.dropout": 0.3, "model.remat": "dots"}),
-        ("dalle", (1, 8), {"model.dropout": 0.3, "model.remat": "names", "model.norm": "layer"}),
-        ("clip", (1, 8), {}),
         ("clip", (2, 4), {"optim.grad_reduce_dtype": "float32"}),
     ],
 )
 def test_loss_and_gradients_are_those_of_one_device(root, task, mesh, overrides):
     config = folded.config_of(root, task, **overrides)
     one, many = folded.Run(config, 1, 1), folded.Run(config, *mesh)
-    a, b = one.init(), many.init()
+    a = one.init()
+    b = many.place(a)
     shards = [x.addressable_shards[0].data for x in jax.tree.leaves(b.params) if x.ndim == 3]
     assert {x.shape[1] for x in shards} == {ROWS}
-    close(many.plain(b.params), one.plain(a.params), 1e-6)
     loss, gradients = one.gradients(a)
     got_loss, got = many.gradients(b)
     assert got_loss == pytest.approx(loss, abs=1e-5)
     close(got, gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
-def test_every_optimiser_makes_the_step_of_one_device(root, name):
-    """Muon and adafactor look at rows and columns: folded ones would make another step."""
-    config = folded.config_of(root, "dalle", **{"optim.name": name})
-    stepped = []
-    for mesh in ((1, 1), (2, 4)):
-        run = folded.Run(config, *mesh)
-        state, metrics = run.step(run.init())
-        stepped.append((run.plain(state.params), run.plain(state.ema), metrics["update_ratio"]))
-    assert stepped[0][2] > 1e-4
-    close(stepped[1], stepped[0], 2e-5)
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_optimisers_that_look_at_rows_make_the_step_of_one_device(root, name):
+    """Rows and columns of a folded matrix would make another step."""
+    sizes = {"optim.name": name, "model.num_layers": 2, "model.width": 136}  # folds by 4
+    config = folded.config_of(root, "dalle", **sizes)  # adafactor factors from 128
+    one, many = folded.Run(config, 1, 1), folded.Run(config, 2, 4)
+    start = one.init()
+    other = many.place(start)
+    results = []
+    for run, state in ((one, start), (many, other)):
+        state, metrics = run.step(state)
+        results.append((run.plain(state.params), run.plain(state.ema), metrics["update_ratio"]))
+    assert results[0][2] > 1e-4
+    close(results[1], results[0], 2e-5)
 
 
 def filled(run):
@@ -100,32 +101,34 @@ def test_run_that_moves_to_one_device_goes_on(root, tmp_path, monkeypatch):
     assert moved["loss"] == pytest.approx(unbroken["loss"], rel=1e-4)
 
 
-def budget(run, text):
-    """What moves more than a vector: (kind, axis, shape) -> executions per step."""
-    assert run.program.arguments[2]["text"].sharding.spec[0] == ("data", "fsdp")
-    moved = collections.Counter()
-    for c in hlo.collectives(text, run.program.mesh.shape):
-        if math.prod(c.shape) > 16 * folded.WIDTH:
-            moved[c.kind, c.axis, math.prod(c.shape)] += c.count
-    return moved
-
-
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_layers_move_their_weights_and_nothing_else(root, remat):
+@pytest.mark.parametrize("task, remat", [("dalle", "none"), ("dalle", "full"), ("clip", "full")])
+def test_weights_travel_and_activations_do_not(root, task, remat):
     """Per layer and matrix: a gather forward, another backward, one reduce-scatter."""
-    config = folded.config_of(root, "dalle", **{"model.remat": remat, "optim.name": "adamw"})
+    overrides = {"model.remat": remat, "optim.name": "adamw", "optim.clip_norm": 0.0}
+    config = folded.config_of(root, task, **overrides)
     run = folded.Run(config, 2, 4)
-    moved = budget(run, run.compiled())
-    square, wide, layers = folded.WIDTH**2, 4 * folded.WIDTH**2, config.model.num_layers
-    of_layers = {key: n for key, n in moved.items() if key[2] in (square, wide)}
-    print(moved)
-    assert of_layers == {
-        ("all-reduce", "data", wide // 4): 2 * layers,  # of shards, after the scatter
+    moved = hlo.collectives(run.compiled(), run.program.mesh.shape)
+    layers = 3 if task == "dalle" else 4  # of both towers
+
+    in_layers = collections.Counter()
+    for c in moved:
+        if "shard_map" in c.source and len(c.shape) == 2:
+            in_layers[c.kind, c.axis, math.prod(c.shape)] += c.count
+    square, wide = folded.WIDTH**2, 4 * folded.WIDTH**2
+    assert in_layers == {
         ("all-gather", "fsdp", square): 2 * 4 * layers,
         ("all-gather", "fsdp", wide): 2 * 2 * layers,
         ("reduce-scatter", "fsdp", square): 4 * layers,
         ("reduce-scatter", "fsdp", wide): 2 * layers,
+        ("all-reduce", "data", square // 4): 4 * layers,  # of shards, after the scatter
+        ("all-reduce", "data", wide // 4): 2 * layers,
     }
+    # Outside them: weights or their shards, and of the batch no more than an embedding each.
+    sizes = {math.prod(x.shape) for x in jax.tree.leaves(run.program.saved.target.params)}
+    for c in moved:
+        size = math.prod(c.shape)
+        if "shard_map" not in c.source and not {size, 4 * size} & sizes:
+            assert size <= folded.BATCH * 16, c
 
 
 def test_state_of_every_optimiser_lies_with_its_weights(root):
