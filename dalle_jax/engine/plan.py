@@ -166,10 +166,10 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         notes.append("the state alone does not fit, so the step was not compiled.")
     else:
         compiled = _compile(made, held, topology)
-        if compiled.fits and compiled.text is None:
-            notes.append("the compiler's text cannot be read for this chip: no traffic, no time.")
-
     text = compiled.text or ""
+    cycles = hlo.estimated_cycles(text)
+    if compiled.fits and cycles is None:
+        notes.append("this compiler gives no estimate that could be read; times are the floor.")
     return Plan(
         task=task.name,
         topology=topology.name,
@@ -195,7 +195,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         temporaries_gib=max(0.0, compiled.peak - held - kept) / GIB if compiled.fits else None,
         model_tflop_per_sample=task.flops / batch / 1e12,
         hardware_tflop_per_sample=work / 1e12,
-        **_times(config, task, topology, work, hlo.estimated_cycles(text)),
+        **_times(config, task, topology, work, cycles),
         collectives=hlo.traffic(hlo.collectives(text, made.mesh.shape)),
         compile_s=compiled.seconds,
         notes=notes,
@@ -268,8 +268,7 @@ def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
     """Compiles; a program that is too large for its device is an answer and not an error."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        # libtpu itself can always print its program.
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_long_text": True}
+        dump = {"xla_dump_to": folder}
         try:
             lowered = made.lower_step()
             compiled = lowered.compile(compiler_options=None if topology.has_text else dump)
@@ -293,14 +292,15 @@ def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
 
 
 def _text(compiled: jax.stages.Compiled, folder: pathlib.Path) -> str | None:
-    """The program as text: dumped into `folder`, else by jaxlib; None if it cannot."""
-    dumped = sorted(folder.glob("*.after_optimizations.txt"))
-    if dumped:
-        return dumped[-1].read_text()
+    """The program as jaxlib prints it, else as libtpu has dumped it into `folder`, else None.
+
+    A dump has the collectives but not the estimated cycles.
+    """
     try:
         return compiled.as_text()
     except jax.errors.JaxRuntimeError:
-        return None
+        dumped = sorted(folder.glob("*.after_optimizations.txt"))
+        return dumped[-1].read_text() if dumped else None
 
 
 def _notes(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[str]:

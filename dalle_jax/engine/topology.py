@@ -83,8 +83,8 @@ class Topology:
       chip: peaks of one device; None for a CPU.
       capacity: bytes of one device's memory that a program can have.
       slices: TPU slices, joined by a slower network.
-      has_text: whether jaxlib can print what its compiler made. It cannot read the asynchronous
-        operations that libtpu 0.0.52 writes for v5p.
+      has_text: whether jaxlib can print whatever its compiler made. jaxlib 0.10.2 cannot read the
+        asynchronous operations that libtpu 0.0.52 writes for v5p.
     """
 
     name: str

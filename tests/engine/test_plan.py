@@ -136,8 +136,9 @@ def test_a_batch_that_does_not_divide_is_bad_input(toy):
 
 
 def test_an_eval_batch_that_train_would_refuse_is_a_note(toy):
-    assert weigh(toy).notes == []
-    (note,) = weigh(toy, **{"data.eval_batch": 12}).notes
+    (floor,) = weigh(toy).notes  # the CPU's compiler makes no estimate
+    assert "times are the floor" in floor
+    note, _ = weigh(toy, **{"data.eval_batch": 12}).notes
     assert "`train` will refuse: data.eval_batch=12" in note
 
 
