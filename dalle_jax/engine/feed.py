@@ -43,14 +43,21 @@ class Prefetch:
 
     def __init__(self, read: Callable[[int], Any], indices: Iterable[int], depth: int):
         self._queue: queue.Queue = queue.Queue(maxsize=max(1, depth))
-        self._closed = threading.Event()
+        self._closed, self._arrived = threading.Event(), threading.Event()
+        self._error: BaseException | None = None
         self._thread = threading.Thread(
             target=self._work, args=(read, indices), name="prefetch", daemon=True
         )
 
-    def __enter__(self) -> Iterator[tuple[int, Any]]:
+    def __enter__(self) -> "Prefetch":
         self._thread.start()
-        return self._items()
+        return self
+
+    def wait(self) -> None:
+        """Returns when the first item has been read; raises what reading it raised."""
+        self._arrived.wait()
+        if self._error is not None:
+            raise self._error
 
     def __exit__(self, *_: Any) -> None:
         self._closed.set()
@@ -64,16 +71,18 @@ class Prefetch:
                     return
             self._put((None, None, None))
         except BaseException as error:  # raised again in the loop's thread
+            self._error = error
             self._put((None, None, error))
 
     def _put(self, item: tuple) -> None:
         while not self._closed.is_set():
             try:
-                return self._queue.put(item, timeout=0.1)
+                self._queue.put(item, timeout=0.1)
+                return self._arrived.set()
             except queue.Full:
                 continue
 
-    def _items(self) -> Iterator[tuple[int, Any]]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         while True:
             i, item, error = self._queue.get()
             if error is not None:

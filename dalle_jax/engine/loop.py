@@ -189,7 +189,10 @@ def train(
         stack.callback(checkpointer.close)
         stack.callback(writer.close)
         stack.enter_context(made.use())
-        feed_lib.fitting(batches(start), task, rows)  # before minutes of compiling, not after
+        feed = stack.enter_context(
+            feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
+        )
+        feed.wait()  # what does not fit is said before minutes of compiling, not after
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
@@ -197,9 +200,6 @@ def train(
             observe.dump_hlo(workdir, step_fn)
         stop = stack.enter_context(stop_lib.Stop())
         watch = stack.enter_context(stop_lib.Watchdog(config.train.hang_timeout_s))
-        feed = stack.enter_context(
-            feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
-        )
         profiler = stack.enter_context(observe.Profiler(workdir, config))
         meter = observe.Meter(config.data.batch, task, jax.devices())
         watch.doing(f"reading the batch of step {start + 1}")

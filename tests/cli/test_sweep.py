@@ -108,7 +108,7 @@ def linear(monkeypatch, tmp_path):
     """A saved sweep of the engine tests' linear task, in this process: trained in a second."""
 
     class Pipeline(lt.Batches):
-        skipped, truncated, close = {}, 0, lambda self: None
+        skipped, truncated, num_examples, close = {}, 0, 16, lambda self: None
 
         def __call__(self, step):
             if step == Pipeline.stop_at:
@@ -175,8 +175,8 @@ def test_two_learning_rates_and_two_seeds(command, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     changes = {
-        "data.data_dir": str(data), "train.steps": "4", "train.tensorboard": "0",
-        "train.eval_batches": "1",
+        "data.data_dir": str(data), "train.steps": "4", "optim.warmup_steps": "1",
+        "train.tensorboard": "0", "train.eval_batches": "1",
     }  # fmt: skip
     arguments = [*AXES, *(f"--config.{key}={value}" for key, value in changes.items()), "--jobs=2"]
     hyper = units.from_text(AXES[1::2])
