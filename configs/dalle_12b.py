@@ -9,7 +9,8 @@ nor data. What it costs on a machine that is not there:
 
 64 layers of width 3968, 62 heads of 64, 256 text slots and 32x32 codes of 8192: 12,292,808,448
 parameters. Paper: 430,000 updates of batch 1024 on 1024 V100-16GB; zero-shot MS-COCO FID about
-28. Not run here; compiled ahead of time it needs 8 to 13 GiB a chip on 256 TPU v5e chips.
+28. Not run here. Weights, their average and AdamW's moments are 183 GiB in float32, 1.5 GiB on each
+of 128 fsdp shards.
 
 3968 = 2**7 * 31: fsdp divides it up to 128 ways (256 chips = data 2 x fsdp 128), and the heads
 divide by 2 or 31 only, so tensor parallelism is off.

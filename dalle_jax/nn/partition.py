@@ -61,8 +61,8 @@ def whole(weight: Array) -> Array:
     """`weight`, gathered on every device before it is used.
 
     For tables and kernels outside layer stacks, where the partitioner would rather split the
-    activations along the weight's axis and then cannot find the way back to the batch: it copies
-    the activations of the global batch to every device (at 12B more than 20 GiB).
+    activations along the weight's axis and then cannot find the way back to the batch: it gathers
+    the activations of the global batch (XLA says so, "involuntary full rematerialization").
     """
     return constrain(weight, *[None] * weight.ndim)
 

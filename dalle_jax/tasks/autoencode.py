@@ -12,7 +12,7 @@ from dalle_jax import images as pictures
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dvae, vqvae
-from dalle_jax.sampling import networks, stages
+from dalle_jax.sampling import networks
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
 NAME = "autoencode"
@@ -117,7 +117,7 @@ def _warm_start(config: cfg.ConfigDict, made, params: Params, extra) -> tuple[Pa
         raise UsageError(
             f"init_from {source_dir!r} holds a {source.task!r} run; expected an {NAME!r} run."
         )
-    old = stages.autoencoder(source).config
+    old = networks.autoencoder(source).config
     converts = (old.kind, made.kind) == ("vqvae", "dvae")
     if old.kind != made.kind and not converts:
         raise UsageError(

@@ -40,7 +40,7 @@ def config_of(root, task: str, **overrides) -> cfg.ConfigDict:
 def task_of(config: cfg.ConfigDict):
     if config.task == "clip":
         return clip.make(config)
-    codec = types.SimpleNamespace(grid=GRID, num_codes=32, params=None)
+    codec = types.SimpleNamespace(grid=GRID, num_codes=32, params=None, fingerprint="")
     return dalle.build(config, codec)
 
 

@@ -136,14 +136,20 @@ def test_a_run_tells_what_held_it_back(monkeypatch, workdir, capsys, cause):
     class InlineFeed(feed.Prefetch):
         """Reads in the loop's own thread, so that the time passes while the loop waits."""
 
-        def __enter__(self):
-            return ((i, slowed(self._read, 1.0)(i)) for i in self._indices)
-
         def __init__(self, read, indices, depth):
             self._read, self._indices = read, indices
 
+        def __enter__(self):
+            return self
+
         def __exit__(self, *_):
             pass
+
+        def wait(self):
+            pass
+
+        def __iter__(self):
+            return ((i, slowed(self._read, 1.0)(i)) for i in self._indices)
 
     match cause:
         case "input":

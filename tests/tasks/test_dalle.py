@@ -10,6 +10,7 @@ import pytest
 
 from dalle_jax import config as cfg
 from dalle_jax.models import dalle as model
+from dalle_jax.sampling import networks
 from dalle_jax.tasks import dalle
 from dalle_jax.types import UsageError
 
@@ -80,7 +81,7 @@ def test_pictures_and_stored_codes_train_alike(root, pictures, text):
     params, (one, output) = run(from_images, {"image": image, "text": text})
     _, (two, _) = run(stored, {"codes": codes, "text": text})
     np.testing.assert_allclose(one, two, rtol=1e-6)
-    made = dalle.stages.dalle(tiny(root), GRID, CODES)
+    made = networks.dalle(tiny(root), GRID, CODES)
     expected, _ = model.loss(*made.apply({"params": params}, text, codes), text, codes)
     np.testing.assert_allclose(one, expected, rtol=1e-6)
     assert set(output.metrics) == {"loss", "text_loss", "image_loss", "image_accuracy"}
