@@ -35,7 +35,7 @@ from dalle_jax import config as cfg
 # px, width, codes, steps from a VQ-VAE, steps from scratch
 _SIZES = {
     "smoke": (32, 48, 128, 200, 300),
-    "demo": (32, 96, 512, 200, 1200),
+    "demo": (32, 96, 512, 150, 1200),
     "shapes": (32, 96, 512, 400, 2200),
     "emoji_demo": (32, 96, 512, 200, 1200),
     "emoji": (32, 96, 512, 300, 6000),

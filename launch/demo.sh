@@ -184,7 +184,9 @@ train() { # NAME CORE [FLAG…]: a stage by its own config
 }
 
 # ---- Data ----------------------------------------------------------------------------------------
-start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2
+number=() # as many scenes as the demo looks at
+[[ $data$size == shapesdemo ]] && number=(--num_train=20000)
+start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 "${number[@]}"
 finish prepare
 
 # ---- The codec on one core, CLIP on the other ----------------------------------------------------
