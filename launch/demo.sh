@@ -186,7 +186,7 @@ train() { # NAME CORE [FLAG…]: a stage by its own config
 # ---- Data ----------------------------------------------------------------------------------------
 number=() # as many scenes as the demo looks at
 [[ $data$size == shapesdemo ]] && number=(--num_train=20000)
-start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 "${number[@]}"
+start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 ${number[@]+"${number[@]}"}
 finish prepare
 
 # ---- The codec on one core, CLIP on the other ----------------------------------------------------
