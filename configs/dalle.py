@@ -19,8 +19,8 @@ _SIZES = {
     "smoke": (64, 2, 1, 60),
     "demo": (128, 4, 2, 1300),
     "shapes": (160, 5, 5, 4000),
-    "emoji_demo": (128, 4, 2, 1600),
-    "emoji": (128, 4, 2, 9000),
+    "emoji_demo": (128, 4, 2, 1400),
+    "emoji": (128, 4, 2, 5000),
     "pairs": (256, 8, 4, 50_000),
     "single_gpu": (1024, 16, 16, 200_000),
 }
@@ -73,6 +73,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.batch, c.data.eval_batch = 16, 32
         c.train.save_every_steps, c.train.log_every_steps = 30, 10
         c.optim.warmup_steps = 10
+    if args.size == "demo":
+        # Held-out image loss after 1,300 steps: 1.051 at 3e-3, 1.021 at 6e-3, 1.056 at 1.2e-2.
+        c.optim.lr, c.optim.warmup_steps = 6e-3, 60
     if args.size in ("demo", "shapes"):
         # Captions of the grammar have at most 9 ids; every text slot costs as much as a code.
         c.data.text_len = 12

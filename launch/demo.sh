@@ -40,9 +40,11 @@ else
 fi
 logs=$out/logs sets=$out/data
 
-# One thread for each training process, each on a core of its own: on two cores that is faster
-# than one process with both (transformer, batch 16: 156 ms a step on two cores, 182 on one).
+# One thread for each device. CLIP and DALL-E train beside each other, a core each: the transformer
+# gains nothing from a second one (batch 16: 44 pictures a second on one core, 46 with a device on
+# each of two; threads are no better). A codec does: 217 on one core, 340 on two.
 one_thread="--xla_cpu_multi_thread_eigen=false"
+two_devices="--xla_force_host_platform_device_count=2"
 cores="" # the cores that we may use, not those that the machine has: 0,2-3 -> 0 2 3
 if command -v taskset >/dev/null; then
   for range in $(taskset -cp $$ | sed 's/.*: //; s/,/ /g'); do
@@ -54,19 +56,25 @@ started=$SECONDS
 running="" # names of the steps at work; $logs/NAME.pid has their process ids
 ran=0      # steps that were not already done
 
-# pinned N COMMAND…: runs the command in this (sub)shell's place on our Nth core.
+# pinned N|both COMMAND…: runs the command in this (sub)shell's place on our Nth core, or on the
+# first two with a device for each.
 pinned() {
-  local core
-  core=$(cut -s -d ' ' -f "$(($1 + 2))" <<<"$cores")
+  local core flags="${XLA_FLAGS:-} $one_thread"
+  if [[ $1 != both ]]; then
+    core=$(cut -s -d ' ' -f "$(($1 + 2))" <<<"$cores")
+  else
+    core=$(cut -s -d ' ' -f 2-3 <<<"$cores" | tr ' ' ,)
+    if [[ ! $core || $core == *,* ]]; then flags+=" $two_devices"; fi
+  fi
   shift
-  export XLA_FLAGS="${XLA_FLAGS:-} $one_thread" OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+  export XLA_FLAGS="$flags" OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
   if [[ $core ]]; then
     exec taskset -c "$core" "$@"
   fi
   exec "$@"
 }
 
-# start NAME CORE|any COMMAND…: in the background, unless it was finished before with these words.
+# start NAME CORE|both|any COMMAND…: in the background, unless it was finished before with these words.
 start() {
   local name=$1 core=$2 command
   shift 2
@@ -189,14 +197,14 @@ number=() # as many scenes as the demo looks at
 start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 ${number[@]+"${number[@]}"}
 finish prepare
 
-# ---- The codec on one core, CLIP on the other ----------------------------------------------------
-train clip 1
-train vqvae 0
+# ---- The codec -----------------------------------------------------------------------------------
+train vqvae both
 finish vqvae
-train dvae 0 "--config.init_from=$out/vqvae"
+train dvae both "--config.init_from=$out/vqvae"
 finish dvae
 
-# ---- DALL-E on the codec's codes -----------------------------------------------------------------
+# ---- DALL-E on its codes, CLIP beside it ---------------------------------------------------------
+train clip 1
 train dalle 0 "--config.stages.dvae=$out/dvae"
 finish dalle
 finish clip
@@ -204,8 +212,9 @@ finish clip
 # ---- What has it learnt? -------------------------------------------------------------------------
 # Of the networks as they are now: drawn again if any of them has just been trained.
 ((ran == 0)) || rm -f "$logs"/{evaluate,samples,completion,report}.done
-# Guidance 1.5: single objects right in 48 % instead of 33 % of the pictures (2.5: 36 %), 1,800 steps.
-stages=("--workdir=$out/dalle" "--clip=$out/clip" "--guidance=1.5")
+# Single objects right at once, 24 prompts x 8 pictures: guidance 1.5 38 %, with top_p 0.9 41 %,
+# guidance 2 with top_p 0.9 46 %.
+stages=("--workdir=$out/dalle" "--clip=$out/clip" "--guidance=2" "--top_p=0.9")
 if [[ $data == shapes ]]; then
   # 12 prompts a skill, as many held-out ones, 16 candidates each: about a minute of one core.
   start evaluate 1 evaluate --suite=shapes "${stages[@]}" --prompts_per_skill=12 --candidates=16 \
