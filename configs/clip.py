@@ -83,7 +83,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.text_len = 12
     if args.size in ("demo", "emoji_demo"):
         c.data.batch = 64
-        c.train.steps, c.train.log_every_steps = 2200, 25
+        c.train.steps, c.train.log_every_steps = 2400, 25
     if args.size == "shapes":
         c.train.steps, c.train.eval_every_steps, c.train.save_every_steps = 3000, 500, 250
     if args.size in ("emoji_demo", "emoji"):

@@ -41,8 +41,8 @@ fi
 logs=$out/logs sets=$out/data
 
 # One thread for each device. CLIP and DALL-E train beside each other, a core each: the transformer
-# gains nothing from a second one (batch 16: 44 pictures a second on one core, 46 with a device on
-# each of two; threads are no better). A codec does: 217 on one core, 340 on two.
+# gains little from a second one (batch 16: 52 pictures a second on one core, 56 with a device on
+# each of two; threads are no better). A codec does: 217 on one core, 371 on two.
 one_thread="--xla_cpu_multi_thread_eigen=false"
 two_devices="--xla_force_host_platform_device_count=2"
 cores="" # the cores that we may use, not those that the machine has: 0,2-3 -> 0 2 3
