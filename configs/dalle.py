@@ -17,7 +17,7 @@ from dalle_jax import config as cfg
 # width, layers, heads, steps
 _SIZES = {
     "smoke": (64, 2, 1, 60),
-    "demo": (128, 4, 2, 1450),
+    "demo": (128, 4, 2, 1300),
     "shapes": (160, 5, 5, 4000),
     "emoji_demo": (128, 4, 2, 1400),
     "emoji": (128, 4, 2, 5000),

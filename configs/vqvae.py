@@ -23,7 +23,7 @@ from dalle_jax import config as cfg
 # px, width, codes, code_dim, steps
 _SIZES = {
     "smoke": (32, 48, 128, 16, 300),
-    "demo": (32, 96, 512, 32, 1000),
+    "demo": (32, 96, 512, 32, 1100),
     "shapes": (32, 96, 512, 32, 6500),
     "emoji_demo": (32, 96, 512, 32, 1200),
     "emoji": (32, 96, 512, 32, 3000),
