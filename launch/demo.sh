@@ -192,9 +192,11 @@ train() { # NAME CORE [FLAG…]: a stage by its own config
 }
 
 # ---- Data ----------------------------------------------------------------------------------------
-number=() # as many scenes as the demo looks at
-[[ $data$size == shapesdemo ]] && number=(--num_train=20000)
-start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 ${number[@]+"${number[@]}"}
+# As many scenes as the demo looks at; every other has one object: a quarter of an hour teaches that.
+scenes=()
+[[ $data$size == shapesdemo ]] &&
+  scenes=(--num_train=20000 "--kinds=single,count,single,binding,single,relation")
+start prepare any prepare "$data" --data_dir="$sets" --image_px=32 --workers=2 ${scenes[@]+"${scenes[@]}"}
 finish prepare
 
 # ---- The codec -----------------------------------------------------------------------------------

@@ -58,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="scenes of validation and of held_out, each (default: 800)",
     )
+    shapes.add_argument(
+        "--kinds",
+        type=lambda text: text.split(","),
+        default=["single", "count", "binding", "relation"],
+        metavar="A,B,…",
+        help="kinds of scenes to train on, which take turns; one may be named twice "
+        "(default: single,count,binding,relation)",
+    )
     shapes.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     shapes.add_argument(
         "--workers", type=int, default=1, metavar="N", help="processes that draw (default: 1)"
@@ -135,6 +143,7 @@ def _shapes(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
         num_eval=args.num_eval,
         seed=args.seed,
         workers=args.workers,
+        kinds=args.kinds,
     )
     return folder, {}
 

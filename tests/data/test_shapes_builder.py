@@ -1,6 +1,8 @@
 """The stored shapes set: what is in it, that it is reproducible, and that it is written once."""
 
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,10 +77,43 @@ def test_second_call_writes_nothing(path):
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
-@pytest.mark.parametrize("change", [{"num_train": 81}, {"seed": 4}])
-def test_set_of_other_arguments_is_not_passed_off_as_this_one(path, change):
-    with pytest.raises(UsageError, match=f"asked is {next(iter(change.values()))}"):
+@pytest.mark.parametrize(
+    "change, asked",
+    [
+        ({"num_train": 81}, "81"),
+        ({"seed": 4}, "4"),
+        ({"kinds": ["single", "count"]}, "single,count"),
+    ],
+)
+def test_set_of_other_arguments_is_not_passed_off_as_this_one(path, change, asked):
+    with pytest.raises(UsageError, match=f"asked is {asked};"):
         builder.prepare(path.parents[2], **SIZES | change, progress=None)
+
+
+def test_a_set_from_before_there_were_kinds_has_all_of_them(path, tmp_path):
+    version = tmp_path / path.relative_to(path.parents[2])
+    shutil.copytree(path, version)
+    metadata = json.loads((version / "metadata.json").read_text())
+    del metadata["kinds"]
+    (version / "metadata.json").write_text(json.dumps(metadata))
+    assert builder.prepare(tmp_path, **SIZES, progress=None) == version
+
+
+def test_kinds_take_turns_in_the_train_split_only(tmp_path):
+    turns = ["single", "count", "single", "relation"]
+    path = builder.prepare(tmp_path, **SIZES | {"num_train": 8}, kinds=turns, progress=None)
+
+    def kinds(split):
+        return [builder.scene_of(record).kind for record in source(path, split)]
+
+    assert kinds("train") == turns * 2
+    assert set(kinds("validation")) == set(kinds("held_out")) == set(shapes.KINDS)
+
+
+@pytest.mark.parametrize("kinds", [[], ["single", "triple"], [""]])
+def test_unknown_kinds_are_refused(tmp_path, kinds):
+    with pytest.raises(UsageError, match="expected one or more of single,count"):
+        builder.prepare(tmp_path, **SIZES, kinds=kinds, progress=None)
 
 
 def test_interrupted_set_is_drawn_again(tmp_path, monkeypatch):

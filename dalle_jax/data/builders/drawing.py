@@ -7,7 +7,7 @@ import contextlib
 import functools
 import io
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image
@@ -29,10 +29,12 @@ class Drawn(NamedTuple):
     scene: str
 
 
-def draw_example(index: int, *, split: str, seed: int, image_px: int) -> Drawn:
-    """Example `index` of a split: a function of its arguments; kinds take turns."""
+def draw_example(
+    index: int, *, split: str, seed: int, image_px: int, kinds: Sequence[str] = shapes.KINDS
+) -> Drawn:
+    """Example `index` of a split: a function of its arguments; `kinds` take turns."""
     rng = shapes.example_rng(seed, split, index)
-    kind = shapes.KINDS[index % len(shapes.KINDS)]
+    kind = kinds[index % len(kinds)]
     scene = shapes.sample_scene(rng, kind, HELD_OUT[split])
     png = io.BytesIO()
     Image.fromarray(shapes.render(scene, image_px)).save(png, "PNG")

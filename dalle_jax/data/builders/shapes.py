@@ -11,7 +11,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -21,7 +21,8 @@ from dalle_jax.data.builders import drawing
 from dalle_jax.types import UsageError
 
 _REPORT_SECONDS = 2.0
-_IDENTITY = ("image_px", "num_train", "num_eval", "seed")
+_IDENTITY = ("image_px", "num_train", "num_eval", "seed", "kinds")
+_ALL_KINDS = ",".join(shapes.KINDS)
 
 
 @dataclasses.dataclass
@@ -32,6 +33,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     num_train: int = 30_000
     num_eval: int = 800
     seed: int = 0
+    kinds: str = _ALL_KINDS  # of the train split, with commas
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
@@ -75,7 +77,12 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, num: int, progress: "_Progress"):
         config = self.builder_config
         drawn = drawing.draw_examples(
-            num, self.processes, split=split, seed=config.seed, image_px=config.image_px
+            num,
+            self.processes,
+            split=split,
+            seed=config.seed,
+            image_px=config.image_px,
+            kinds=config.kinds.split(",") if split == "train" else shapes.KINDS,
         )
         for index, example in enumerate(drawn):
             progress.add_one()
@@ -103,6 +110,7 @@ def prepare(
     seed: int = 0,
     workers: int = 1,
     progress: Callable[[str], None] | None = to_stderr,
+    kinds: Sequence[str] = shapes.KINDS,
 ) -> pathlib.Path:
     """Draws and stores the set unless it is there; returns its version folder.
 
@@ -117,14 +125,22 @@ def prepare(
       workers: processes that draw. The bytes are the same for any number; with more than one the
         calling program must be importable (`if __name__ == "__main__":`).
       progress: called with a line of text every two seconds; None is silent.
+      kinds: of the scenes of the train split, which take turns; one that is named more often gets
+        more of them. Validation and held_out have all kinds in equal parts.
 
     Raises:
-      UsageError: for sizes below the least, or if the folder holds a set of other arguments.
+      UsageError: for sizes below the least, an unknown kind, or if the folder holds a set of other
+        arguments.
     """
     wanted = dict(image_px=image_px, num_train=num_train, num_eval=num_eval, seed=seed)
     for name, least in (("image_px", 8), ("num_train", 1), ("num_eval", 1), ("seed", 0)):
         if wanted[name] < least:
             raise UsageError(f"{name} is {wanted[name]}; the shapes set needs at least {least}.")
+    if not kinds or set(kinds) - set(shapes.KINDS):
+        raise UsageError(
+            f"kinds is {','.join(kinds)!r}; expected one or more of {_ALL_KINDS}, with commas."
+        )
+    wanted["kinds"] = ",".join(kinds)
     path = pathlib.Path(data_dir) / "shapes" / f"{image_px}px" / str(Shapes.VERSION)
     if path.is_dir():
         _check_same(path, wanted)
@@ -166,8 +182,9 @@ class _Progress:
         )
 
 
-def _check_same(path: pathlib.Path, wanted: dict[str, int]) -> None:
-    stored = json.loads((path / "metadata.json").read_text())
+def _check_same(path: pathlib.Path, wanted: dict[str, int | str]) -> None:
+    # A set from before there were `kinds` has all of them.
+    stored = {"kinds": _ALL_KINDS} | json.loads((path / "metadata.json").read_text())
     for name, value in wanted.items():
         if stored.get(name) != value:
             raise UsageError(
