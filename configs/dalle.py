@@ -3,7 +3,7 @@
     python -m dalle_jax train --config=configs/dalle.py:size=shapes \
         --config.stages.dvae=runs/dvae --workdir=runs/dalle
 
-Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in 7 minutes of one core), shapes
+Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes in 8 minutes of one core), shapes
 (the same for an hour: the pretrained model, docs/pretrained.md), emoji_demo and emoji (captioned
 emoji), pairs (your own pictures at 64 px; not run to its end here), single_gpu (256 px, 32x32 codes
 of the paper's dVAE, 16 layers of 1024; not run here).

@@ -30,8 +30,8 @@ setup_python() {
     }
   fi
   echo "installing the package and its dependencies (about a minute; only when they change)"
-  # --no-compile: Python compiles what is imported, a tenth of what is installed (38 instead of 70
-  # seconds of processor time).
+  # --no-compile: Python compiles what is imported, when it is (38 instead of 70 seconds of processor
+  # time).
   "$python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt --editable ".${extras:+[$extras]}" || exit 1
   echo "$wanted" >"$stamp"

@@ -61,7 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shapes.add_argument(
         "--kinds",
         type=lambda text: text.split(","),
-        default=["single", "count", "binding", "relation"],
         metavar="A,B,…",
         help="kinds of scenes to train on, which take turns; one may be named twice "
         "(default: single,count,binding,relation)",
@@ -134,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
+    from dalle_jax.data import shapes as scenes
     from dalle_jax.data.builders import shapes
 
     folder = shapes.prepare(
@@ -143,7 +143,7 @@ def _shapes(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
         num_eval=args.num_eval,
         seed=args.seed,
         workers=args.workers,
-        kinds=args.kinds,
+        kinds=args.kinds or scenes.KINDS,
     )
     return folder, {}
 
