@@ -216,9 +216,9 @@ finish clip
 ((ran == 0)) || rm -f "$logs"/{evaluate,samples,completion,report}.done
 stages=("--workdir=$out/dalle" "--clip=$out/clip")
 if [[ $data == shapes ]]; then
-  # Single objects right at once, 120 prompts x 2 pictures: .283; guidance 2 and top_p 0.9: .258.
-  # (With 16 and 24 prompts one and the same model was judged .23 and .43.)
-  stages+=("--guidance=3" "--top_p=0.8" "--temperature=0.9")
+  # Single objects right at once, 120 prompts x 2 pictures: .45 (two seeds: .425, .479); guidance 3:
+  # .31, guidance 1.5: .40. (With 16 and 24 prompts one and the same model was judged .23 and .43.)
+  stages+=("--guidance=2" "--top_p=0.8" "--temperature=0.9")
   # 16 prompts a skill, as many held-out ones, 8 candidates each: about a minute of one core.
   start evaluate 1 evaluate --suite=shapes "${stages[@]}" --prompts_per_skill=16 --candidates=8 \
     --out="$out/evaluation"
