@@ -42,8 +42,10 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             num_layers=layers,
             num_heads=max(1, width // 64) if args.width else heads,
             mlp_ratio=4,
+            gated=False,
             attention=("row", "column", "row", "row"),  # of nn.masks; full is allowed
             last_attention="conv",
+            conv_kernel=11,
             norm="rms",
             use_bias=False,
             dropout=0.0,
@@ -51,6 +53,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             embed_std=0.5,
             scan_layers=False,  # unrolled is 22 % faster on a CPU core
             remat="none",
+            attention_impl="auto",  # dense | structured, see nn/attention.py
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required

@@ -41,14 +41,17 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             num_layers=64,
             num_heads=62,
             mlp_ratio=4,
+            gated=False,
             attention=("row", "column", "row", "row"),
             last_attention="conv",
+            conv_kernel=11,
             norm="layer",
             use_bias=True,
             dropout=0.0,
             embed_std=0.002,  # 0.125 / sqrt(width)
             scan_layers=True,
             remat="full",
+            attention_impl="auto",  # dense | structured, see nn/attention.py
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required

@@ -44,6 +44,12 @@ TOKENIZER = "tokenizer.model"
 CODEC = "codec.fingerprint"  # of the frozen codec that a run was trained with
 
 
+def absolute(folder: str) -> epath.Path:
+    """The folder, with ~ and relative parts resolved; gs:// and its like stay as they are."""
+    path = epath.Path(folder).expanduser()
+    return path if "://" in str(folder) else path.resolve()
+
+
 @dataclasses.dataclass(frozen=True)
 class Variables:
     """A network's variables on the host.
@@ -70,7 +76,7 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, config: cfg.ConfigDict, meta: Mapping[str, Any] | None = None):
-        self._dir = _path(workdir) / CHECKPOINTS
+        self._dir = absolute(workdir) / CHECKPOINTS
         self._config = config
         self._meta = dict(meta or {}, task=config.task, versions=_versions())
         self._saved = None
@@ -206,7 +212,7 @@ class Checkpointer:
 
 def steps(workdir: str) -> list[int]:
     """Steps of the committed checkpoints of a workdir, ascending."""
-    folder = _path(workdir) / CHECKPOINTS
+    folder = absolute(workdir) / CHECKPOINTS
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -214,7 +220,7 @@ def steps(workdir: str) -> list[int]:
 
 def save_config(workdir: str, config: cfg.ConfigDict) -> None:
     """Writes `config.json` by a rename, so that a reader never sees half of it."""
-    folder = _path(workdir)
+    folder = absolute(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (CONFIG + ".part")
     part.write_text(cfg.to_json(config) + "\n")
@@ -227,7 +233,7 @@ def load_config(workdir: str) -> cfg.ConfigDict:
     Raises:
       UsageError: if the folder is neither.
     """
-    file = _path(workdir) / CONFIG
+    file = absolute(workdir) / CONFIG
     if not file.exists():
         raise UsageError(
             f"{workdir} is not a workdir: it has no {CONFIG}. Expected the --workdir of "
@@ -253,7 +259,7 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
     Raises:
       UsageError: if there is no such checkpoint.
     """
-    folder = _path(workdir)
+    folder = absolute(workdir)
     config = load_config(workdir)
     if (folder / WEIGHTS).exists():
         return Variables(*shipped.decode((folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS)))
@@ -303,11 +309,11 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
     config = load_config(workdir)
     variables = load_variables(workdir)
     data = shipped.encode(variables.params, variables.extra, variables.step, dtype)
-    folder = _path(out_dir)
+    folder = absolute(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(data)
     save_config(out_dir, _portable(config))
-    tokenizer = _path(workdir) / TOKENIZER
+    tokenizer = absolute(workdir) / TOKENIZER
     if tokenizer.exists() and folder != tokenizer.parent:
         (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
     count = sum(np.size(x) for x in jax.tree.leaves((variables.params, variables.extra)))
@@ -356,8 +362,3 @@ def _is_not_damage(error: Exception) -> bool:
 def _first_line(error: BaseException | None) -> str:
     text = str(error).strip().splitlines()
     return (text[0][:200] if text else type(error).__name__) if error else "none"
-
-
-def _path(workdir: str) -> epath.Path:
-    path = epath.Path(workdir).expanduser()
-    return path if "://" in str(workdir) else path.resolve()  # orbax wants absolute paths

@@ -64,9 +64,8 @@ def claim(workdir: str, config: cfg.ConfigDict, keeps: Mapping[str, bytes] | Non
 
 def facts(workdir: str, config: cfg.ConfigDict) -> dict[str, Any]:
     """What all processes of a start must have in common, for `distributed.agree`."""
-    path = workdir if "://" in workdir else str(epath.Path(workdir).expanduser().resolve())
     return {
-        "workdir": path,
+        "workdir": str(checkpoint.absolute(workdir)),
         "jax": jax.__version__,
         **{f"config.{name}": value for name, value in cfg.flatten(config).items()},
     }

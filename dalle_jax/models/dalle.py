@@ -37,14 +37,17 @@ class DalleConfig:
       num_layers: L.
       num_heads: H.
       mlp_ratio: F / D.
+      gated: gated MLP, see `nn.transformer`.
       attention: kinds of `nn.masks`, cycled over the layers.
       last_attention: kind of the last layer; "" = no exception.
+      conv_kernel: side of the window of conv layers.
       norm: "layer" | "rms".
       use_bias: biases on the blocks' matrices.
       dropout: on the branches' outputs while training.
       embed_std: deviation of the embedding tables at the start.
       scan_layers: scan over periods of the pattern (pods) or an unrolled loop (CPU).
       remat: "none" | "names" | "dots" | "full", see `nn.transformer`.
+      attention_impl: "auto" | "dense" | "structured", see `nn.attention`.
     """
 
     text_len: int
@@ -55,14 +58,17 @@ class DalleConfig:
     num_layers: int = 4
     num_heads: int = 2
     mlp_ratio: int = 4
+    gated: bool = False
     attention: tuple[str, ...] = ("row", "column", "row", "row")
     last_attention: str = "conv"
+    conv_kernel: int = 11
     norm: str = "layer"
     use_bias: bool = True
     dropout: float = 0.0
     embed_std: float = 0.02
     scan_layers: bool = False
     remat: str = "none"
+    attention_impl: str = "auto"
 
     def __post_init__(self):
         for field in ("text_len", "vocab_size", "num_codes", "grid", "width", "num_layers"):
@@ -85,7 +91,12 @@ class DalleConfig:
     def layer_masks(self) -> tuple[masks.Mask, ...]:
         """The mask of every layer."""
         return masks.pattern(
-            tuple(self.attention), self.last_attention, self.num_layers, self.text_len, self.grid
+            tuple(self.attention),
+            self.last_attention,
+            self.num_layers,
+            self.text_len,
+            self.grid,
+            self.conv_kernel,
         )
 
     def stack(self, dtype: DtypePolicy) -> transformer.TransformerConfig:
@@ -95,12 +106,14 @@ class DalleConfig:
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
+            gated=self.gated,
             norm=self.norm,
             activation="quick_gelu",
             use_bias=self.use_bias,
             dropout=self.dropout,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention_impl=self.attention_impl,
             dtype=dtype,
         )
 

@@ -1,27 +1,40 @@
-"""Attention behind one function, so that a fused or structured implementation can slot in.
+"""Attention behind one function: `attention(q, k, v, mask, impl)` is what every layer calls.
 
-`attention(q, k, v, mask, impl)` is what every layer of every tower calls while training;
-`cached` is its counterpart for one decoding step, over text that many candidates share and the
-image tokens that each has drawn, which an `ImageCache` keeps.
+  dense       all T x S scores, masked. Any mask, any backend: the reference of the others.
+  auto        the fastest of the others.
+  structured  a layer of an image mask computes only the text and the window that its kind can
+              reach: two rows for `row`, one column for `column`, kernel // 2 + 2 rows for `conv`.
+              No T x S array; what neither text nor image mask is (CLIP's towers), and `full`
+              layers are dense.
+
+All are the same function of their inputs, gradients too, up to rounding. Decoding has its own
+counterpart in `nn.cache`.
+
+Source: the sparse layers of Ramesh et al. 2021 (arXiv:2102.12092), appendix B.1; the gradient as
+in flash attention (arXiv:2205.14135, appendix B.2).
 """
 
-import dataclasses
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dalle_jax.nn import masks
 from dalle_jax.types import Array
 
-IMPLEMENTATIONS = ("dense",)
+IMPLEMENTATIONS = ("auto", "dense", "structured")
 
 # Finite: a row of -inf (which no mask here has, but a caller might build) would be NaN.
-_FORBIDDEN = -1e30
+FORBIDDEN = -1e30
+
+# Keys, values and which of them each query may look at: k, v [B, S, H, K] for all blocks of queries
+# or [B, N, S, H, K] for each its own; allowed bool, broadcasting to [B, H, N, Q, S], or None = all.
+Group = tuple[Array, Array, Array | None]
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: masks.Mask | Array | None, *, impl: str = "dense"
+    q: Array, k: Array, v: Array, mask: masks.Mask | Array | None, *, impl: str = "auto"
 ) -> Array:
     """Scaled dot-product attention with one softmax over all allowed keys.
 
@@ -31,130 +44,130 @@ def attention(
       v: [B, S, H, K] values.
       mask: a static `masks.Mask` over T = S positions; or a bool array [T, S], or one that
         broadcasts to [B, H, T, S]; None = every key.
-      impl: "dense": all T x S scores, masked.
+      impl: one of IMPLEMENTATIONS.
 
     Returns:
       [B, T, H, K], dtype of v. Scores and softmax are float32 whatever the inputs are.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r} is unknown; use one of {IMPLEMENTATIONS}.")
-    allowed = mask.graph() if isinstance(mask, masks.Mask) else mask
     q = q * q.shape[-1] ** -0.5
-    scores = jnp.einsum("BTHK,BSHK->BHTS", q, k, preferred_element_type=jnp.float32)
+    if impl != "dense" and _is_sparse(mask):
+        return _structured(q, k, v, mask)
+    allowed = mask.graph() if isinstance(mask, masks.Mask) else mask
+    return _dense(q, k, v, allowed)
+
+
+def _is_sparse(mask: masks.Mask | Array | None) -> bool:
+    """Whether a window of raster rows, or a column, is less than the whole image."""
+    if not isinstance(mask, masks.Mask) or not (mask.grid and mask.text_len):
+        return False
+    return mask.kind != "full" and _rows_above(mask) + 1 < mask.grid
+
+
+def _rows_above(mask: masks.Mask) -> int:
+    """Blocks of `grid` tokens before a query's own block that its window reaches into."""
+    return {"row": 1, "column": 0, "conv": mask.kernel // 2 + 1}[mask.kind]
+
+
+def _dense(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
+    """Every query against every key; q is scaled."""
     if allowed is not None:
-        allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)
-        scores = jnp.where(allowed, scores, _FORBIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
+        allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)[:, :, None]
+    return _joint(q[:, None], ((k, v, allowed),))[:, 0]
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageCache:
-    """Where one layer keeps the keys and values of drawn image tokens while decoding.
+def _structured(q: Array, k: Array, v: Array, mask: masks.Mask) -> Array:
+    """Text among itself; image tokens, in blocks of a row or a column, on text and window."""
+    t, g, above = mask.text_len, mask.grid, _rows_above(mask)
+    text = _dense(q[:, :t], k[:, :t], v[:, :t], jnp.tril(jnp.ones((t, t), bool)))
 
-    An array [N * R, H, slots, K], candidates first: every head is one small matrix, exactly the
-    operand of a batched matrix-vector product. (One CPU core, 64 candidates, 64 slots: 0.4 ms;
-    with the slots leading, where a step writes one contiguous slab, 7 ms. With N and R as two
-    axes XLA updates two copies of the cache.) A layer keeps what its mask can still reach:
+    def blocks(x: Array) -> Array:  # [B, T + g*g, H, K] -> [B, N, Q, H, K], N = Q = g
+        x = x[:, t:].reshape(len(x), g, g, *x.shape[2:])
+        return x.swapaxes(1, 2) if mask.kind == "column" else x
 
-      row, conv, full  a ring of the last `num_slots` positions, read whole: g + 1 slots for row
-                       (33 instead of 1024 on the paper's grid), every position for full.
-      column           g * g slots, column after column; a step reads its own column, g slots.
+    def windows(x: Array) -> Array:  # [B, T + g*g, H, K] -> [B, N, S, H, K], S = (above + 1) * g
+        padded = jnp.pad(blocks(x), ((0, 0), (above, 0), (0, 0), (0, 0), (0, 0)))
+        return jnp.concatenate([padded[:, i : i + g] for i in range(above + 1)], axis=2)
 
-    Attributes:
-      mask: the layer's mask.
-    """
-
-    mask: masks.Mask
-
-    @property
-    def num_slots(self) -> int:
-        """Slots that are stored."""
-        g, half = self.mask.grid, self.mask.kernel // 2
-        reach = {"row": g + 1, "conv": half * g + half + 1}
-        return min(reach.get(self.mask.kind, g * g), g * g)
-
-    @property
-    def num_read(self) -> int:
-        """S, slots that a step reads."""
-        return self.mask.grid if self.mask.kind == "column" else self.num_slots
-
-    def slot(self, position: Array) -> Array:
-        """Slot of a raster position; numpy in, numpy out."""
-        g = self.mask.grid
-        if self.mask.kind == "column":
-            return position % g * g + position // g
-        return position % self.num_slots
-
-    def fill(self, prefix: Array, num_candidates: int) -> Array:
-        """The cache after a prefix that all candidates share.
-
-        Args:
-          prefix: [R, n, H, K] keys or values of raster positions 0 .. n-1.
-          num_candidates: N.
-
-        Returns:
-          [N * R, H, num_slots, K]; slots not yet reached are zero.
-        """
-        n = prefix.shape[1]
-        # Position that ends up in each slot: later ones overwrite earlier ones. n = a row of zeros.
-        source = np.full(self.num_slots, n)
-        source[self.slot(np.arange(n))] = np.arange(n)
-        rows = jnp.pad(prefix, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, source]
-        rows = rows.transpose(0, 2, 1, 3)  # [R, H, slots, K]
-        return jnp.tile(rows, (num_candidates, 1, 1, 1))
-
-    def write(self, cache: Array, position: Array, value: Array) -> Array:
-        """`cache` with `value` [N, R, H, K] at a raster position (int32 scalar)."""
-        value = value.reshape(-1, *value.shape[2:])
-        return jax.lax.dynamic_update_index_in_dim(cache, value, self.slot(position), axis=2)
-
-    def read(self, cache: Array, position: Array) -> Array:
-        """What the query at `position` may look at, [N * R, H, S, K]."""
-        if self.mask.kind != "column":
-            return cache
-        start = position % self.mask.grid * self.mask.grid
-        return jax.lax.dynamic_slice_in_dim(cache, start, self.num_read, axis=2)
-
-    def allowed(self, position: Array) -> Array:
-        """bool [S]: which of the slots read are filled and allowed."""
-        slots = jnp.arange(self.num_read)
-        if self.mask.kind == "column":
-            return slots <= position // self.mask.grid
-        # The latest position at or before this one that lives in the slot; negative = unfilled.
-        key = position - (position - slots) % self.num_slots
-        first = self.mask.text_len
-        return (key >= 0) & self.mask.allowed(position + first, key + first)
+    window = (windows(k), windows(v), _window(mask, above)[None, None])
+    image = _joint(blocks(q), ((k[:, :t], v[:, :t], None), window))
+    image = image.swapaxes(1, 2) if mask.kind == "column" else image
+    return jnp.concatenate([text, image.reshape(len(q), g * g, *image.shape[3:])], axis=1)
 
 
-def cached(
-    q: Array, text_k: Array, text_v: Array, image_k: Array, image_v: Array, allowed: Array
-) -> Array:
-    """Attention of one decoding step: one softmax over shared text keys and own image keys.
+def _window(mask: masks.Mask, above: int) -> Array:
+    """bool [N, Q, S]: which keys of its window each query of each block may look at."""
+    g = mask.grid
+    block = jnp.arange(g).reshape(g, 1, 1)
+    query = jnp.arange(g).reshape(1, g, 1)
+    key = jnp.arange((above + 1) * g).reshape(1, 1, -1)
+    if mask.kind == "column":  # a block is a column, a query or key a row of it
+        query, key = query * g + block, key * g + block
+    else:
+        query, key = block * g + query, (block - above) * g + key
+    return (key >= 0) & mask.allowed(mask.text_len + query, mask.text_len + key)
 
-    Args:
-      q: [N, R, H, K], the current image token of N candidates of each of R prompts.
-      text_k: [R, H, T, K], keys of the prompt, shared by its candidates.
-      text_v: [R, H, T, K].
-      image_k: [N * R, H, S, K], keys of each one's own image tokens, the current included.
-      image_v: [N * R, H, S, K].
-      allowed: bool [S].
 
-    Returns:
-      [N, R, H, K], dtype of v.
-    """
-    f32, dtype = jnp.float32, image_v.dtype
-    n, r, h, k = q.shape
-    q = q * k**-0.5
-    text = jnp.einsum("NRHK,RHTK->RHNT", q, text_k, preferred_element_type=f32)
-    text = text.transpose(2, 0, 1, 3)  # [N, R, H, T]
-    own = q.reshape(n * r, h, k)
-    image = jnp.einsum("BHK,BHSK->BHS", own, image_k, preferred_element_type=f32)
-    image = jnp.where(allowed.reshape(1, 1, -1), image, _FORBIDDEN).reshape(n, r, h, -1)
-    weights = jax.nn.softmax(jnp.concatenate([text, image], axis=-1), axis=-1).astype(dtype)
-    text, image = jnp.split(weights, [text.shape[-1]], axis=-1)
-    text = text.transpose(1, 2, 0, 3)  # [R, H, N, T]
-    text = jnp.einsum("RHNT,RHTK->RHNK", text, text_v, preferred_element_type=f32)
-    image = image.reshape(n * r, h, -1)
-    image = jnp.einsum("BHS,BHSK->BHK", image, image_v, preferred_element_type=f32)
-    return (text.transpose(2, 0, 1, 3) + image.reshape(n, r, h, k)).astype(dtype)
+# Its own gradient, because autodiff's walks over the scores more often than it must and keeps them
+# in float32: the softmax is divided by its sum only after the product with v, the gradient's sum
+# over keys is taken from the output, and what is kept has the dtype of v.
+@jax.custom_vjp
+def _joint(q: Array, groups: Sequence[Group]) -> Array:
+    """One softmax over the allowed keys of all groups: [B, N, Q, H, K], q scaled and the same."""
+    return _joint_forward(q, groups)[0]
+
+
+def _joint_forward(q, groups):
+    scores = []
+    for k, _, allowed in groups:
+        s = _product("BNQHK,{}->BHNQS", q, k, jnp.float32)
+        scores.append(s if allowed is None else jnp.where(allowed, s, FORBIDDEN))
+    peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
+    weights = [jnp.exp(s - peak) for s in scores]
+    total = _per_query(sum(jnp.sum(w, axis=-1) for w in weights))
+    weights = [w.astype(v.dtype) for w, (_, v, _) in zip(weights, groups, strict=True)]
+    out = sum(
+        _product("BHNQS,{}->BNQHK", w, v, jnp.float32)
+        for w, (_, v, _) in zip(weights, groups, strict=True)
+    )
+    out = (out / total).astype(q.dtype)
+    return out, (q, groups, weights, total, out)
+
+
+def _joint_backward(kept, gradient):
+    q, groups, weights, total, out = kept
+    gradient = gradient.astype(jnp.float32) / total
+    shift = jnp.sum(gradient * out, axis=-1).transpose(0, 3, 1, 2)[..., None]  # [B, H, N, Q, 1]
+    gradient = gradient.astype(out.dtype)
+    to_q, to_groups = 0.0, []
+    for (k, v, _), w in zip(groups, weights, strict=True):
+        to_v = _transposed("BHNQS,BNQHK->{}", w, gradient, v)
+        scores = _product("BNQHK,{}->BHNQS", gradient, v, jnp.float32)
+        scores = (w * (scores - shift)).astype(q.dtype)
+        to_q += _product("BHNQS,{}->BNQHK", scores, k, jnp.float32)
+        to_groups.append((_transposed("BHNQS,BNQHK->{}", scores, q, k), to_v, None))
+    return to_q.astype(q.dtype), tuple(to_groups)
+
+
+_joint.defvjp(_joint_forward, _joint_backward)
+
+
+def _product(subscripts: str, x: Array, keys: Array, dtype=None) -> Array:
+    """einsum of x and the keys or values of a group."""
+    subscripts = subscripts.format(_letters(keys))
+    return jnp.einsum(subscripts, x, keys, preferred_element_type=dtype)
+
+
+def _transposed(subscripts: str, x: Array, y: Array, like: Array) -> Array:
+    """einsum of x and y to the shape of a group's keys or values."""
+    return jnp.einsum(subscripts.format(_letters(like)), x, y)
+
+
+def _letters(keys: Array) -> str:
+    return "BSHK" if keys.ndim == 4 else "BNSHK"
+
+
+def _per_query(x: Array) -> Array:
+    """[B, H, N, Q] -> [B, N, Q, H, 1]."""
+    return x.transpose(0, 2, 3, 1)[..., None]

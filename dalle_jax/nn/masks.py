@@ -101,7 +101,7 @@ class Mask:
 
 
 def pattern(
-    kinds: tuple[str, ...], last: str, num_layers: int, text_len: int, grid: int
+    kinds: tuple[str, ...], last: str, num_layers: int, text_len: int, grid: int, kernel: int = 11
 ) -> tuple[Mask, ...]:
     """The masks of a stack of layers: `kinds` over and over, the last layer of kind `last`.
 
@@ -114,13 +114,14 @@ def pattern(
       num_layers: L.
       text_len: text slots.
       grid: side of the code grid.
+      kernel: side of the conv window, odd.
 
     Raises:
-      UsageError: for an unknown kind or an empty pattern.
+      UsageError: for an unknown kind, an even kernel or an empty pattern.
     """
     if not kinds:
         raise UsageError(f"attention=() is empty; give one or more of {KINDS}.")
     names = [kinds[i % len(kinds)] for i in range(num_layers)]
     if last and names:
         names[-1] = last
-    return tuple(Mask(name, text_len, grid) for name in names)
+    return tuple(Mask(name, text_len, grid, kernel) for name in names)

@@ -44,6 +44,8 @@ class TransformerConfig:
       num_layers: L.
       num_heads: H; head_dim is width / num_heads.
       mlp_ratio: F / D.
+      gated: the MLP multiplies its hidden F with F more, activated (GLU variants,
+        arXiv:2002.05202): half as many parameters again.
       norm: "rms" (gain, eps 1e-6) or "layer" (gain and bias, eps 1e-5).
       activation: "quick_gelu" x * sigmoid(1.702 x), or "gelu", exact.
       use_bias: biases on the six matrices.
@@ -51,7 +53,7 @@ class TransformerConfig:
       scan_layers: scan over periods of the mask pattern instead of an unrolled loop.
       remat: what the backward pass keeps of a layer: "none" (no remat: everything),
         "names" (the branch input to the mlp), "dots" (matmul outputs), "full" (only its input).
-      impl: attention implementation.
+      attention_impl: one of `attention.IMPLEMENTATIONS`.
       dtype: parameters, compute, islands.
     """
 
@@ -59,13 +61,14 @@ class TransformerConfig:
     num_layers: int
     num_heads: int
     mlp_ratio: int = 4
+    gated: bool = False
     norm: str = "layer"
     activation: str = "quick_gelu"
     use_bias: bool = True
     dropout: float = 0.0
     scan_layers: bool = False
     remat: str = "none"
-    impl: str = "dense"
+    attention_impl: str = "auto"
     dtype: DtypePolicy = DtypePolicy()
 
     def __post_init__(self):
@@ -78,7 +81,7 @@ class TransformerConfig:
             ("remat", REMAT),
             ("norm", NORMS),
             ("activation", ACTIVATIONS),
-            ("impl", attention.IMPLEMENTATIONS),
+            ("attention_impl", attention.IMPLEMENTATIONS),
         ):
             if getattr(self, field) not in known:
                 raise UsageError(
@@ -140,7 +143,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two matrices around an activation."""
+    """Two matrices around an activation, or around one half times the other half activated."""
 
     config: TransformerConfig
 
@@ -150,9 +153,16 @@ class Mlp(nn.Module):
         c = self.config
         wide = c.width * c.mlp_ratio
         names = (axes.EMBED, axes.MLP)
-        x = _linear(self, "up", x, wide, names, c.width**-0.5)
-        x = partition.constrain(x, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP)
-        x = quick_gelu(x) if c.activation == "quick_gelu" else jax.nn.gelu(x, approximate=False)
+        hidden = _linear(self, "up", x, wide, names, c.width**-0.5)
+        gate = _linear(self, "gate", x, wide, names, c.width**-0.5) if c.gated else hidden
+        gate = partition.constrain(gate, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP)
+        x = (
+            quick_gelu(gate)
+            if c.activation == "quick_gelu"
+            else jax.nn.gelu(gate, approximate=False)
+        )
+        if c.gated:
+            x = x * partition.constrain(hidden, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_MLP)
         std = (2 * c.num_layers * wide) ** -0.5
         return _linear(self, "down", x, c.width, names[::-1], std)
 
@@ -244,7 +254,7 @@ class Transformer(nn.Module):
         c = self.config
 
         def attend(q, k, v):
-            return attention.attention(q, k, v, mask, impl=c.impl), None
+            return attention.attention(q, k, v, mask, impl=c.attention_impl), None
 
         def run(params, x, keys):
             return apply_block(c, params, x, attend, keys)[0]
@@ -306,7 +316,8 @@ def quick_gelu(x: Array) -> Array:
 def flops(config: TransformerConfig, layer_masks: tuple[masks.Mask | None, ...], length: int):
     """Forward matmul FLOPs of one sequence of `length`; attention counted on allowed pairs."""
     d = config.width
-    dense = 2 * length * d * d * (4 + 2 * config.mlp_ratio) * config.num_layers
+    matrices = 4 + (3 if config.gated else 2) * config.mlp_ratio
+    dense = 2 * length * d * d * matrices * config.num_layers
     pairs = {m: length**2 if m is None else m.num_allowed() for m in set(layer_masks)}
     return float(dense + sum(4 * d * pairs[m] for m in layer_masks))
 

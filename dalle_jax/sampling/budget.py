@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.models.dalle import Dalle
-from dalle_jax.nn import attention
+from dalle_jax.nn import cache as cache_lib
 
 GIB = 2**30
 
@@ -74,7 +74,7 @@ def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
     head = params["image_head"]
     head_size = math.prod(jax.tree.leaves(head)[0].shape)
 
-    caches = [attention.ImageCache(mask) for mask in c.layer_masks()]
+    caches = [cache_lib.ImageCache(mask) for mask in c.layer_masks()]
     per_slot = 2 * c.width * item  # a key and a value
     own = rows * sum(cache.num_slots for cache in caches) * per_slot
     seen = rows * sum(cache.num_read for cache in caches) * per_slot

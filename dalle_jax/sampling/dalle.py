@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dalle_jax import axes
 from dalle_jax.models import dalle
 from dalle_jax.nn import attention, partition, transformer
+from dalle_jax.nn import cache as cache_lib
 from dalle_jax.sampling import logits as lg
 from dalle_jax.types import Array, Key, Params, UsageError
 
@@ -197,7 +198,7 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
     """Logits after the prefix, the caches, and a function that advances both by one code."""
     c = model.config
     stack = c.stack(model.dtype)
-    caches = [attention.ImageCache(mask) for mask in c.layer_masks()]
+    caches = [cache_lib.ImageCache(mask) for mask in c.layer_masks()]
     # One slice per layer, cut and cast outside the loop over tokens; norms' gains stay float32.
     stacked = jax.tree.map(
         lambda w: w.astype(model.dtype.compute) if w.ndim == 3 else w,
@@ -238,7 +239,7 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
                     for old, new in zip(image_kv, (k, v), strict=True)
                 ]
                 seen = [cache.read(y, position) for y in written]
-                return attention.cached(q, *text_kv, *seen, cache.allowed(position)), written
+                return cache_lib.cached(q, *text_kv, *seen, cache.allowed(position)), written
 
             x, written = transformer.apply_block(stack, params_, x, attend)
             new_state.append(written)

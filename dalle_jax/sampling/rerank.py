@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.models import clip
-from dalle_jax.nn import attention
+from dalle_jax.nn import cache as cache_lib
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import stages
 from dalle_jax.types import Array, Key, Params
@@ -185,7 +185,7 @@ def fitting_chunk(dalle: stages.DalleStage, guidance: float = 1.0) -> int:
     """Candidates that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
     c, codec = dalle.model.config, dalle.codec
     streams = 1 if guidance == 1 else 2
-    slots = sum(attention.ImageCache(mask).num_slots for mask in c.layer_masks())
+    slots = sum(cache_lib.ImageCache(mask).num_slots for mask in c.layer_masks())
     caches = 2 * slots * c.width * jnp.dtype(dalle.model.dtype.compute).itemsize * streams
     # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
     each = 2 * caches + codec.image_px**2 * 64 * 4

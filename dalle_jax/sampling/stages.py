@@ -228,8 +228,8 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
     """
     config, variables = _open(workdir, "dalle", step)
     codec = load_codec(_codec_workdir(workdir, config, dvae))
-    trained_with = pathlib.Path(workdir) / checkpoint.CODEC
-    if trained_with.is_file() and trained_with.read_text() != codec.fingerprint:
+    trained_with = checkpoint.absolute(workdir) / checkpoint.CODEC
+    if trained_with.exists() and trained_with.read_text() != codec.fingerprint:
         raise UsageError(
             f"{str(workdir)!r} was trained on the codes of a codec {trained_with.read_text()}, but "
             f"{codec.workdir!r} holds {codec.fingerprint}: it was trained on or again. Give the "
@@ -329,7 +329,7 @@ def make_codec(
 
 def _open(workdir: str, task: str, step: int | None):
     """Config and variables of a folder that must hold a run of `task`."""
-    if not pathlib.Path(workdir).is_dir():
+    if not checkpoint.absolute(workdir).is_dir():
         raise UsageError(
             f"workdir {str(workdir)!r} does not exist; expected the folder of a {task} run: "
             "give the --workdir that `train` was given."
@@ -347,9 +347,9 @@ def _codec_workdir(workdir: str, config: cfg.ConfigDict, given: str) -> str:
     if given:
         return given
     named = config.stages.get("dvae", "")
-    beside = pathlib.Path(workdir).resolve().parent / "dvae"
+    beside = checkpoint.absolute(workdir).parent / "dvae"
     for folder in (named, str(beside)):
-        if folder and pathlib.Path(folder).is_dir():
+        if folder and checkpoint.absolute(folder).is_dir():
             return folder
     raise UsageError(
         f"the codec of {str(workdir)!r} is not at {named!r}, which its config names, nor at "
@@ -358,8 +358,8 @@ def _codec_workdir(workdir: str, config: cfg.ConfigDict, given: str) -> str:
 
 
 def _tokenizer_bytes(workdir: str) -> bytes:
-    path = pathlib.Path(workdir) / "tokenizer.model"
-    if not path.is_file():
+    path = checkpoint.absolute(workdir) / checkpoint.TOKENIZER
+    if not path.exists():
         raise UsageError(
             f"{path} is missing; `train` copies the tokenizer there: copy it from the original "
             "run, or train again."

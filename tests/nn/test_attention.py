@@ -1,4 +1,4 @@
-"""Attention against numpy in float64, and the decoding cache against the whole-stream mask."""
+"""Attention against numpy in float64, and its implementations and gradients against each other."""
 
 import jax
 import jax.numpy as jnp
@@ -56,53 +56,63 @@ def test_unknown_implementation_is_refused(rng):
         attention.attention(q, k, v, None, impl="flash")
 
 
-@pytest.mark.parametrize("grid", [4, 12])  # conv: narrower and wider than its kernel
+def plain(q, k, v, mask):
+    """The textbook's three lines, whose gradient is autodiff's."""
+    scores = jnp.einsum("BTHK,BSHK->BHTS", q, k) / np.sqrt(q.shape[-1])
+    weights = jax.nn.softmax(jnp.where(mask.table()[None, None], scores, -1e30), axis=-1)
+    return jnp.einsum("BHTS,BSHK->BTHK", weights, v)
+
+
+@pytest.mark.parametrize("impl", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("grid", [1, 5, 12, 14])  # conv reaches 7 rows: dense up to 7
 @pytest.mark.parametrize("kind", masks.KINDS)
-@pytest.mark.parametrize("prefix", [0, 2])
-def test_cache_reads_exactly_the_allowed_keys(kind, grid, prefix):
-    """Write each position's own number into the cache; what is read must be the mask's row."""
+def test_values_and_gradients_are_those_of_the_textbook(rng, kind, grid, impl):
     mask = masks.Mask(kind, TEXT, grid)
-    cache, table = attention.ImageCache(mask), mask.table()[TEXT:, TEXT:]
-    n = prefix * grid
-    numbers = 1.0 + np.arange(grid * grid, dtype=np.float32)
-    state = cache.fill(jnp.asarray(numbers[:n]).reshape(1, n, 1, 1), 1)
-    assert state.shape == (1, 1, cache.num_slots, 1)
+    q, k, v = random_qkv(rng, 1, mask.length)
+    weight = rng.standard_normal(q.shape).astype(np.float32)
 
-    @jax.jit
-    def step(state, position, number):
-        state = cache.write(state, position, jnp.broadcast_to(number, (1, 1, 1, 1)))
-        return state, cache.read(state, position), cache.allowed(position)
+    def run(attend):
+        @jax.jit
+        def values_and_gradients(*x):
+            out, pull = jax.vjp(attend, *x)
+            return out, *pull(jnp.asarray(weight))
 
-    for position in range(n, grid * grid):
-        state, seen, allowed = step(state, position, numbers[position])
-        seen = np.sort(np.asarray(seen).reshape(-1)[np.asarray(allowed)])
-        np.testing.assert_array_equal(seen, numbers[table[position]])
+        return values_and_gradients(q, k, v)
 
-
-def test_cache_keeps_no_more_than_the_mask_reaches():
-    sizes = {
-        kind: (c.num_slots, c.num_read)
-        for kind in masks.KINDS
-        for c in [attention.ImageCache(masks.Mask(kind, 256, 32))]
-    }
-    expected = {"row": (33, 33), "column": (1024, 32), "conv": (166, 166), "full": (1024, 1024)}
-    assert sizes == expected
+    ours = run(lambda *x: attention.attention(*x, mask, impl=impl))
+    for got, expected in zip(ours, run(lambda *x: plain(*x, mask)), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_cached_step_equals_dense(rng):
-    """Two prompts, three candidates; the last position of a full stream."""
-    mask = masks.Mask("full", TEXT, 3)
-    n = mask.length - TEXT
-    q, k, v = random_qkv(rng, 6, mask.length)
-    shape = (3, 2, mask.length, HEADS, HEAD_DIM)  # candidates first
-    k, v = k.reshape(shape), v.reshape(shape)
-    k[:, :, :TEXT], v[:, :, :TEXT] = k[:1, :, :TEXT], v[:1, :, :TEXT]  # the shared text
-    flat = [x.reshape(6, *shape[2:]) for x in (k, v)]
-    expected = attention.attention(q, *flat, mask)[:, -1]
-    drawn = attention.cached(
-        q[:, -1].reshape(3, 2, HEADS, HEAD_DIM),
-        *(x[0, :, :TEXT].transpose(0, 2, 1, 3) for x in (k, v)),
-        *(x[:, TEXT:].transpose(0, 2, 1, 3) for x in flat),
-        jnp.ones(n, bool),
-    )
-    np.testing.assert_allclose(drawn.reshape(expected.shape), expected, atol=2e-6)
+@pytest.mark.parametrize("kind", ["row", "column", "conv"])
+def test_structured_has_no_square_of_the_stream(rng, kind):
+    mask = masks.Mask(kind, TEXT, 12)
+    q, k, v = random_qkv(rng, 1, mask.length)
+
+    def largest(impl):
+        def loss(*x):
+            return attention.attention(*x, mask, impl=impl).sum()
+
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(q, k, v)
+        outputs = [var.aval.size for eqn in jaxpr.eqns for var in eqn.outvars]
+        return max(outputs)
+
+    assert largest("dense") == HEADS * mask.length**2
+    keys = {"row": 24, "column": 12, "conv": 84}[kind]
+    assert largest("structured") == HEADS * 144 * keys
+
+
+def test_bfloat16_keeps_the_dtype_and_three_digits(rng):
+    mask = masks.Mask("row", TEXT, 6)
+    x = jnp.asarray(random_qkv(rng, 1, mask.length), jnp.bfloat16)
+    for impl in attention.IMPLEMENTATIONS:
+
+        @jax.jit
+        def run(*x, impl=impl):
+            out, pull = jax.vjp(lambda *x: attention.attention(*x, mask, impl=impl), *x)
+            return out, *pull(out)
+
+        out, *gradients = run(*x)
+        assert {y.dtype for y in (out, *gradients)} == {jnp.dtype(jnp.bfloat16)}
+        expected = plain(*x.astype(jnp.float32), mask)
+        np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)

@@ -120,6 +120,18 @@ def test_norms_equal_numpy(rng):
         np.testing.assert_allclose(norm.apply(params, x), y, atol=1e-5)
 
 
+def test_a_gated_mlp_is_one_half_times_the_other_activated(rng):
+    config = dataclasses.replace(BASE, gated=True, use_bias=False)
+    x = rng.standard_normal((2, 3, config.width)).astype(np.float32)
+    mlp = transformer.Mlp(config)
+    params = nn.meta.unbox(jax.jit(mlp.init)(jax.random.key(0), x))
+    up, gate, down = (np.asarray(params["params"][name]) for name in ("up", "gate", "down"))
+    expected = ((x @ up) * (x @ gate) / (1 + np.exp(-1.702 * (x @ gate)))) @ down
+    np.testing.assert_allclose(jax.jit(mlp.apply)(params, x), expected, atol=1e-6)
+    plain = transformer.flops(BASE, (None,), 5)
+    assert transformer.flops(config, (None,), 5) - plain == 2 * 5 * up.size
+
+
 def test_dropout_needs_a_key_and_differs_between_layers():
     config = dataclasses.replace(BASE, num_layers=2, dropout=0.5)
     mask = masks.Mask("full", 6, 0)

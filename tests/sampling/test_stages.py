@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +132,18 @@ def test_a_moved_codec_is_found_beside_or_given(folders, tmp_path):
     assert stages.load_dalle(str(moved / "dalle"), dvae=folders["codec"]).codec.grid
     shutil.copytree(folders["codec"], moved / "dvae")
     assert stages.load_dalle(str(moved / "dalle")).codec.workdir == str(moved / "dvae")
+
+
+def test_stages_lie_in_a_bucket_too(folders, tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    monkeypatch.setattr(fsspec, "filesystem", lambda name, **options: memory)
+    for name, stage in (("dalle", folders["dalle"]), ("dvae", folders["codec"])):
+        checkpoint.export(stage, str(tmp_path / name), "float32")
+        for file in (tmp_path / name).iterdir():
+            memory.pipe(f"gs://bucket/{name}/{file.name}", file.read_bytes())
+    there = stages.load_dalle("gs://bucket/dalle")
+    assert there.codec.workdir == "gs://bucket/dvae"
+    assert there.fingerprint == stages.load_dalle(folders["dalle"]).fingerprint
 
 
 def test_a_codec_of_other_size_is_refused(folders, tmp_path):
