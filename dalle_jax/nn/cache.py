@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.nn import masks
-from dalle_jax.nn.attention import FORBIDDEN
+from dalle_jax.nn import attention, masks
 from dalle_jax.types import Array
 
 
@@ -117,7 +116,7 @@ def cached(
     text = text.transpose(2, 0, 1, 3)  # [N, R, H, T]
     own = q.reshape(n * r, h, k)
     image = jnp.einsum("BHK,BHSK->BHS", own, image_k, preferred_element_type=f32)
-    image = jnp.where(allowed.reshape(1, 1, -1), image, FORBIDDEN).reshape(n, r, h, -1)
+    image = jnp.where(allowed.reshape(1, 1, -1), image, attention.FORBIDDEN).reshape(n, r, h, -1)
     weights = jax.nn.softmax(jnp.concatenate([text, image], axis=-1), axis=-1).astype(dtype)
     text, image = jnp.split(weights, [text.shape[-1]], axis=-1)
     text = text.transpose(1, 2, 0, 3)  # [R, H, N, T]
