@@ -23,9 +23,10 @@ STOREYS = {
     "evaluation": {"nn", "models", "sampling", "data.shapes"},
     "importers": {"nn", "models"},
     "sweeps": {"engine"},
+    "benchmarks": {"nn", "data", "engine", "models", "sampling", "tasks"},
     "cli": {
         "nn", "diffusion", "data", "engine", "models", "sampling", "tasks", "evaluation",
-        "importers", "sweeps",
+        "importers", "sweeps", "benchmarks",
     },
     "__main__": {"cli"},
     "__init__": set(),

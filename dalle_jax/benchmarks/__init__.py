@@ -1,0 +1,1 @@
+"""What `bench` times: one case per network and use, and the stopwatch."""

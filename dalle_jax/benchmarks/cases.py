@@ -1,0 +1,236 @@
+"""The cases of `bench`: networks of configs/bench.py with random weights and random inputs.
+
+All run on the first device only. Inputs are drawn once with a fixed seed and lie on the device; a
+case's function returns when its result is on the host. Called by cli/bench.py.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import config as cfg
+from dalle_jax import tasks
+from dalle_jax.benchmarks.measure import Case
+from dalle_jax.data import pipeline, tokenizer
+from dalle_jax.engine import program, sharding
+from dalle_jax.engine.task import Task
+from dalle_jax.sampling import abstract, networks
+from dalle_jax.sampling import dalle as sampling
+from dalle_jax.types import Array, Params, UsageError
+
+CONFIGS = abstract.CHECKOUT / "configs"
+
+
+def config_of(
+    name: str,
+    *,
+    attention: str = "",
+    size: str = "bench",
+    changes: dict[str, Any] | None = None,
+) -> cfg.ConfigDict:
+    """The config of a case.
+
+    Args:
+      name: a key of `NETWORKS`.
+      attention: of the cases of DALL-E; "" = full.
+      size: "bench", or "smoke" for tests.
+      changes: dotted fields and what they are instead.
+
+    Raises:
+      UsageError: for values that configs/bench.py does not take, and where it is not there.
+    """
+    config = _load("bench", f":case={name},attention={attention},size={size}")
+    return cfg.override(config, changes or {})
+
+
+def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
+    """A case that runs a network.
+
+    Args:
+      name: a key of `NETWORKS`.
+      config: of `config_of`.
+      shared_prompt: dalle_sample draws all of the batch for one prompt.
+    """
+    if name == "dalle_sample":
+        return sample(config, shared_prompt=shared_prompt)
+    return NETWORKS[name](config)
+
+
+def train(config: cfg.ConfigDict) -> Case:
+    """The training step of a config's task: forward, backward, optimiser, loss on the host."""
+    task = tasks.TASKS[config.task](config, by_shape=True)
+    made = program.build(config, task, jax.devices()[:1])
+    key = jax.device_put(jax.random.key(config.seed), made.whole)
+    state = made.init(key)
+    batch = jax.device_put(_batch(config, task), made.batch_where)
+
+    def compile():
+        with made.use():
+            step = made.lower_step().compile()
+
+        def call() -> float:
+            nonlocal state
+            state, metrics = jax.block_until_ready(step(state, None, batch, key))
+            loss = float(metrics["loss"])
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss of {config.task} is {loss}.")
+            return loss
+
+        return call
+
+    size = config.data.batch
+    tokens = size * task.unit[1] if task.unit else 0
+    return Case(compile, images=size, tokens=tokens, params=_count(state.params))
+
+
+def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
+    """Drawing data.batch pictures' codes, for as many prompts or as candidates of one."""
+    codec = abstract.codec(config)
+    model = networks.dalle(config, codec.grid, codec.num_codes)
+    made, size, rng = model.config, config.data.batch, np.random.default_rng(config.seed)
+    prompts, candidates = (1, size) if shared_prompt else (size, 1)
+    text = jax.device_put(_ids(rng, (prompts, made.text_len), made.vocab_size))
+    codes = np.zeros((1, made.num_image_tokens), np.int32)
+    params = _init(model, text[:1], codes)["params"]
+    key = jax.random.key(config.seed)
+
+    def call() -> np.ndarray:
+        return np.asarray(sampling.sample(model, params, text, num_candidates=candidates, key=key))
+
+    tokens = size * made.num_image_tokens
+    return Case(lambda: call, images=size, tokens=tokens, params=_count(params))
+
+
+def codec(config: cfg.ConfigDict) -> Case:
+    """Pictures to the likeliest codes and back."""
+    model = networks.autoencoder(config)
+    images = _pictures(config)
+    variables = _init(model, images[:1])
+
+    def there_and_back(variables: Params, images: Array) -> tuple[Array, Array]:
+        codes = model.apply(variables, images, method="encode")
+        return codes, model.apply(variables, codes, method="decode_codes")
+
+    params = _count(variables["params"])
+    return _compiled(there_and_back, variables, images, params=params)
+
+
+def score(config: cfg.ConfigDict) -> Case:
+    """CLIP's embeddings of pictures and captions, and the similarity of each with each."""
+    model = networks.clip(config)
+    data, rng = config.data, np.random.default_rng(config.seed)
+    images = _pictures(config)
+    text = _ids(rng, (data.batch, data.text_len), data.vocab_size)
+    text[:, -1] = config.model.eos_id
+    params = _init(model, images[:1], text[:1])["params"]
+
+    def similarity(params: Params, images: Array, text: Array) -> Array:
+        image, caption, logit_scale = model.apply({"params": params}, images, text)
+        return jnp.exp(logit_scale) * image @ caption.T  # [B, B]
+
+    return _compiled(similarity, params, images, jax.device_put(text), params=_count(params))
+
+
+NETWORKS: dict[str, Callable[[cfg.ConfigDict], Case]] = {
+    "dalle_train": train,
+    "dalle_sample": sample,
+    "dvae_train": train,
+    "dvae_codec": codec,
+    "clip_train": train,
+    "clip_score": score,
+}
+
+
+def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int) -> Case:
+    """Batches of a prepared set: reading, decoding, resizing, tokenising; nothing is cached.
+
+    Text is read where the set has a tokenizer: none is trained here.
+
+    Args:
+      source: the set, as in data.source.
+      data_dir: where prepared sets live.
+      image_px: side of the pictures.
+      batch: examples of one call.
+      threads: that decode.
+
+    Raises:
+      UsageError: if the set is not prepared, or holds fewer than `batch` examples.
+    """
+    given = dict(source=source, data_dir=data_dir, image_px=image_px, batch=batch)
+    changes = {f"data.{key}": value for key, value in given.items()}
+    changes |= {"data.cache_mib": 0, "data.threads": threads}
+    wanted = {"image"}
+    for path in sorted(tokenizer.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
+        wanted.add("text")
+        changes["data.vocab_size"] = int(path.stem.partition("-")[2])
+    config = cfg.override(_load("base"), changes)
+    batches = pipeline.make(
+        config.data,
+        config.seed,
+        split=config.data.split,
+        wanted=wanted,
+        training=True,
+        batch=batch,
+    )
+    numbers = itertools.count()
+    return Case(lambda: lambda: batches(next(numbers)), images=batch)
+
+
+def _load(name: str, argument: str = "") -> cfg.ConfigDict:
+    path = CONFIGS / f"{name}.py"
+    if not path.is_file():
+        raise UsageError(
+            f"{path} is missing: bench reads the sizes of its networks there; run it in a clone "
+            "of the repository."
+        )
+    return cfg.load(f"{path}{argument}")
+
+
+def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
+    """`function` of these arguments under jit; the pictures are the second."""
+
+    def compile():
+        run = jax.jit(function).lower(*arguments).compile()
+        return lambda: jax.device_get(run(*arguments))
+
+    return Case(compile, images=len(arguments[1]), params=params)
+
+
+def _init(model: Any, *inputs: Array) -> Params:
+    """Random variables of a linen module."""
+    return sharding.unbox(jax.jit(model.init)(jax.random.key(0), *inputs))
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _pictures(config: cfg.ConfigDict) -> Array:
+    """[B, h, w, 3] float32 in [-1, 1]."""
+    rng, data = np.random.default_rng(config.seed), config.data
+    images = rng.uniform(-1, 1, (data.batch, data.image_px, data.image_px, 3))
+    return jax.device_put(images.astype(np.float32))
+
+
+def _ids(rng: np.random.Generator, shape: tuple[int, int], num: int) -> np.ndarray:
+    """int32 in [1, num): 0 would be padding."""
+    return rng.integers(1, num, shape, np.int32)
+
+
+def _batch(config: cfg.ConfigDict, task: Task) -> dict[str, np.ndarray]:
+    """What the task's batches hold; captions fill their slots, CLIP's end with its end token."""
+    rng, batch = np.random.default_rng(config.seed), {}
+    for name, spec in task.batch_spec.items():
+        if name == "image":
+            batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
+        else:
+            num = config.data.vocab_size if name == "text" else abstract.codec(config).num_codes
+            batch[name] = _ids(rng, spec.shape, num)
+    if "eos_id" in config.model:
+        batch["text"][:, -1] = config.model.eos_id
+    return batch

@@ -1,0 +1,286 @@
+"""Times what the networks do on this machine, at sizes that can be compared with other projects.
+
+  python -m dalle_jax bench dalle_train --attention=axial
+  python -m dalle_jax bench dalle_sample --batch=64 --shared_prompt --json
+  python -m dalle_jax bench all --json > bench.jsonl
+
+Cases (sizes: configs/bench.py; a step is forward, backward, optimiser and the loss on the host):
+
+  dalle_train   a step on stored codes: 8 examples of 64 text slots and 16x16 codes
+  dalle_sample  drawing 256 codes after 64 text slots, for --batch prompts, or for one with
+                --shared_prompt
+  dvae_train    a step on 16 pictures of 64 px
+  dvae_codec    pictures to codes and back: the released dVAE with 64 hidden channels, 2 of 256 px
+  clip_train    a step on 64 pictures of 64 px with captions of 32 ids
+  clip_score    similarities of 16 pictures and captions: ViT-B/32, 224 px
+  input         batches of a prepared set (--source, --data_dir): reading, decoding, tokenising
+  all           every case, each in a process of its own; input on a set of 1,000 generated scenes
+                unless --source names one
+
+float32, random weights, random inputs that stay the same. Fields of the JSON, one line a case:
+
+  median_s         wall seconds of a step or call, the median of --steps after --warmup
+  cpu_s            the median of its processor seconds, over all threads of the process
+  images_per_s, tokens_per_s   at median_s
+  params           of the network
+  peak_rss_mib     memory of the process at its peak
+  first_call_s     tracing, compiling and the first call; compiled programs are not cached
+
+Processor seconds on one thread (the default) are what a busy machine disturbs least. Where the CPU
+computes, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does for training: large pages.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from dalle_jax.cli import common
+
+SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
+
+CASES = (
+    "dalle_train", "dalle_sample", "dvae_train", "dvae_codec", "clip_train", "clip_score", "input",
+)  # fmt: skip
+# What `all` runs; input comes after them.
+RUNS = (
+    ("dalle_train", "--attention=full"),
+    ("dalle_train", "--attention=axial"),
+    ("dalle_train", "--attention=conv"),
+    ("dalle_sample", "--batch=1"),
+    ("dalle_sample", "--batch=16"),
+    ("dalle_sample", "--batch=64"),
+    ("dalle_sample", "--batch=64", "--shared_prompt"),
+    ("dvae_train",),
+    ("dvae_codec",),
+    ("clip_train",),
+    ("clip_score",),
+)
+# Flag -> the cases that take it.
+_BELONGS = {
+    "attention": ("dalle_train", "dalle_sample"),
+    "attention_impl": ("dalle_train",),
+    "shared_prompt": ("dalle_sample",),
+    "batch": CASES,
+    "source": ("input", "all"),
+    "data_dir": ("input", "all"),
+    "image_px": ("input", "all"),
+}
+_INPUT_BATCH, _INPUT_PX = 64, 32
+_SCENES = 1000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("case", metavar="CASE", help=f"{', '.join(CASES)} or all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="timed steps or calls (default: 5)"
+    )
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=1,
+        metavar="N",
+        help="steps or calls before them, besides the first (default: 1)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the CPU backend, the linear algebra of numpy, and the input; 0 = a thread for "
+        "each core (default: 1)",
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="examples of a step or call")
+    group = parser.add_argument_group("dalle_train, dalle_sample")
+    group.add_argument("--attention", metavar="KIND", help="full (default), axial or conv")
+    group.add_argument(
+        "--attention_impl", metavar="NAME", help="dalle_train: auto (default), dense or structured"
+    )
+    group.add_argument(
+        "--shared_prompt",
+        action="store_true",
+        default=None,
+        help="dalle_sample: the batch are candidates of one prompt instead of as many prompts",
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("--source", metavar="NAME", help="a prepared set, as in data.source")
+    group.add_argument("--data_dir", metavar="DIR", help="where prepared sets live (default: data)")
+    group.add_argument(
+        "--image_px", type=int, metavar="N", help=f"side of the pictures (default: {_INPUT_PX})"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Times a case, or all of them; 1 if one of all failed."""
+    _check(args)
+    if args.case == "all":
+        return _all(args)
+    _limit_threads(args.threads)
+    # Compiling is part of first_call_s; a program that an earlier run kept would hide it.
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
+    result = _measure(args)
+    print(json.dumps(result) if args.json else f"{header()}\n{row(result)}", flush=True)
+    return 0
+
+
+def header() -> str:
+    """The titles of `row`."""
+    return _columns(
+        "case", "seconds", "CPU s", "images/s", "tokens/s", "parameters", "peak MiB", "first s"
+    )
+
+
+def row(result: dict[str, Any]) -> str:
+    """A result as a line of a table."""
+    fields = ("attention", "attention_impl", "source", "batch")
+    name = " ".join([result["case"], *(f"{f}={result[f]}" for f in fields if f in result)])
+    tokens = result.get("tokens_per_s")
+    return _columns(
+        name + (" shared prompt" if result.get("shared_prompt") else ""),
+        f"{result['median_s']:.4g}",
+        f"{result['cpu_s']:.4g}",
+        f"{result['images_per_s']:.4g}",
+        f"{tokens:,.0f}" if tokens else "",
+        f"{result['params']:,}" if result["params"] else "",
+        f"{result['peak_rss_mib']:,.0f}",
+        f"{result['first_call_s']:.1f}",
+    )
+
+
+def _columns(name: str, *values: str) -> str:
+    widths = (9, 9, 10, 10, 13, 10, 9)
+    return f"{name:<44}" + "".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UsageError for an unknown case, or flags that do not go with it."""
+    problem = ""
+    least = dict(steps=1, warmup=0, threads=0, batch=1, image_px=1)
+    belonging = [name for name in _BELONGS if getattr(args, name) is not None]
+    if args.case not in (*CASES, "all"):
+        near = common.nearest(args.case, (*CASES, "all"))
+        problem = f"no case {args.case!r}{near}; choose {', '.join(CASES)} or all."
+    elif alien := [name for name in belonging if args.case not in _BELONGS[name]]:
+        takers = " and ".join(name for name in _BELONGS[alien[0]] if name != "all")
+        takers = "a single case" if alien[0] == "batch" else takers
+        problem = f"--{alien[0]} goes with {takers}, not with {args.case}; leave it out."
+    elif args.case == "all" and args.data_dir and not args.source:
+        problem = f"--data_dir={args.data_dir} needs --source, the set that input is to read."
+    elif args.case == "input" and not args.source:
+        problem = (
+            "input times a prepared set: give it with --source=NAME, e.g. --source=shapes after "
+            "`python -m dalle_jax prepare shapes`, and its --data_dir if that is not data."
+        )
+    else:
+        for name, lowest in least.items():
+            value = getattr(args, name)
+            if value is not None and value < lowest:
+                problem = f"--{name} is {value}; expected at least {lowest}."
+    if problem:
+        from dalle_jax.types import UsageError
+
+        raise UsageError(problem)
+
+
+def thread_environment(threads: int, xla_flags: str) -> dict[str, str]:
+    """Variables that hold jax and numpy to so many threads; they are read when those start.
+
+    Args:
+      threads: 0 changes nothing.
+      xla_flags: the present XLA_FLAGS, which are kept.
+    """
+    if not threads:
+        return {}
+    names = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    found = dict.fromkeys(names, str(threads))  # NPROC: XLA's own pools
+    if threads == 1:
+        found["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_multi_thread_eigen=false".strip()
+    return found
+
+
+def _limit_threads(threads: int) -> None:
+    if threads and "jax" in sys.modules:
+        from dalle_jax.types import UsageError
+
+        raise UsageError(
+            f"--threads={threads} comes too late: jax runs already in this process. Start bench as "
+            "a program of its own, or use --threads=0."
+        )
+    os.environ.update(thread_environment(threads, os.environ.get("XLA_FLAGS", "")))
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    from dalle_jax.benchmarks import cases, measure
+
+    result: dict[str, Any] = {"case": args.case}
+    if args.case == "input":
+        batch = args.batch or _INPUT_BATCH
+        case = cases.read(
+            args.source,
+            args.data_dir or "data",
+            image_px=args.image_px or _INPUT_PX,
+            batch=batch,
+            threads=args.threads or os.cpu_count() or 1,
+        )
+        result |= {"source": args.source, "image_px": args.image_px or _INPUT_PX}
+    else:
+        changes = {"data.batch": args.batch, "model.attention_impl": args.attention_impl}
+        changes = {key: value for key, value in changes.items() if value is not None}
+        config = cases.config_of(args.case, attention=args.attention or "", changes=changes)
+        batch = config.data.batch
+        case = cases.build(args.case, config, shared_prompt=bool(args.shared_prompt))
+        if args.case in _BELONGS["attention"]:
+            result["attention"] = args.attention or "full"
+        if args.attention_impl:
+            result["attention_impl"] = args.attention_impl
+        if args.case in _BELONGS["shared_prompt"]:
+            result["shared_prompt"] = bool(args.shared_prompt)
+    result |= measure.measure(case, steps=args.steps, warmup=args.warmup)
+    result |= dict(batch=batch, steps=args.steps, warmup=args.warmup, threads=args.threads)
+    return result | {"device": measure.device(), "versions": measure.versions()}
+
+
+def _all(args: argparse.Namespace) -> int:
+    """Every case in a process of its own: neither memory nor threads of one touch the next."""
+    flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "warmup", "threads")]
+    failed = []
+    if not args.json:
+        print(header(), flush=True)
+    for words in _runs(args):
+        code, output = _start("bench", *words, *flags, "--json")
+        if code:
+            failed.append(" ".join(words))
+            continue
+        print(output.strip() if args.json else row(json.loads(output)), flush=True)
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _runs(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
+    """The words after `bench` of every run; the generated set exists until the last one ends."""
+    yield from RUNS
+    px = args.image_px or _INPUT_PX
+    if args.source:
+        folder = args.data_dir or "data"
+        yield "input", f"--source={args.source}", f"--data_dir={folder}", f"--image_px={px}"
+        return
+    with tempfile.TemporaryDirectory(prefix="dalle_jax_bench_") as folder:
+        made = (f"--data_dir={folder}", f"--image_px={px}")
+        code, _ = _start("prepare", "shapes", *made, f"--num_train={_SCENES}", "--num_eval=100")
+        if code:
+            print("error: the generated set was not written.", file=sys.stderr)
+        yield "input", "--source=shapes", *made
+
+
+def _start(*words: str) -> tuple[int, str]:
+    """Runs a command of this program in a process of its own: (exit code, what it printed)."""
+    command = [sys.executable, "-m", "dalle_jax", *words]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout

@@ -1,0 +1,1 @@
+"""The arithmetic of diffusion models, without any network. Imports words only."""

@@ -1,0 +1,311 @@
+"""The Gaussians of diffusion: noising, what a network's output means, posterior and losses.
+
+  x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+  v   = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+
+Everything is float32 whatever the network computes in: bfloat16 rounds alpha_bar to 1 on the first
+steps of a schedule, which then would add no noise. Examples are [B, ...] of any rank, channels
+last: pictures [B, h, w, C] in [-1, 1] or embeddings [B, E]. `t` is [B] int32 rows of the
+schedule's tables, or one scalar row for all: for a respaced schedule not what the network is fed,
+which is `schedule.timesteps[t]`. Noise is drawn by the caller.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy import special
+
+from dalle_jax.diffusion import schedule as tables
+from dalle_jax.diffusion.schedule import Schedule
+from dalle_jax.types import Array, UsageError
+
+Predicts = Literal["eps", "x_0", "v"]
+Variance = Literal["posterior", "beta", "learned_range"]
+Clip = Literal["none", "static", "dynamic"]
+
+# The variational term is a mean over steps; its sum over the steps counts a thousandth.
+VB_WEIGHT = 1e-3
+
+# Half the distance of two of 256 levels in [-1, 1], and the least probability that a level has.
+HALF_LEVEL = 1 / 255
+LEAST_MASS = 1e-12
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameterisation:
+    """What a network's output means.
+
+    Attributes:
+      predicts: eps (GLIDE, unCLIP's pictures), x_0 (unCLIP's prior) or v.
+      variance: of p(x_{t-1} | x_t). posterior, the smaller and beta, the larger fixed choice;
+        learned_range: the output has twice the channels, and the second half interpolates between
+        the two in the logarithm, -1 being posterior and 1 beta.
+      clip: what becomes of an estimate of x_0 outside [-bound, bound]: none; static cuts it off;
+        dynamic squeezes the whole example, which keeps strong guidance from saturating it.
+      bound: 1 for pictures.
+      percentile: dynamic: this share of an example's entries is squeezed into the bound, the rest
+        is cut off.
+
+    Source: learned range Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 15; v Salimans & Ho 2022
+    (arXiv:2202.00512) §4; dynamic thresholding Saharia et al. 2022 (arXiv:2205.11487) §2.3.
+    """
+
+    predicts: Predicts = "eps"
+    variance: Variance = "posterior"
+    clip: Clip = "static"
+    bound: float = 1.0
+    percentile: float = 0.995
+
+    def __post_init__(self):
+        for name, kinds in (("predicts", Predicts), ("variance", Variance), ("clip", Clip)):
+            value = getattr(self, name)
+            if value not in get_args(kinds):
+                raise UsageError(f"{name}={value!r} is unknown; use one of {get_args(kinds)}.")
+        if not self.bound > 0:
+            raise UsageError(f"bound={self.bound}; expected more than 0, for pictures 1.")
+        if not 0 < self.percentile <= 1:
+            raise UsageError(f"percentile={self.percentile}; expected a share in (0, 1].")
+
+
+def q_sample(schedule: Schedule, x_0: Array, t: Array, eps: Array) -> Array:
+    """x_0 diffused to row t, float32: sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps.
+
+    Args:
+      schedule: n steps.
+      x_0: [B, ...] clean examples.
+      t: [B] int32 in [0, n). Row 0 is the least noisy, not the clean example.
+      eps: [B, ...] standard normal noise.
+
+    Raises:
+      ValueError: if t is not one row per example.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239) eq. 4.
+    """
+    if t.shape != x_0.shape[:1]:
+        raise ValueError(f"t has shape {t.shape}; expected one per example, {x_0.shape[:1]}.")
+    signal, noise = _scales(schedule, t, x_0)
+    return signal * x_0 + noise * eps
+
+
+def x_0_from_eps(schedule: Schedule, x_t: Array, t: Array, eps: Array) -> Array:
+    """The x_0 that eps noised to x_t. An error of eps grows by up to 2e4 (cosine, last row)."""
+    signal, noise = _scales(schedule, t, x_t)
+    return (x_t - noise * eps) / signal
+
+
+def eps_from_x_0(schedule: Schedule, x_t: Array, t: Array, x_0: Array) -> Array:
+    """The noise that took x_0 to x_t."""
+    signal, noise = _scales(schedule, t, x_t)
+    return (x_t - signal * x_0) / noise
+
+
+def v_from(schedule: Schedule, x_0: Array, t: Array, eps: Array) -> Array:
+    """The velocity sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0."""
+    signal, noise = _scales(schedule, t, x_0)
+    return signal * eps - noise * x_0
+
+
+def x_0_from_v(schedule: Schedule, x_t: Array, t: Array, v: Array) -> Array:
+    """The x_0 of a velocity."""
+    signal, noise = _scales(schedule, t, x_t)
+    return signal * x_t - noise * v
+
+
+def eps_from_v(schedule: Schedule, x_t: Array, t: Array, v: Array) -> Array:
+    """The noise of a velocity."""
+    signal, noise = _scales(schedule, t, x_t)
+    return noise * x_t + signal * v
+
+
+def target(predicts: Predicts, schedule: Schedule, x_0: Array, t: Array, eps: Array) -> Array:
+    """What the network should have put out for q_sample(schedule, x_0, t, eps): [B, ...]."""
+    if predicts == "eps":
+        return eps
+    return x_0 if predicts == "x_0" else v_from(schedule, x_0, t, eps)
+
+
+def predicted_x_0(
+    predicts: Predicts, schedule: Schedule, x_t: Array, t: Array, output: Array
+) -> Array:
+    """The x_0 that an output (without variance channels) stands for, not clipped: [B, ...]."""
+    if predicts == "eps":
+        return x_0_from_eps(schedule, x_t, t, output)
+    return output if predicts == "x_0" else x_0_from_v(schedule, x_t, t, output)
+
+
+def clip(p: Parameterisation, x_0: Array) -> Array:
+    """An estimate of x_0 within [-p.bound, p.bound], as p.clip says: [B, ...]."""
+    if p.clip == "none":
+        return x_0
+    if p.clip == "static":
+        return jnp.clip(x_0, -p.bound, p.bound)
+    size = jnp.quantile(jnp.abs(x_0).reshape(x_0.shape[0], -1), p.percentile, axis=1)
+    size = jnp.maximum(size, p.bound).reshape(-1, *[1] * (x_0.ndim - 1))
+    return jnp.clip(x_0, -size, size) * (p.bound / size)
+
+
+def split(p: Parameterisation, output: Array) -> tuple[Array, Array | None]:
+    """Prediction and variance channels of an output, float32; None if it has no such channels.
+
+    Args:
+      p: what the output means.
+      output: [B, ..., C], or [B, ..., 2 C] with a learned range.
+    """
+    output = output.astype(jnp.float32)
+    if p.variance != "learned_range":
+        return output, None
+    if output.shape[-1] % 2:
+        raise ValueError(
+            f"the output has {output.shape[-1]} channels; a learned range needs two for each "
+            "channel of the picture."
+        )
+    prediction, v = jnp.split(output, 2, axis=-1)
+    return prediction, v
+
+
+def log_variance(
+    p: Parameterisation, schedule: Schedule, t: Array, raw: Array | None, like: Array
+) -> Array:
+    """log of the variance of p(x_{t-1} | x_t) in an array that broadcasts against `like`.
+
+    Args:
+      p: its `variance` chooses.
+      schedule: of the steps that are taken, so a respaced one when sampling.
+      t: rows.
+      raw: [B, ...] variance channels for a learned range, where -1 is posterior and 1 beta (the
+        network is free to leave that range); None otherwise.
+      like: [B, ...].
+    """
+    small = tables.at(schedule.posterior_log_variance, t, like)
+    if p.variance == "posterior":
+        return small
+    if p.variance == "beta":
+        return tables.at(schedule.beta_log_variance, t, like)
+    share = (raw + 1) / 2
+    return share * tables.at(np.log(schedule.beta), t, like) + (1 - share) * small
+
+
+def posterior_mean(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> Array:
+    """Mean of q(x_{t-1} | x_t, x_0): [B, ...]; in row 0 it is x_0, bit for bit.
+
+    Its variance is schedule.posterior_variance.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239) eq. 7.
+    """
+    clean = tables.at(schedule.posterior_x_0, t, x_t)
+    return clean * x_0 + tables.at(schedule.posterior_x_t, t, x_t) * x_t
+
+
+def losses(
+    p: Parameterisation, schedule: Schedule, output: Array, x_0: Array, t: Array, eps: Array
+) -> dict[str, Array]:
+    """The training objective of each example.
+
+    Args:
+      p: what the output means. `clip` plays no part: a clipped estimate has no gradient.
+      schedule: that of training, not respaced.
+      output: the network's, for q_sample(schedule, x_0, t, eps) at t.
+      x_0: [B, ...] clean examples; with a learned range pictures of 256 levels in [-1, 1].
+      t: [B] int32 rows, drawn uniformly.
+      eps: [B, ...] the noise.
+
+    Returns:
+      [B] float32 each. mse: mean square of output - target, averaged over the example. With a
+      learned range also vb: the variational term of row t in bits per dimension, whose gradient
+      reaches the variance channels only. loss: mse, or mse + vb * num_steps / 1,000.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 16: L_simple + 0.001 L_vlb, and L_vlb is
+    num_steps times the mean over t of the term; openai/guided-diffusion (`RESCALED_MSE`).
+    """
+    prediction, raw = split(p, output)
+    wanted = target(p.predicts, schedule, x_0, t, eps)
+    if prediction.shape != wanted.shape:
+        raise ValueError(f"the output predicts {prediction.shape}; expected {wanted.shape}.")
+    mse = _mean(jnp.square(prediction - wanted))
+    if raw is None:
+        return {"loss": mse, "mse": mse}
+    x_t = q_sample(schedule, x_0, t, eps)
+    # Without the stop the noisy variational gradient would steer eps too, and worsen it (§3.1).
+    held = jax.lax.stop_gradient(prediction)
+    mean = posterior_mean(schedule, predicted_x_0(p.predicts, schedule, x_t, t, held), x_t, t)
+    vb = vb_term(schedule, x_0, x_t, t, mean, log_variance(p, schedule, t, raw, x_t))
+    return {"loss": mse + vb * (schedule.num_steps * VB_WEIGHT), "mse": mse, "vb": vb}
+
+
+def vb_term(
+    schedule: Schedule, x_0: Array, x_t: Array, t: Array, mean: Array, log_var: Array
+) -> Array:
+    """Row t's term of the variational bound in bits per dimension: [B] float32.
+
+    Rows above 0: KL(q(x_{t-1} | x_t, x_0) || N(mean, exp(log_var))). Row 0: minus the logarithm
+    of the probability of x_0 itself, by level.
+
+    Args:
+      schedule: n steps.
+      x_0: [B, ...] clean examples.
+      x_t: [B, ...] the same at row t.
+      t: [B] int32.
+      mean: [B, ...] of p(x_{t-1} | x_t).
+      log_var: broadcasts against it.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239) eqs. 5 and 13; openai/guided-diffusion
+    (`_vb_terms_bpd`).
+    """
+    true_mean = posterior_mean(schedule, x_0, x_t, t)
+    true_log_var = tables.at(schedule.posterior_log_variance, t, x_t)
+    log_var = jnp.broadcast_to(log_var, mean.shape)
+    kl = _mean(normal_kl(true_mean, true_log_var, mean, log_var))
+    nll = -_mean(level_log_likelihood(x_0, mean, 0.5 * log_var))
+    return jnp.where(t == 0, nll, kl) / np.log(2)
+
+
+def normal_kl(mean_q: Array, log_var_q: Array, mean_p: Array, log_var_p: Array) -> Array:
+    """KL(N(mean_q, exp(log_var_q)) || N(mean_p, exp(log_var_p))), elementwise in nats."""
+    ratio = jnp.exp(log_var_q - log_var_p)
+    distance = jnp.square(mean_q - mean_p) * jnp.exp(-log_var_p)
+    return 0.5 * (ratio - 1 + log_var_p - log_var_q + distance)
+
+
+def level_log_likelihood(x: Array, mean: Array, log_std: Array) -> Array:
+    """log of the probability that a Gaussian gives the level of x, elementwise in nats.
+
+    A level is an interval of 2 / 255 around x; the darkest and the brightest reach to infinity, so
+    that the 256 probabilities sum to 1.
+
+    Args:
+      x: 256 levels in [-1, 1].
+      mean: of the Gaussian, the shape of x.
+      log_std: log of its standard deviation, the shape of x.
+
+    Source: Ho et al. 2020 (arXiv:2006.11239) eq. 13. openai/guided-diffusion approximates the
+    normal distribution function by a tanh (error 2e-4); this is the function itself.
+    """
+    precision = jnp.exp(-log_std)
+    darkest, brightest = x < -0.999, x > 0.999
+    # Mirrored to the side below the mean: in float32 1 - 1e-9 is 1, but 1e-9 is a number. The two
+    # ends are so turned that the infinite edge is the lower one.
+    offset = jnp.where(darkest, x - mean, jnp.where(brightest, mean - x, -jnp.abs(x - mean)))
+    below = _normal_cdf(precision * (offset - HALF_LEVEL))
+    below = jnp.where(darkest | brightest, 0, below)
+    mass = _normal_cdf(precision * (offset + HALF_LEVEL)) - below
+    return jnp.log(jnp.maximum(mass, LEAST_MASS))
+
+
+def _normal_cdf(z: Array) -> Array:
+    """The standard normal distribution function, exact in its lower tail too."""
+    return 0.5 * special.erfc(-math.sqrt(0.5) * z)
+
+
+def _scales(schedule: Schedule, t: Array, like: Array) -> tuple[Array, Array]:
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), taken in float64."""
+    signal = tables.at(np.sqrt(schedule.alpha_bar), t, like)
+    return signal, tables.at(np.sqrt(1 - schedule.alpha_bar), t, like)
+
+
+def _mean(x: Array) -> Array:
+    """[B, ...] -> [B]: the mean over each example."""
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))

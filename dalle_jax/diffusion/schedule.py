@@ -1,0 +1,255 @@
+"""How much signal is left after each diffusion step, and fewer steps of the same process.
+
+A `Schedule` is plain numbers, equal and hashable by value, so it can be a static argument of jit:
+its tables become constants of the program. They are float64 numpy on the host (1 - alpha_bar of
+the first cosine step is 4e-5: float32 would keep 3 digits of it) and turn to float32 only in
+`at`, when an expression uses a row.
+
+A *row* counts the steps of a schedule, 0 the least noisy; a *step* is the number that the network
+is fed. They are the same until `respace` keeps some of the steps only.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.types import Array, UsageError
+
+# squaredcos_cap_v2 is what diffusers calls cosine.
+NAMES = ("linear", "cosine", "squaredcos_cap_v2")
+
+# Cosine ends at alpha_bar = 0, a step that no network can undo; the last beta is capped here.
+MAX_BETA = 0.999
+
+# The beta range of `linear` is stated for this many steps; others scale it.
+LINEAR_STEPS = 1000
+
+Spacing = str | int | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A diffusion process of n steps, and its tables: float64 [n], by row.
+
+    Attributes:
+      signal: n numbers: alpha_bar, the share of the variance of x_t that is still the picture;
+        strictly falling within (0, 1).
+      timesteps: n ints, strictly rising: the step that each row was in the process that the
+        network was trained on, and so what the network is fed.
+      num_train_steps: steps of that process.
+    """
+
+    signal: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    num_train_steps: int
+
+    def __post_init__(self):
+        edges = (1.0, *self.signal, 0.0)
+        if not self.signal or any(a <= b for a, b in zip(edges, edges[1:], strict=False)):
+            raise ValueError("alpha_bar must fall strictly, from below 1 to above 0.")
+        steps = (-1, *self.timesteps, self.num_train_steps)
+        if any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+            raise ValueError(f"timesteps must rise strictly within [0, {self.num_train_steps}).")
+        if len(self.signal) != len(self.timesteps):
+            raise ValueError(f"{len(self.signal)} alpha_bar for {len(self.timesteps)} timesteps.")
+
+    @property
+    def num_steps(self) -> int:
+        """How many rows there are."""
+        return len(self.signal)
+
+    @functools.cached_property
+    def alpha_bar(self) -> np.ndarray:
+        """Share of signal in the variance of x_t."""
+        return np.asarray(self.signal, np.float64)
+
+    @functools.cached_property
+    def alpha_bar_prev(self) -> np.ndarray:
+        """alpha_bar of the next less noisy row; before row 0 stands the clean picture, 1."""
+        return np.append(1.0, self.alpha_bar[:-1])
+
+    @functools.cached_property
+    def beta(self) -> np.ndarray:
+        """Variance that a step adds: x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) eps."""
+        return 1 - self.alpha_bar / self.alpha_bar_prev
+
+    @functools.cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t-1} | x_t, x_0); 0 in row 0."""
+        return self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @functools.cached_property
+    def posterior_log_variance(self) -> np.ndarray:
+        """Its logarithm; row 0 has that of row 1, because the logarithm of 0 is none.
+
+        Source: openai/guided-diffusion (`posterior_log_variance_clipped`).
+        """
+        return np.log(np.append(self._first_variance, self.posterior_variance[1:]))
+
+    @functools.cached_property
+    def beta_log_variance(self) -> np.ndarray:
+        """log(beta), the larger fixed choice; row 0 again as in `posterior_log_variance`.
+
+        Source: openai/guided-diffusion (`FIXED_LARGE`).
+        """
+        return np.log(np.append(self._first_variance, self.beta[1:]))
+
+    @property
+    def _first_variance(self) -> float:
+        """posterior_variance[1]; a schedule of one step has its beta."""
+        return self.posterior_variance[1] if self.num_steps > 1 else self.beta[0]
+
+    @functools.cached_property
+    def posterior_x_0(self) -> np.ndarray:
+        """What x_0 counts in the mean of q(x_{t-1} | x_t, x_0); exactly 1 in row 0."""
+        return self.beta * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @functools.cached_property
+    def posterior_x_t(self) -> np.ndarray:
+        """What x_t counts in it; exactly 0 in row 0."""
+        kept = np.sqrt(self.alpha_bar / self.alpha_bar_prev)
+        return kept * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+
+def at(table: np.ndarray, t: Array, like: Array) -> Array:
+    """Rows t of a table, float32, in a shape that broadcasts against `like`.
+
+    Args:
+      table: [n] float64.
+      t: [B] int rows, one per example of `like`, or one scalar row for all.
+      like: [B, ...].
+
+    Returns:
+      [B, 1, ...] of the rank of `like`, or a scalar.
+    """
+    rows = jnp.asarray(table, jnp.float32)[t]
+    return rows.reshape(rows.shape + (1,) * (like.ndim - 1)) if rows.ndim else rows
+
+
+def make(name: str, num_steps: int = 1000) -> Schedule:
+    """The schedule of that name, all of its steps.
+
+    Args:
+      name: one of NAMES. linear: beta from 1e-4 to 0.02 at 1,000 steps, scaled by 1000 / num_steps
+        otherwise; GLIDE's and unCLIP's larger upsamplers. cosine = squaredcos_cap_v2: everything
+        else.
+      num_steps: more than 20 for linear, whose last beta would reach 1.
+
+    Raises:
+      UsageError: for an unknown name or too few steps.
+
+    Source: linear Ho et al. 2020 (arXiv:2006.11239) §4; cosine Nichol & Dhariwal 2021
+    (arXiv:2102.09672) eq. 17; both as in openai/guided-diffusion (`get_named_beta_schedule`).
+    """
+    if name not in NAMES:
+        raise UsageError(f"schedule {name!r} is unknown; use one of {NAMES}.")
+    least = 21 if name == "linear" else 1
+    if num_steps < least:
+        raise UsageError(f"{num_steps} steps; a {name} schedule needs {least} or more.")
+    if name == "linear":
+        scale = LINEAR_STEPS / num_steps
+        beta = np.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=np.float64)
+    else:
+        # 0.008: so that the first steps add some noise at all.
+        angle = (np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * math.pi / 2
+        signal = np.cos(angle) ** 2
+        beta = np.minimum(1 - signal[1:] / signal[:-1], MAX_BETA)
+    signal = np.cumprod(1 - beta)
+    return Schedule(tuple(signal.tolist()), tuple(range(num_steps)), num_steps)
+
+
+def respace(schedule: Schedule, spacing: Spacing) -> Schedule:
+    """The same process in fewer steps: the rows that `spacing` keeps, with their alpha_bar.
+
+    x_t of a kept step is distributed as before, so the network needs no new training; only the
+    steps between are longer. `timesteps` still names what the network is fed.
+
+    Args:
+      schedule: any; what is respaced already can be respaced again.
+      spacing: see `spaced_rows`.
+
+    Raises:
+      UsageError: if the spacing does not fit the schedule.
+
+    Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) §4; openai/glide-text2im (`respace.py`).
+    """
+    rows = spaced_rows(schedule.num_steps, spacing)
+    return Schedule(
+        tuple(schedule.signal[row] for row in rows),
+        tuple(schedule.timesteps[row] for row in rows),
+        schedule.num_train_steps,
+    )
+
+
+def spaced_rows(num_steps: int, spacing: Spacing) -> tuple[int, ...]:
+    """Which of num_steps rows a spacing keeps, rising.
+
+    Args:
+      num_steps: rows to choose from.
+      spacing: 250 or "250": so many, evenly, first and last among them. [10, 10, 3] or "10,10,3":
+        so many in each of equally long sections, the least noisy section first. "ddim50": every
+        k-th from 0, with the smallest whole k that gives 50. "fast27": the sections 10,10,3,2,2
+        with the last row moved two rows down, GLIDE's upsampler.
+
+    Raises:
+      UsageError: for what is none of these or asks for more rows than there are.
+
+    Source: openai/glide-text2im (`respace.py`).
+    """
+    if spacing == "fast27":
+        # The noisiest step of all gives DDIM its artefacts, says the source.
+        return (*_sections(num_steps, (10, 10, 3, 2, 2), spacing)[:-1], num_steps - 3)
+    if isinstance(spacing, str) and spacing.startswith("ddim"):
+        return _strided(num_steps, _counts(spacing[len("ddim") :], spacing)[0])
+    return _sections(num_steps, _counts(spacing, spacing), spacing)
+
+
+def _counts(counts: Spacing, spacing: Spacing) -> tuple[int, ...]:
+    """Positive ints from "10,10", 10 or [10, 10]."""
+    parts = counts.split(",") if isinstance(counts, str) else counts
+    parts = [parts] if isinstance(parts, int) else parts
+    try:
+        found = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or min(found) < 1:
+        raise UsageError(
+            f"spacing {spacing!r} is unknown; use a number of steps (250), numbers by section "
+            "(10,10,3,2,2), ddimN (ddim50) or fast27."
+        )
+    return found
+
+
+def _sections(num_steps: int, counts: Sequence[int], spacing: Spacing) -> tuple[int, ...]:
+    size, extra = divmod(num_steps, len(counts))
+    rows, start = [], 0
+    for section, count in enumerate(counts):
+        length = size + (section < extra)
+        if count > length:
+            raise UsageError(
+                f"spacing {spacing!r} asks for {count} of the {length} steps in section "
+                f"{section + 1} of {len(counts)}; ask for fewer."
+            )
+        # Added up, not i * stride: where a product falls on .5 the source's sum may fall beside
+        # it, and released samplers were tuned with its rows (27 of 1,000: 499 and not 500).
+        stride, place = (length - 1) / (count - 1) if count > 1 else 1.0, 0.0
+        for _ in range(count):
+            rows.append(start + round(place))
+            place += stride
+        start += length
+    return tuple(rows)
+
+
+def _strided(num_steps: int, count: int) -> tuple[int, ...]:
+    possible = {-(-num_steps // stride): stride for stride in range(num_steps - 1, 0, -1)}
+    if count not in possible:
+        near = sorted(possible, key=lambda other: abs(other - count))[:2]
+        raise UsageError(
+            f"no whole stride through {num_steps} steps gives exactly {count}; the nearest are "
+            f"{' and '.join(f'ddim{n}' for n in sorted(near)) or 'none'}."
+        )
+    return tuple(range(0, num_steps, possible[count]))
