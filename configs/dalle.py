@@ -63,6 +63,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         f"configs/dvae.py:size={args.size}" if is_small else "configs/dvae_paper.py"
     )
     c.stages.from_codes = False  # the prepared set stores this codec's codes (`encode`)
+    c.stages.encode_chunk = 0  # pictures that a device encodes at a time; 0 = its whole share
 
     # Muon reached the loss of AdamW in three quarters of the time although a step costs a quarter
     # more (two cores, width 128, 10k scenes).

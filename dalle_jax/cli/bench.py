@@ -138,11 +138,11 @@ def header() -> str:
 
 def row(result: dict[str, Any]) -> str:
     """A result as a line of a table."""
-    fields = ("attention", "attention_impl", "source", "batch")
-    name = " ".join([result["case"], *(f"{f}={result[f]}" for f in fields if f in result)])
+    fields = ("case", "attention", "attention_impl", "source")
+    words = [result[name] for name in fields if name in result] + [f"x{result['batch']}"]
     tokens = result.get("tokens_per_s")
     return _columns(
-        name + (" shared prompt" if result.get("shared_prompt") else ""),
+        " ".join(words) + (" one prompt" if result.get("shared_prompt") else ""),
         f"{result['median_s']:.4g}",
         f"{result['cpu_s']:.4g}",
         f"{result['images_per_s']:.4g}",
@@ -155,7 +155,7 @@ def row(result: dict[str, Any]) -> str:
 
 def _columns(name: str, *values: str) -> str:
     widths = (9, 9, 10, 10, 13, 10, 9)
-    return f"{name:<44}" + "".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
+    return f"{name:<37}" + "".join(f"{v:>{w}}" for v, w in zip(values, widths, strict=True))
 
 
 def _check(args: argparse.Namespace) -> None:

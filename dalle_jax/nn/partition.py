@@ -131,6 +131,45 @@ def layer(run: Layer, stored: Any, dtype: Any) -> Layer:
     return on_all
 
 
+def in_chunks(run: Callable[[Params, Array], Array], size: int) -> Callable[[Params, Array], Array]:
+    """`run` on `size` examples at a time; where the rules scatter a batch, on each device's own.
+
+    For a network that is applied to a whole batch before another one is trained on the result: a
+    program for one picture is smaller and faster to compile than one for a device's share (the
+    paper's codec on a TPU: 115 instead of 189 CPU seconds for 1 and 4 pictures of 256 px).
+
+    Args:
+      run: (params, x [b, ...]) -> [b, ...], every output row of its own row of x. No gradient is
+        asked of it.
+      size: examples of a chunk; 0 = all at once.
+    """
+    if not size:
+        return run
+    how = layout.gathers()
+    spec = jax.sharding.PartitionSpec
+
+    def chunked(params, x):
+        return jax.lax.map(lambda one: run(params, one[None])[0], x, batch_size=size)
+
+    def on_all(params, x):
+        if how is None:
+            return chunked(params, x)
+        if len(x) % how.batch_shards:
+            return run(params, x)
+
+        def on_one_device(params, x):
+            with unconstrained():
+                return chunked(params, x)
+
+        batch = spec(how.batch)
+        mapped = jax.shard_map(
+            on_one_device, mesh=how.mesh, in_specs=(spec(), batch), out_specs=batch
+        )
+        return mapped(params, x)
+
+    return on_all
+
+
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     """Remat policy that keeps everything except gathered weights, which backward gathers again.
 

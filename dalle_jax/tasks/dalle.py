@@ -17,6 +17,7 @@ from dalle_jax import images
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle
+from dalle_jax.nn import partition
 from dalle_jax.sampling import abstract, networks, stages
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.types import Array, Key, Params, UsageError
@@ -68,7 +69,8 @@ def build(config: cfg.ConfigDict, codec: stages.Codec, tokenizer=None) -> Task:
     def codes_of(frozen: Params, batch) -> Array:
         if "codes" in batch:
             return batch["codes"]
-        codes = codec.encode_fn(frozen, images.to_float(batch["image"]))
+        encode = partition.in_chunks(codec.encode_fn, config.stages.encode_chunk)
+        codes = encode(frozen, images.to_float(batch["image"]))
         return jax.lax.stop_gradient(codes.reshape(len(codes), -1))
 
     def losses(params, frozen, batch, key):

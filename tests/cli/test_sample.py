@@ -95,7 +95,7 @@ def test_same_seed_same_pictures_whatever_the_batch(folders, tmp_path):
     assert np.abs(scores["a"] - scores["d"]).max() > 1e-3
 
 
-def test_two_processes_share_the_prompts_and_draw_the_same(folders, tmp_path):
+def test_two_processes_share_the_prompts_and_draw_the_same(folders, tmp_path, compile_flags):
     flags = ("--prompt=two blue stars", "--prompt=a cat", "--candidates=4", "--keep=2")
     assert draw(folders, tmp_path / "one", *flags) == 0
     with socket.socket() as free:
@@ -104,7 +104,7 @@ def test_two_processes_share_the_prompts_and_draw_the_same(folders, tmp_path):
     root = pathlib.Path(__file__).resolve().parents[2]
     env = os.environ | {
         "PYTHONPATH": str(root),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": compile_flags,
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     command = [sys.executable, "-m", "dalle_jax", "sample", f"--workdir={folders['dalle']}"]

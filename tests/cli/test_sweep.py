@@ -166,12 +166,12 @@ def test_a_unit_trains_and_records_how_it_ended(command, linear, capsys):
     assert units.to_run(sweep, retry=False) == []
 
 
-def test_two_learning_rates_and_two_seeds(command, tmp_path, monkeypatch, capsys):
+def test_two_learning_rates_and_two_seeds(command, tmp_path, monkeypatch, capsys, compile_flags):
     """The real thing: four runs of the smoke dVAE, two at a time; one of them had been begun."""
     data = tmp_path / "data"
     small = ["--num_train=64", "--num_eval=32", "--vocab_size=0"]
     assert __main__.main(["prepare", "shapes", f"--data_dir={data}", *small]) == 0
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", compile_flags)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     changes = {

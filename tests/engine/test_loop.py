@@ -130,10 +130,10 @@ def test_signal_saves_the_step_and_stops(workdir, tmp_path, signum):
     assert same(workdir, tmp_path / "unbroken")
 
 
-def test_kill_9_then_the_same_command_gives_the_same_bits(workdir, tmp_path):
+def test_kill_9_then_the_same_command_gives_the_same_bits(workdir, tmp_path, compile_flags):
     root = HERE.parents[1]
     command = [sys.executable, str(HERE / "linear_task.py"), str(workdir), "mesh.data=1"]
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": compile_flags}
     process = subprocess.Popen([*command, "delay=0.05"], env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not checkpoint.steps(str(workdir)) and time.monotonic() < deadline:
