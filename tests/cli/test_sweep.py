@@ -174,6 +174,7 @@ def test_two_learning_rates_and_two_seeds(command, tmp_path, monkeypatch, capsys
     monkeypatch.setenv("XLA_FLAGS", compile_flags)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     changes = {
         "data.data_dir": str(data), "train.steps": "4", "optim.warmup_steps": "1",
         "train.tensorboard": "0", "train.eval_batches": "1",

@@ -9,6 +9,7 @@ import types
 
 import jax
 import numpy as np
+import weights
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import loop, program, sharding
@@ -77,7 +78,12 @@ class Run:
         self.key = jax.random.key(config.seed)
 
     def init(self) -> state_lib.TrainState:
-        return self.program.init(self.key)
+        """Weights of noise, before the first step."""
+        target = self.program.saved.target
+        fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
+        params = weights.noise(target.params)
+        average = None if target.ema is None else params
+        return self.place(fresh.replace(params=params, ema=average))
 
     def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
         """A plain state, of the host or of another mesh, as this mesh stores it."""

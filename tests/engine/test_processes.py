@@ -32,7 +32,7 @@ class Job:
             **os.environ,
             "PYTHONPATH": str(HERE.parents[1]),
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=2"),
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=2"),
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -158,8 +158,9 @@ def test_an_error_of_one_process_ends_all_with_its_text(workdir):
         out = job.end()
         assert job.codes() == [1, 1], out
     assert "Traceback" in out[1] and "/no/such/disk" in out[1]
+    # Where process 0 was then is not given: readers run ahead of the steps.
     assert re.search(
-        r"process 0 of 2 .*, at .*step .*, ends because of process 1 of 2 .*/no/such/disk", out[0]
+        r"process 0 of 2 .*, at .+, ends because of process 1 of 2 .*/no/such/disk", out[0]
     )
 
 

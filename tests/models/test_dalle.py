@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import weights
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import meshes, sharding
@@ -32,7 +33,7 @@ CODES = np.arange(18, dtype=np.int32).reshape(2, 9) % 16
 @pytest.fixture(scope="module")
 def network():
     model = dalle.Dalle(CONFIG)
-    boxed = jax.jit(model.init)(jax.random.key(0), TEXT, CODES)
+    boxed = weights.init(model, TEXT, CODES)
     return model, nn.meta.unbox(boxed)
 
 
@@ -120,7 +121,12 @@ def test_loss_of_captions_without_targets_is_finite(network):
 
 
 def test_first_loss_is_near_uniform(network):
-    logits = network[0].apply(network[1], TEXT, CODES)
+    @jax.jit
+    def first(key):
+        params = network[0].init(key, TEXT, CODES)
+        return network[0].apply(params, TEXT, CODES)
+
+    logits = first(jax.random.key(0))
     metrics = dalle.loss(*logits, TEXT, CODES)[1]
     np.testing.assert_allclose(metrics["image_loss"], np.log(16), atol=0.15)
 
@@ -161,7 +167,7 @@ def test_sharded_loss_and_gradients_are_those_of_one_device(table, sizes):
     config = dataclasses.replace(CONFIG, num_layers=5, scan_layers=True, remat="full")
     model = dalle.Dalle(config)
     text, codes = np.tile(TEXT, (4, 1)), np.tile(CODES, (4, 1))
-    boxed = jax.jit(model.init)(jax.random.key(0), text, codes)
+    boxed = weights.init(model, text, codes)
     params = sharding.unbox(boxed)
 
     def value_and_grad(params, text, codes):

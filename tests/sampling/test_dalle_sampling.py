@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weights
 from ml_collections import ConfigDict
 
 from dalle_jax.engine import meshes, sharding
@@ -34,8 +35,8 @@ def network():
     """Untrained, its logits scaled up: a flat distribution would hide a wrong context."""
     model = dalle.Dalle(CONFIG)
     codes = jnp.zeros((2, 9), jnp.int32)
-    params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), TEXT, codes))["params"]
-    return model, {**params, "image_head": params["image_head"] * 12}
+    params = nn.meta.unbox(weights.init(model, TEXT, codes))["params"]
+    return model, {**params, "image_head": params["image_head"] * 3}
 
 
 def draw(network, **options):

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import weights
 from safetensors import numpy as safetensors
 
 from dalle_jax import config as cfg
@@ -55,7 +56,7 @@ def write(folder: pathlib.Path, config, params, extra=None, has_text: bool = Tru
 def write_codec(folder: pathlib.Path, name: str = "vqvae", seed: int = 0, **overrides) -> str:
     made = config(name, **overrides)
     model = networks.autoencoder(made)
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, PX, PX, 3)))
+    variables = weights.init(model, jnp.zeros((1, PX, PX, 3)), seed=seed)
     variables = dict(nn.meta.unbox(variables))
     extra = {k: v for k, v in variables.items() if k != "params"}
     if "codebook" in extra:  # as after the first batch; it starts at zeros
@@ -69,9 +70,7 @@ def write_clip(folder: pathlib.Path, seed: int = 0, **overrides) -> str:
     made = config("clip", **overrides)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     px = made.data.image_px
-    params = jax.jit(networks.clip(made).init)(
-        jax.random.key(seed), jnp.zeros((1, px, px, 3)), text
-    )
+    params = weights.init(networks.clip(made), jnp.zeros((1, px, px, 3)), text, seed=seed)
     return write(folder, made, nn.meta.unbox(params)["params"])
 
 
@@ -81,5 +80,5 @@ def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) ->
     model = networks.dalle(made, loaded.grid, loaded.num_codes)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     codes = jnp.zeros((1, loaded.grid**2), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(seed), text, codes)
+    params = weights.init(model, text, codes, seed=seed)
     return write(folder, made, nn.meta.unbox(params)["params"])

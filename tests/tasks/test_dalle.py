@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import weights
 
 from dalle_jax import config as cfg
 from dalle_jax.models import dalle as model
@@ -68,7 +69,7 @@ def text():
 
 
 def run(task, batch):
-    params = nn.meta.unbox(jax.jit(task.init)(jax.random.key(0))[0])
+    params = nn.meta.unbox(weights.noise(jax.eval_shape(task.init, jax.random.key(0))[0]))
     loss = jax.jit(task.loss)
     return params, loss(params, None, task.frozen, batch, jax.random.key(1), jnp.int32(0))
 
@@ -127,7 +128,7 @@ def test_dropout_acts_in_training_only(root, pictures, text):
 def test_preview_shows_the_reconstruction_then_samples(root, pictures, text):
     image, _ = pictures
     task = dalle.build(tiny(root), quadrant_codec())
-    params = nn.meta.unbox(task.init(jax.random.key(0))[0])
+    params = nn.meta.unbox(weights.noise(jax.eval_shape(task.init, jax.random.key(0))[0]))
     batch = {"image": image, "text": text}
     (shown,) = task.preview(params, None, task.frozen, batch, jax.random.key(0)).values()
     per_row = 1 + dalle.PREVIEW_CANDIDATES
