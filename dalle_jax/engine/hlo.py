@@ -25,6 +25,8 @@ KINDS = (
 
 # Instructions beside which the TPU compiler writes their cost; that of a fusion includes its body.
 _COSTED = {"fusion", "custom-call", "convolution", "copy"}
+# What it writes where it has no estimate is near the largest int64 (v5p; libtpu 0.0.52).
+_UNKNOWN = 2**62
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
@@ -155,7 +157,8 @@ def estimated_cycles(text: str) -> int | None:
 
     Returns:
       Cycles of one core: the sum over all fusions, times the turns of the loops around them. None
-      if the text has no estimates (CPU, GPU). A kernel written by hand has none and counts 0.
+      if the text has no estimates (CPU, GPU). A kernel written by hand, and what the compiler
+      cannot estimate, count 0.
     """
     module = _Module(text)
     found = [
@@ -163,9 +166,14 @@ def estimated_cycles(text: str) -> int | None:
         for computation, line in module.executed()
         if line.opcode in _COSTED and computation not in module.fused
         for match in [re.search(r'"estimated_cycles":"(\d+)"', line.rest)]
-        if match
+        if match and int(match[1]) < _UNKNOWN
     ]
     return sum(found) if found else None
+
+
+def without_estimate(text: str) -> int:
+    """Instructions for which a TPU's compiler says that it has no estimate."""
+    return sum(int(n) >= _UNKNOWN for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
 
 
 class _Module:

@@ -170,6 +170,8 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
     cycles = hlo.estimated_cycles(text)
     if compiled.fits and cycles is None:
         notes.append("this compiler gives no estimate that could be read; times are the floor.")
+    if blind := hlo.without_estimate(text):
+        notes.append(f"the compiler has no estimate of {blind} instructions; they count as 0.")
     return Plan(
         task=task.name,
         topology=topology.name,

@@ -195,6 +195,12 @@ def test_tpu_pieces_of_one_gather_count_once_and_loops_have_a_bound():
     assert hlo.estimated_cycles(TPU) == 6 * 110 + 7
 
 
+def test_what_the_compiler_cannot_estimate_counts_nothing():
+    text = TPU.replace('"estimated_cycles":"10"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert hlo.estimated_cycles(text) == 6 * 100 + 7
+    assert (hlo.without_estimate(text), hlo.without_estimate(TPU)) == (1, 0)
+
+
 def test_gpu_starts_hold_operand_and_result():
     text = """HloModule jit_step, num_partitions=8
 
