@@ -15,7 +15,8 @@ from dalle_jax.types import Array, Key
 class Conv(nn.Module):
     """A k x k convolution with bias, stride 1, output as large as the input.
 
-    Weights start as N(0, gain / sqrt(in_features k^2)), bias 0; `gain` 1 is the released dVAE's.
+    Weights start as N(0, gain / sqrt(in_features k^2)), bias 0; `gain` 1 is the released dVAE's, 0
+    starts at zero.
     A 1 x 1 kernel is applied as a matmul, which is what it is.
 
     Source: openai/DALL-E dall_e/utils.py (`Conv2d`).
@@ -76,6 +77,8 @@ def _normal(std: float):
     """
 
     def init(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
+        if not std:
+            return jnp.zeros(shape, dtype)
         return std * jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
 
     return init
