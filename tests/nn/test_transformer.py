@@ -60,6 +60,27 @@ def test_scan_equals_unrolled_in_values_and_gradients():
     )
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_only_the_wanted_positions_leave_the_last_layer(scan_layers):
+    """The last two of all, in values and gradients, from the same parameters."""
+    config = dataclasses.replace(BASE, num_layers=3, scan_layers=scan_layers)
+    layer_masks = (masks.Mask("full", 7, 0),) * 3
+    model, params, x = build(config, layer_masks, 7)
+    few = transformer.Transformer(config, layer_masks, num_out=2)
+    weight = jax.random.normal(jax.random.key(2), (2, 2, config.width))
+
+    def run(model):
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(model.apply(p, x)[:, -2:] * weight)))(
+            params
+        )
+
+    (value, gradient), (other, other_gradient) = run(model), run(few)
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), other_gradient, gradient)
+    saved = transformer.flops(config, layer_masks, 7) - transformer.flops(config, layer_masks, 7, 2)
+    assert saved == 2 * 5 * config.width**2 * (2 + 2 * config.mlp_ratio)
+
+
 @pytest.mark.parametrize("remat", [name for name in transformer.REMAT if name != "none"])
 def test_remat_changes_no_gradient(remat):
     config = dataclasses.replace(BASE, num_layers=2)
