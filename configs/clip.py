@@ -5,7 +5,9 @@
 Sizes (`size=`): smoke (a minute on a CPU), demo and shapes (32 px generated scenes), emoji_demo and
 emoji (captioned emoji, 32 px), pairs (your own pictures at 64 px; not run to its end here), b32,
 b16, l14 (the paper's ViT-B/32, B/16, L/14: 151,277,313, 149,620,737 and 427,616,513 parameters; not
-run here). Expected, paper sizes: zero-shot ImageNet 63.2, 68.6, 75.3.
+run here). Expected, paper sizes: zero-shot ImageNet 63.2, 68.6, 75.3. h16 is the CLIP of DALL-E 2
+(arXiv:2204.06125 appendix C; ViT-H/16 at 256 px; its SAM is not implemented, its heads are not
+stated: 16).
 
 To rank drawn pictures, show it what a codec draws: `--config.stages.dvae=runs/dvae
 --config.loss.recon_prob=0.5`.
@@ -18,6 +20,7 @@ _PAPER = {
     "b32": (32, (768, 12, 12), (512, 12, 8), 512),
     "b16": (16, (768, 12, 12), (512, 12, 8), 512),
     "l14": (14, (1024, 24, 16), (768, 12, 12), 768),
+    "h16": (16, (1280, 32, 16), (1024, 24, 16), 1024),
 }
 _SMALL = {
     "smoke": (8, (64, 2, 2), (64, 2, 2), 32),
@@ -100,9 +103,11 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.image_px, c.data.text_len, c.data.vocab_size = 224, 77, 49408
         c.data.batch, c.data.eval_batch, c.data.crop = 32768, 4096, "clip"
         c.model.scan_layers, c.model.remat = True, "full"
-        c.optim.lr = 4e-4 if args.size == "l14" else 5e-4
+        c.optim.lr = {"l14": 4e-4, "h16": 3e-4}.get(args.size, 5e-4)
         c.optim.weight_decay, c.optim.warmup_steps = 0.2, 2000
         c.optim.end_lr_ratio = 0.0
         c.train.steps = 390_625  # 32 epochs of 400 million pairs
         c.mesh.rules = "fsdp"
+    if args.size == "h16":
+        c.data.image_px = 256
     return c

@@ -137,16 +137,21 @@ def _check_codes(config) -> None:
 
 
 def _tokenizer(config, workdir: str):
-    """That of the run in the workdir, or else that of the prepared set.
+    """That of the run in the workdir, else that of the frozen CLIP, else the prepared set's.
 
-    A resumed run must read text as it was trained to, whatever happened to the prepared set.
+    A resumed run must read text as it was trained to, whatever happened to the prepared set; one
+    that feeds captions to a CLIP must read them as that does.
     """
     from etils import epath
 
     from dalle_jax.data import tokenizer
     from dalle_jax.engine import checkpoint
+    from dalle_jax.sampling import stages
 
     file = epath.Path(workdir) / checkpoint.TOKENIZER
     if file.exists() and checkpoint.steps(workdir):
         return tokenizer.Tokenizer(file.read_bytes())
+    clip = config.get("stages", {}).get("clip", "")
+    if clip:
+        return tokenizer.Tokenizer(stages.read_tokenizer(clip))
     return tokenizer.find(config.data)

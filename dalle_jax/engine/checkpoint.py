@@ -42,6 +42,9 @@ DAMAGED = "damaged"
 WEIGHTS = "params.safetensors"
 TOKENIZER = "tokenizer.model"
 CODEC = "codec.fingerprint"  # of the frozen codec that a run was trained with
+CLIP = "clip.fingerprint"  # of the frozen CLIP
+ORIGIN = "origin.fingerprint"  # of the run that a CLIP was exported from
+PCA = "pca.npz"  # of the CLIP's embeddings, where a run needs one
 
 
 def absolute(folder: str) -> epath.Path:
@@ -288,7 +291,7 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
 
 
 def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]:
-    """Writes a small folder to ship: config, weights as safetensors, tokenizer.
+    """Writes a small folder to ship: config, weights as safetensors, tokenizer, PCA, CLIP's digits.
 
     The config keeps no path of this machine: of `data.data_dir` and `init_from` the last name, of
     `stages` nothing (an exported DALL-E finds its codec in the folder `dvae` beside it).
@@ -313,9 +316,10 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(data)
     save_config(out_dir, _portable(config))
-    tokenizer = absolute(workdir) / TOKENIZER
-    if tokenizer.exists() and folder != tokenizer.parent:
-        (folder / TOKENIZER).write_bytes(tokenizer.read_bytes())
+    for name in (TOKENIZER, PCA, CLIP, ORIGIN):
+        file = absolute(workdir) / name
+        if file.exists() and folder != file.parent:
+            (folder / name).write_bytes(file.read_bytes())
     count = sum(np.size(x) for x in jax.tree.leaves((variables.params, variables.extra)))
     return {"step": variables.step, "parameters": count, "bytes": len(data)}
 

@@ -18,8 +18,21 @@ from dalle_jax.types import UsageError
 # what is learned. `train.steps` is checked apart.
 MAY_CHANGE = (
     "train.", "mesh.", "data.threads", "data.prefetch", "data.cache_mib", "data.data_dir",
-    "data.eval_batch", "stages.dvae_config",
+    "data.eval_batch", "stages.dvae_config", "stages.clip_config", "stages.encode_chunk",
 )  # fmt: skip
+
+# Fields that name a folder or file -> what a run keeps of it.
+_FROZEN = {
+    "stages.dvae": checkpoint.CODEC,
+    "stages.clip": checkpoint.CLIP,
+    "stages.pca": checkpoint.PCA,
+}
+
+_ORIGIN = {
+    checkpoint.CODEC: "codec in stages.dvae",
+    checkpoint.CLIP: "CLIP in stages.clip",
+    checkpoint.PCA: "file in stages.pca",
+}
 
 # Fields that may differ between the processes of one start: each host has disks and cores of its
 # own.
@@ -45,8 +58,9 @@ def claim(workdir: str, config: cfg.ConfigDict, keeps: Mapping[str, bytes] | Non
         differs; or if not all processes see the same workdir.
     """
     keeps = keeps or {}
-    # A codec may be moved, but not exchanged.
-    may_change = (*MAY_CHANGE, *(["stages.dvae"] if checkpoint.CODEC in keeps else []))
+    # What is frozen may be moved, but not exchanged.
+    moved = [field for field, file in _FROZEN.items() if file in keeps]
+    may_change = (*MAY_CHANGE, *moved)
     _check_config(workdir, config, may_change)
     _check_kept(workdir, keeps)
     distributed.wait_for_all("workdir claimed")
@@ -142,8 +156,8 @@ def _check_kept(workdir: str, keeps: Mapping[str, bytes]) -> None:
         elif file.read_bytes() != content:
             raise UsageError(
                 f"{file} differs from this start's, and what was trained depends on it: the "
-                "codec in stages.dvae or the tokenizer was made again since. Give the old one, or "
-                "use a new --workdir."
+                f"{_ORIGIN.get(name, 'tokenizer')} was made again since. Give the old one, or use "
+                "a new --workdir."
             )
 
 

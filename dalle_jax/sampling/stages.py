@@ -28,10 +28,13 @@ from dalle_jax.sampling import networks
 from dalle_jax.types import Array, Params, UsageError
 
 PRETRAINED = pathlib.Path(__file__).resolve().parent.parent / "pretrained"
-STAGES = ("dvae", "clip", "dalle")
+STAGES = (
+    "dvae", "clip", "dalle",
+    "prior", "prior_ar", "decoder", "inpaint", "upsampler_1", "upsampler_2",
+)  # fmt: skip
 
 
-class _Weights:
+class Weights:
     """Host arrays `params`, and copies of them on devices, each made once."""
 
     @functools.cached_property
@@ -46,7 +49,7 @@ class _Weights:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Codec(_Weights):
+class Codec(Weights):
     """Images to codes and back: a trained dVAE or VQ-VAE.
 
     Attributes:
@@ -119,7 +122,7 @@ class Codec(_Weights):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ClipStage(_Weights):
+class ClipStage(Weights):
     """A trained CLIP.
 
     Attributes:
@@ -132,6 +135,7 @@ class ClipStage(_Weights):
       fingerprint: 16 hex digits of weights and architecture.
       workdir: where it came from.
       step: training step of the weights.
+      origin: fingerprint of the run that it was exported (and so rounded) from; "" of a run.
     """
 
     model: nn.Module
@@ -143,10 +147,11 @@ class ClipStage(_Weights):
     fingerprint: str
     workdir: str
     step: int
+    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DalleStage(_Weights):
+class DalleStage(Weights):
     """A trained DALL·E with the codec whose codes it draws.
 
     Attributes:
@@ -178,12 +183,12 @@ def load_codec(workdir: str, step: int | None = None) -> Codec:
     Raises:
       UsageError: if the folder is missing, of another task, not trained yet or damaged.
     """
-    config, variables = _open(workdir, "autoencode", step)
-    params = _floats({"params": variables.params, **(variables.extra or {})}, config)
+    config, variables = open_run(workdir, "autoencode", step)
+    params = floats({"params": variables.params, **(variables.extra or {})}, config)
     codec = make_codec(config, params, fingerprint(params, config), str(workdir), variables.step)
     px = codec.image_px
     images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
-    _abstract(workdir, lambda p, x: codec.decode_fn(p, codec.encode_fn(p, x)), params, images)
+    trace(workdir, lambda p, x: codec.decode_fn(p, codec.encode_fn(p, x)), params, images)
     return codec
 
 
@@ -193,23 +198,25 @@ def load_clip(workdir: str, step: int | None = None) -> ClipStage:
     Raises:
       UsageError: if the folder is missing, of another task, not trained yet or damaged.
     """
-    config, variables = _open(workdir, "clip", step)
+    config, variables = open_run(workdir, "clip", step)
     model = networks.clip(config)
-    params = _floats(variables.params, config)
+    params = floats(variables.params, config)
     px, length = config.data.image_px, config.data.text_len
+    origin = checkpoint.absolute(workdir) / checkpoint.ORIGIN
     images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
     text = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    _abstract(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, images, text)
+    trace(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, images, text)
     return ClipStage(
         model=model,
         params=params,
         config=config,
-        tokenizer_bytes=_tokenizer_bytes(workdir),
+        tokenizer_bytes=read_tokenizer(workdir),
         image_px=px,
         text_len=length,
         fingerprint=fingerprint(params, config),
         workdir=str(workdir),
         step=variables.step,
+        origin=origin.read_text() if origin.exists() else "",
     )
 
 
@@ -226,7 +233,7 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
       UsageError: if a folder is missing, of another task, not trained yet or damaged, or if the
         codec does not fit the transformer.
     """
-    config, variables = _open(workdir, "dalle", step)
+    config, variables = open_run(workdir, "dalle", step)
     codec = load_codec(_codec_workdir(workdir, config, dvae))
     trained_with = checkpoint.absolute(workdir) / checkpoint.CODEC
     if trained_with.exists() and trained_with.read_text() != codec.fingerprint:
@@ -236,15 +243,15 @@ def load_dalle(workdir: str, dvae: str = "", step: int | None = None) -> DalleSt
             "folder of the old one with --dvae, or train the DALL-E again."
         )
     model = networks.dalle(config, codec.grid, codec.num_codes)
-    params = _floats(variables.params, config)
+    params = floats(variables.params, config)
     text = jax.ShapeDtypeStruct((1, config.data.text_len), jnp.int32)
     codes = jax.ShapeDtypeStruct((1, codec.grid**2), jnp.int32)
-    _abstract(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, text, codes)
+    trace(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, text, codes)
     return DalleStage(
         model=model,
         params=params,
         config=config,
-        tokenizer_bytes=_tokenizer_bytes(workdir),
+        tokenizer_bytes=read_tokenizer(workdir),
         text_len=config.data.text_len,
         codec=codec,
         fingerprint=fingerprint(params, config),
@@ -327,8 +334,8 @@ def make_codec(
     )
 
 
-def _open(workdir: str, task: str, step: int | None):
-    """Config and variables of a folder that must hold a run of `task`."""
+def open_run(workdir: str, task: str, step: int | None):
+    """Config and variables of a folder that must hold a run of `task`; UsageError if not."""
     if not checkpoint.absolute(workdir).is_dir():
         raise UsageError(
             f"workdir {str(workdir)!r} does not exist; expected the folder of a {task} run: "
@@ -357,7 +364,8 @@ def _codec_workdir(workdir: str, config: cfg.ConfigDict, given: str) -> str:
     )
 
 
-def _tokenizer_bytes(workdir: str) -> bytes:
+def read_tokenizer(workdir: str) -> bytes:
+    """The SentencePiece model of a run; UsageError if it is missing."""
     path = checkpoint.absolute(workdir) / checkpoint.TOKENIZER
     if not path.exists():
         raise UsageError(
@@ -367,7 +375,7 @@ def _tokenizer_bytes(workdir: str) -> bytes:
     return path.read_bytes()
 
 
-def _floats(tree: Params, config: cfg.ConfigDict) -> Params:
+def floats(tree: Params, config: cfg.ConfigDict) -> Params:
     """Host arrays, floats in the config's parameter dtype: an export may store 16-bit ones."""
     dtype = networks.policy(config).param
 
@@ -378,7 +386,7 @@ def _floats(tree: Params, config: cfg.ConfigDict) -> Params:
     return jax.tree.map(cast, tree)
 
 
-def _abstract(workdir: str, apply: Callable, params: Params, *inputs):
+def trace(workdir: str, apply: Callable, params: Params, *inputs):
     """Traces `apply` without running it; linen then names any weight whose shape differs."""
     try:
         return jax.eval_shape(apply, params, *inputs)

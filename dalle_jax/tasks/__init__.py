@@ -1,6 +1,6 @@
 """What can be trained: one file per objective, plugged into the engine's socket."""
 
-from dalle_jax.tasks import autoencode, clip, dalle
+from dalle_jax.tasks import autoencode, clip, dalle, diffusion, prior
 
 # Name in config.task -> make(config, tokenizer=None, *, by_shape=False) -> engine.task.Task.
 # The one list.
@@ -8,4 +8,6 @@ TASKS = {
     "autoencode": autoencode.make,
     "clip": clip.make,
     "dalle": dalle.make,
+    "diffusion": diffusion.make,
+    "prior": prior.make,
 }

@@ -13,7 +13,8 @@ from safetensors import numpy as safetensors
 from dalle_jax import config as cfg
 from dalle_jax.data import tokenizer
 from dalle_jax.engine import checkpoint
-from dalle_jax.sampling import networks, stages
+from dalle_jax.models import unet_plan
+from dalle_jax.sampling import networks, pca, stages, unclip_stages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CAPTIONS = [
@@ -82,3 +83,63 @@ def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) ->
     codes = jnp.zeros((1, loaded.grid**2), jnp.int32)
     params = weights.init(model, text, codes, seed=seed)
     return write(folder, made, nn.meta.unbox(params)["params"])
+
+
+def write_prior(folder: pathlib.Path, clip: str, kind: str = "diffusion", seed: int = 0) -> str:
+    loaded = stages.load_clip(clip)
+    small = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2}
+    made = config(f"prior_{kind}", **{"stages.clip": clip} | small)
+    fitted = None if kind == "diffusion" else write_pca(folder.parent / "pca.npz", clip)
+    model = unclip_stages.make_prior(made, loaded, fitted)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in unclip_stages.example_inputs(model)]
+    params = nn.meta.unbox(weights.init(model, *inputs, seed=seed))["params"]
+    return _keep(write(folder, made, params), unclip_stages.kept(None, loaded, fitted))
+
+
+def write_pca(file: pathlib.Path, clip: str) -> pca.Pca:
+    loaded, rng = stages.load_clip(clip), np.random.default_rng(0)
+    z = rng.normal(size=(2, 64, loaded.model.config.joint_width))
+    z /= np.linalg.norm(z, axis=-1, keepdims=True)
+    fitted = pca.fit(*z, num_dims=4, num_buckets=8, fingerprint=loaded.fingerprint)
+    file.write_bytes(pca.to_bytes(fitted))
+    return fitted
+
+
+def write_unet(folder: pathlib.Path, clip: str = "", seed: int = 0, **overrides) -> str:
+    """A decoder of 8 px for this CLIP; without one an upsampler from 8 to 16 px."""
+    px, name = (8, "decoder") if clip else (16, "upsampler")
+    patch = 1 if clip else 2
+    small = {"model.width": 16, "model.head_width": 16, "model.patch_px": patch}
+    if clip:
+        text = {"model.text_width": 16, "model.text_layers": 1, "model.text_heads": 2}
+        small |= {"model.attention_px": (4,), "stages.clip": clip} | text
+    else:
+        small |= {"loss.low_res_px": 8}
+    made = config(name, **{"data.image_px": px} | small | overrides)
+    loaded = stages.load_clip(clip) if clip else None
+    model = networks.unet(made, loaded.model.config.joint_width if clip else 0)
+    spec = unet_plan.cond_spec(model.config, 1, px)
+    cond = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
+    x, t = jnp.zeros((1, px, px, 3)), jnp.zeros(1, jnp.int32)
+    params = nn.meta.unbox(weights.init(model, x, t, cond, seed=seed))["params"]
+    path = write(folder, made, params, has_text=bool(clip))
+    return _keep(path, unclip_stages.kept(None, loaded) if clip else {})
+
+
+def write_unclip(root: pathlib.Path) -> dict[str, str]:
+    """Folders of a whole pipeline, as a pretrained set is laid out."""
+    clip = write_clip(root / "clip")
+    return {
+        "clip": clip,
+        "prior": write_prior(root / "prior", clip),
+        "prior_ar": write_prior(root / "prior_ar", clip, "ar"),
+        "decoder": write_unet(root / "decoder", clip),
+        "inpaint": write_unet(root / "inpaint", clip, **{"loss.inpaint": True}),
+        "upsampler_1": write_unet(root / "upsampler_1"),
+    }
+
+
+def _keep(folder: str, files: dict[str, bytes]) -> str:
+    for name, data in files.items():
+        (pathlib.Path(folder) / name).write_bytes(data)
+    return folder

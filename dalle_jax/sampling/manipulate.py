@@ -1,0 +1,234 @@
+"""What unCLIP's latent of a picture makes possible: variations, interpolations, edits, inpainting.
+
+The latent is (z_i, x_T): the CLIP embedding, which holds what a picture is of, and the noise from
+which the decoder draws just this picture, which holds the rest. Inversion and drawing share one
+`unclip.Drawing`, so that an unchanged latent gives the picture back. The decoder is shown no
+caption here, only the embedding. Pictures are [B, h, h, 3] float in [-1, 1] of any size, resized to
+the decoder's; what comes back is of the decoder's size too, to be finished by `unclip.upsample`.
+
+Source: Ramesh et al. 2022 (arXiv:2204.06125) §3 and §4.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dalle_jax.diffusion import samplers
+from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.sampling import embed, inversion, latents, pca, unclip
+from dalle_jax.sampling.unclip_set import Unclip
+from dalle_jax.types import Array, Key, UsageError
+
+NOISES = ("slerp", "fixed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Latent:
+    """Pictures as unCLIP sees them.
+
+    Attributes:
+      z: [B, E] float32, CLIP image embeddings of unit length.
+      x_t: [B, s, s, 3] float32, from which the decoder draws them with these embeddings.
+    """
+
+    z: np.ndarray
+    x_t: np.ndarray
+
+
+def invert(
+    stages: Unclip,
+    pictures: Array,
+    drawing: unclip.Drawing,
+    *,
+    corrections: int = inversion.CORRECTIONS,
+) -> Latent:
+    """The latents of pictures, for `drawing`'s steps and guidance.
+
+    Args:
+      stages: CLIP and decoder.
+      pictures: [B, h, h, 3] float in [-1, 1].
+      drawing: how they will be drawn.
+      corrections: see `samplers.ddim_invert`; each costs as much as drawing.
+    """
+    decoder, small = stages.decoder, _resized(pictures, stages.decoder.image_px)
+    # As in training, where the embedding is that of the decoder's own small picture.
+    z = embed.images(stages.clip, small)
+    schedule = schedules.respace(decoder.schedule, drawing.steps)
+    size = drawing.chunk or unclip.fitting_chunk(decoder, drawing.guidance != 1)
+    x_t = []
+    for start in range(0, len(small), size):
+        rows = slice(start, start + size)
+        cond = unclip.conditions(decoder, z[rows], np.ones(len(z[rows]), bool), None)
+        x_t.append(
+            inversion.invert(
+                decoder.model,
+                decoder.on(),
+                unclip.nothing_known(decoder, cond),
+                small[rows],
+                schedule=schedule,
+                scale=drawing.guidance,
+                corrections=corrections,
+            )
+        )
+    return Latent(z, np.concatenate([np.asarray(x) for x in x_t]))
+
+
+def draw(
+    stages: Unclip,
+    latent: Latent,
+    drawing: unclip.Drawing,
+    *,
+    key: Key,
+    indices: Array,
+    mesh: Mesh | None = None,
+    progress: unclip.Progress = lambda done: None,
+) -> np.ndarray:
+    """Small pictures of latents, [B, s, s, 3] float32 in [-1, 1]; see `unclip.draw_base`."""
+    has_clip = np.ones(len(latent.z), bool)
+    options = dict(key=key, indices=indices, x_t=latent.x_t, mesh=mesh, progress=progress)
+    return unclip.draw_base(stages.decoder, latent.z, has_clip, None, drawing, **options)
+
+
+def vary(
+    stages: Unclip,
+    latent: Latent,
+    num: int,
+    drawing: unclip.Drawing,
+    *,
+    key: Key,
+    mesh: Mesh | None = None,
+    progress: unclip.Progress = lambda done: None,
+) -> np.ndarray:
+    """Variations of one picture.
+
+    Args:
+      stages: the stages.
+      latent: of the picture, B = 1.
+      num: how many; at eta 0 all of them are the picture again.
+      drawing: its `eta` says how much changes that the embedding does not hold.
+      key: typed key; more variations only add to those of fewer.
+      mesh: see `unclip.draw_base`.
+      progress: see there.
+
+    Returns:
+      [num, s, s, 3] float32.
+    """
+    many = Latent(latent.z.repeat(num, 0), latent.x_t.repeat(num, 0))
+    options = dict(key=key, indices=np.arange(num), mesh=mesh, progress=progress)
+    return draw(stages, many, drawing, **options)
+
+
+def between(
+    stages: Unclip, ends: Latent, thetas: Sequence[float], noise: str, *, key: Key
+) -> Latent:
+    """The latents on the way between two pictures.
+
+    Args:
+      stages: the stages.
+      ends: of the two, B = 2.
+      thetas: places on the way, 0 = the first picture and 1 = the second.
+      noise: "slerp" goes from one picture's noise to the other's, so that the ends are the pictures
+        themselves; "fixed" draws one noise for all: the way is smoother, its ends are variations.
+      key: typed key, of the fixed noise.
+
+    Source: §3.2 and its figure 4.
+    """
+    if noise not in NOISES:
+        raise UsageError(f"noise {noise!r} is unknown; use one of {', '.join(NOISES)}.")
+    thetas = _thetas(thetas)
+    z = latents.slerp(ends.z[:1], ends.z[1:], thetas[:, None])
+    if noise == "slerp":
+        x_t = latents.slerp_noise(*ends.x_t, thetas)
+    else:
+        x_t = fixed_noise(stages, len(thetas), key=key)
+    return Latent(np.asarray(z), np.asarray(x_t))
+
+
+def edited(
+    stages: Unclip, latent: Latent, new: Array, old: Array | None, thetas: Sequence[float]
+) -> Latent:
+    """The latents on the way from a picture towards what a caption says, its noise unchanged.
+
+    Args:
+      stages: the stages.
+      latent: of the picture, B = 1.
+      new: [T] int32, a caption of what it is to become, by the CLIP's tokenizer.
+      old: [T] int32, a caption of what it is, or None.
+      thetas: how far to turn the embedding, 0 = not at all, 1 = all the way; paper 0.25 to 0.5.
+
+    Raises:
+      UsageError: if both captions are one.
+
+    Source: §3.3.
+    """
+    check_captions(new, old)
+    z_t = embed.texts(stages.clip, np.stack([new, new if old is None else old]))
+    direction = latents.text_difference(z_t[:1], None if old is None else z_t[1:])
+    thetas = _thetas(thetas)
+    z = latents.slerp(latent.z, direction, thetas[:, None])
+    return Latent(np.asarray(z), latent.x_t.repeat(len(thetas), 0))
+
+
+def check_captions(new: Array, old: Array | None) -> None:
+    """Raises UsageError if both captions are one."""
+    if old is not None and np.array_equal(new, old):
+        raise UsageError("the two captions are the same to CLIP, and name no direction.")
+
+
+def truncated(
+    stages: Unclip, pictures: Array, dims: Sequence[int], *, key: Key
+) -> tuple[Latent, np.ndarray]:
+    """What CLIP keeps of pictures: latents of embeddings cut to their leading components.
+
+    Args:
+      stages: with a PCA.
+      pictures: [B, h, h, 3] float in [-1, 1].
+      dims: how many components to keep, several.
+      key: typed key of the noise, which is the same for all.
+
+    Returns:
+      latents of all dims of the first picture, then of the second, …; and the cosines [B, D]
+      between each embedding and what is left of it.
+
+    Raises:
+      UsageError: without a PCA, or for more components than there are.
+
+    Source: §4 and its figure 7.
+    """
+    if stages.pca is None:
+        raise UsageError(
+            "these stages have no PCA of the CLIP's embeddings; give --pca=FILE, which `python -m "
+            "dalle_jax pca` makes, or an AR prior, which has one."
+        )
+    z = embed.images(stages.clip, _resized(pictures, stages.decoder.image_px))
+    cut = np.stack([np.asarray(pca.truncate(stages.pca, z, d)) for d in dims], axis=1)  # [B, D, E]
+    x_t = fixed_noise(stages, cut.shape[0] * cut.shape[1], key=key)
+    cosines = np.einsum("BDE,BE->BD", cut, z)
+    return Latent(cut.reshape(-1, cut.shape[-1]), x_t), cosines
+
+
+def fixed_noise(stages: Unclip, num: int, *, key: Key) -> np.ndarray:
+    """One x_T, num times: [num, s, s, 3]."""
+    px = stages.decoder.image_px
+    keys = samplers.example_keys(key, jnp.zeros(1, jnp.int32))
+    flat = samplers.start(stages.decoder.schedule, keys, (px * px * 3,))
+    return np.broadcast_to(np.asarray(flat).reshape(1, px, px, 3), (num, px, px, 3))
+
+
+def _thetas(thetas: Sequence[float]) -> np.ndarray:
+    made = np.asarray(thetas, np.float32)
+    if made.ndim != 1 or not len(made) or not ((made >= 0) & (made <= 1)).all():
+        raise UsageError(f"theta={list(thetas)}; expected numbers in [0, 1].")
+    return made
+
+
+def _resized(pictures: Array, px: int) -> np.ndarray:
+    pictures = np.asarray(pictures, np.float32)
+    if pictures.shape[1:3] == (px, px):
+        return pictures
+    shape = (len(pictures), px, px, 3)
+    return np.asarray(jnp.clip(jax.image.resize(pictures, shape, "cubic", antialias=True), -1, 1))

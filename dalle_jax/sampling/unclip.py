@@ -1,0 +1,378 @@
+"""unCLIP, whole: caption -> text embedding -> prior -> image embedding -> decoder -> upsamplers.
+
+The stages are a `unclip_set.Unclip`. What the latent space makes possible beside (variations,
+interpolations, …) is `sampling.manipulate`. Pictures are float32 in [-1, 1] on the host between the
+stages: each stage runs in chunks that fit its own memory.
+
+All noise is a function of (key, stage, global index of the picture, step), so that a picture is the
+same alone, in any chunk and on any number of devices.
+
+Source: Ramesh et al. 2022 (arXiv:2204.06125) §2.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.diffusion import corrupt
+from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.sampling import diffusion, embed, rerank, unclip_set, unet_stages
+from dalle_jax.sampling.unclip_set import Unclip
+from dalle_jax.types import Array, Batch, Key, UsageError
+
+# What the decoder is given of a caption, beside the caption: an embedding of a prior, the text
+# embedding in its place, or nothing.
+WAYS = ("diffusion", "ar", "none", "caption")
+MAX_CANDIDATES = 2**16  # of one prompt: global indices are prompt * this + candidate
+MAX_CHUNK = 64  # pictures at a time and device
+_PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2  # streams of noise; the i-th upsampler has 2 + i
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How the decoder and the upsamplers draw.
+
+    Attributes:
+      steps: of the decoder, a spacing of `diffusion.schedule`; paper 250.
+      sampler: of the decoder, "ddim" | "ddpm".
+      eta: of its ddim.
+      guidance: classifier-free guidance of the decoder; 1 = off and half the work.
+      upsample_steps: of each upsampler, the last one for all further; paper fast27 and 15, ddim.
+      chunk: pictures at a time over all devices; 0 = what fits the memory.
+    """
+
+    steps: schedules.Spacing = "50"
+    sampler: str = "ddim"
+    eta: float = 0.0
+    guidance: float = 1.0
+    upsample_steps: tuple[schedules.Spacing, ...] = ("fast27", "15")
+    chunk: int = 0
+
+    def __post_init__(self):
+        if self.sampler not in diffusion.SAMPLERS:
+            raise UsageError(
+                f"sampler {self.sampler!r} is unknown; use one of {', '.join(diffusion.SAMPLERS)}."
+            )
+        if not 0 <= self.eta <= 1:
+            raise UsageError(f"eta={self.eta}; expected 0 (no noise) to 1 (as much as DDPM).")
+        if not 0 <= self.guidance < float("inf"):
+            raise UsageError(f"guidance={self.guidance}; expected 0 or more, 1 = off.")
+        if self.chunk < 0 or not self.upsample_steps:
+            raise UsageError(f"chunk={self.chunk}, upsample_steps={self.upsample_steps}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The best of one prompt's candidates, best first.
+
+    Attributes:
+      candidates: [K] int, their global indices.
+      images: [K, h, w, 3] float32 in [-1, 1], of the finished size.
+      small: [K, s, s, 3] float32 as the decoder drew them; without upsamplers the same.
+      embeddings: [K, E] float32 image embeddings that they were drawn from; zeros without any.
+      scores: [N] float32 of *all* candidates in the order drawn.
+    """
+
+    candidates: np.ndarray
+    images: np.ndarray
+    small: np.ndarray
+    embeddings: np.ndarray
+    scores: np.ndarray
+
+
+def image_embeddings(
+    unclip: Unclip,
+    way: str,
+    text: Array,
+    *,
+    key: Key,
+    indices: Array,
+    **options,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the decoder is given for captions.
+
+    Args:
+      unclip: the stages.
+      way: one of WAYS: a prior, "none" (the text embedding in the image embedding's place) or
+        "caption" (no embedding: the decoder reads the caption only).
+      text: [B, T] int32 by the CLIP's tokenizer.
+      key: typed key.
+      indices: [B] int, global indices of the pictures: each has its own draw.
+      **options: of `prior.sample_diffusion` or `prior.sample_ar`.
+
+    Returns:
+      z_i [B, E] float32 of unit length, and has_clip [B] bool.
+
+    Raises:
+      UsageError: for an unknown way, or one that these stages cannot go.
+    """
+    check_way(unclip, way)
+    text, indices = np.asarray(text, np.int32), np.asarray(indices, np.int32)
+    z_t = embed.texts(unclip.clip, text)
+    if way in ("none", "caption"):
+        return z_t, np.full(len(text), way == "none")
+    # The prior numbers captions from `first` on; an array of firsts numbers them anyhow.
+    first = indices - np.arange(len(indices), dtype=np.int32)
+    stream = jax.random.fold_in(key, _PRIOR)
+    z = unclip.priors[way].sample(text, z_t, key=stream, first=jnp.asarray(first), **options)
+    return np.asarray(z), np.ones(len(text), bool)
+
+
+def check_way(unclip: Unclip, way: str) -> None:
+    """Raises UsageError for an unknown way from caption to picture, or one without its stage."""
+    if way not in WAYS:
+        raise UsageError(f"prior {way!r} is unknown; use one of {', '.join(WAYS)}.")
+    if way in unclip_set.PRIORS.values() and way not in unclip.priors:
+        has = [*unclip.priors, "none", "caption"]
+        raise UsageError(f"there is no {way} prior among the stages; use one of {', '.join(has)}.")
+    if way == "caption" and not unclip.decoder.model.config.text_layers:
+        raise UsageError("this decoder reads no captions; it cannot draw from one alone.")
+
+
+def draw_base(
+    stage: unet_stages.UnetStage,
+    z: Array,
+    has_clip: Array,
+    text: Array | None,
+    drawing: Drawing,
+    *,
+    key: Key,
+    indices: Array,
+    x_t: Array | None = None,
+    keep: tuple[Array, Array] | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress = lambda done: None,
+) -> np.ndarray:
+    """Small pictures of embeddings and captions.
+
+    Args:
+      stage: a decoder.
+      z: [B, E].
+      has_clip: [B] bool, False = without the embedding.
+      text: [B, T] int32; None = without captions.
+      drawing: how.
+      key: typed key, of all stages.
+      indices: [B] int, global.
+      x_t: [B, h, h, 3] to start from instead of noise.
+      keep: (pictures [B, h, h, 3], known [B, h, h, 1] bool), what comes back bit for bit.
+      mesh: spreads the pictures over its devices; None = one.
+      progress: called with the number drawn so far.
+
+    Returns:
+      [B, h, h, 3] float32 in [-1, 1].
+    """
+    cond = conditions(stage, z, has_clip, text)
+    options = dict(sampler=drawing.sampler, eta=drawing.eta, scale=drawing.guidance)
+    key = jax.random.fold_in(key, _DECODER)
+    common = dict(key=key, indices=indices, mesh=mesh, progress=progress, chunk=drawing.chunk)
+    return _draw(stage, cond, drawing.steps, options, x_t=x_t, keep=keep, **common)
+
+
+def conditions(
+    stage: unet_stages.UnetStage, z: Array, has_clip: Array, text: Array | None
+) -> Batch:
+    """What a decoder is shown, `unet_plan.cond_spec` without masks; see `draw_base`."""
+    c = stage.model.config
+    cond = {"clip": np.asarray(z, np.float32), "has_clip": np.asarray(has_clip, bool)}
+    if c.text_layers:
+        nothing = np.zeros((len(z), c.text_len), np.int32)
+        cond["text"] = nothing if text is None else np.asarray(text, np.int32)
+    return cond
+
+
+def nothing_known(stage: unet_stages.UnetStage, cond: Batch) -> Batch:
+    """The conditions of whole pictures: an inpainting network is shown that nothing is known."""
+    if not stage.model.config.inpaint:
+        return cond
+    shape = (len(next(iter(cond.values()))), stage.image_px, stage.image_px)
+    nothing = {"picture": np.zeros((*shape, 3), np.float32), "known": np.zeros((*shape, 1), bool)}
+    return cond | nothing
+
+
+def upsample(
+    unclip: Unclip,
+    pictures: Array,
+    drawing: Drawing,
+    *,
+    key: Key,
+    indices: Array,
+    keep: Sequence[tuple[Array, Array]] = (),
+    mesh: Mesh | None = None,
+    progress: Progress = lambda done: None,
+) -> np.ndarray:
+    """Finished pictures of small ones, through all upsamplers at full size.
+
+    Args:
+      unclip: the stages; without upsamplers the pictures come back as they are.
+      pictures: [B, s, s, 3] float in [-1, 1].
+      drawing: how.
+      key: see `draw_base`, as for all arguments not named here.
+      indices: see there.
+      keep: of each upsampler, see there; () = nothing is kept.
+      mesh: see there.
+      progress: called with the number that the last upsampler has drawn so far.
+
+    Returns:
+      [B, h, h, 3] float32 in [-1, 1].
+    """
+    pictures = np.asarray(pictures, np.float32)
+    for i, stage in enumerate(unclip.upsamplers):
+        is_last = i == len(unclip.upsamplers) - 1
+        # Rounded as in training, where the small picture is one of a file.
+        cond = {"low_res": np.asarray(corrupt.to_levels(pictures))}
+        steps = drawing.upsample_steps[min(i, len(drawing.upsample_steps) - 1)]
+        pictures = _draw(
+            stage,
+            cond,
+            steps,
+            {},
+            key=jax.random.fold_in(key, _UPSAMPLER + i),
+            indices=indices,
+            keep=keep[i] if keep else None,
+            mesh=mesh,
+            chunk=drawing.chunk,
+            progress=progress if is_last else lambda done: None,
+        )
+    return pictures
+
+
+def draw_best(
+    unclip: Unclip,
+    way: str,
+    text: Array,
+    drawing: Drawing,
+    *,
+    num_candidates: int,
+    keep: int,
+    key: Key,
+    first: int = 0,
+    known: tuple[Array, Array] | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress = lambda done: None,
+    **options,
+) -> Drawn:
+    """Draws N candidates of one caption, ranks them by CLIP and finishes the best K.
+
+    Args:
+      unclip: the stages.
+      way: see `image_embeddings`.
+      text: [T] int32 by the CLIP's tokenizer.
+      drawing: how.
+      num_candidates: N, at most MAX_CANDIDATES.
+      keep: K; only these are upsampled.
+      key: typed key. More candidates only add to those of fewer.
+      first: global index of the first one.
+      known: (picture [h, h, 3] float of the finished size, known [h, h, 1] bool): inpainting; with
+        the inpainter where there is one. What is known comes back bit for bit.
+      mesh: devices that share the work; None = one.
+      progress: called with the number of candidates drawn so far.
+      **options: of the prior, see `image_embeddings`.
+    """
+    if not 1 <= keep <= num_candidates <= MAX_CANDIDATES:
+        raise UsageError(f"{keep} of {num_candidates} candidates; expected 1 to all of them.")
+    stage = unclip.decoder
+    if known is not None and unclip.inpainter is not None:
+        stage = unclip.inpainter
+    pyramid = [] if known is None else kept_parts(unclip, *known)
+    chunk = drawing.chunk or fitting_chunk(stage, drawing.guidance != 1) * _shards(mesh)
+    small, embedded, scores = [], [], []
+    for start in range(0, num_candidates, chunk):
+        # One shape for all chunks: the last one is filled up with candidates that are dropped.
+        rows = np.arange(start, start + min(chunk, num_candidates)) + first
+        texts = np.broadcast_to(text, (len(rows), len(text)))
+        z, has_clip = image_embeddings(unclip, way, texts, key=key, indices=rows, **options)
+        part = [_repeated(x, len(rows)) for x in pyramid[0]] if pyramid else None
+        drawn = draw_base(
+            stage, z, has_clip, texts, drawing, key=key, indices=rows, keep=part, mesh=mesh
+        )
+        left = num_candidates - start
+        small.append(drawn[:left])
+        embedded.append((z * has_clip[:, None])[:left])
+        scores.append(rerank.score(unclip.clip, small[-1], texts[:left]))
+        progress(min(start + chunk, num_candidates))
+    small, embedded, scores = (np.concatenate(x) for x in (small, embedded, scores))
+    best = rerank.order(scores)[:keep]
+    finished = upsample(
+        unclip,
+        small[best],
+        drawing,
+        key=key,
+        indices=first + best,
+        keep=[tuple(_repeated(x, keep) for x in part) for part in pyramid[1:]],
+        mesh=mesh,
+    )
+    return Drawn(first + best, finished, small[best], embedded[best], scores)
+
+
+def kept_parts(unclip: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
+    """What is kept at each stage's size, decoder first: pictures, and where they are known.
+
+    Args:
+      unclip: the stages.
+      picture: [h, h, 3] float in [-1, 1], of the finished size.
+      known: [h, h, 1] bool.
+
+    A pixel of a smaller size is known where all that it covers is: nothing of what is to be drawn
+    anew shows through.
+    """
+    made = []
+    for stage in (unclip.decoder, *unclip.upsamplers):
+        px, times = stage.image_px, len(picture) // stage.image_px
+        here, seen = picture, known
+        if times > 1:
+            here = jax.image.resize(picture, (px, px, 3), "cubic", antialias=True)
+            here = np.asarray(jnp.clip(here, -1, 1))
+            seen = np.asarray(known).reshape(px, times, px, times, 1).all(axis=(1, 3))
+        made.append((np.asarray(here, np.float32), np.asarray(seen, bool)))
+    return made
+
+
+def fitting_chunk(stage: unet_stages.UnetStage, is_guided: bool = False) -> int:
+    """Pictures that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
+    c = stage.model.config
+    # The maps that the way up takes from the way down, and a block's own: float32.
+    maps = sum((c.num_blocks + 4) * m / 4**i for i, m in enumerate(c.channel_mults))
+    each = 4 * c.width * (c.image_px // c.patch_px) ** 2 * maps * (2 if is_guided else 1)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 2**30) - stats.get("bytes_in_use", 0)
+    return max(1, min(MAX_CHUNK, int(free // 2 / each)))
+
+
+def _draw(
+    stage, cond, spacing, options, *, key, indices, mesh, chunk, progress, x_t=None, keep=None
+) -> np.ndarray:
+    """`diffusion.draw` in chunks of one shape, each picture with its own conditions."""
+    if keep is None:
+        cond = nothing_known(stage, cond)
+    elif stage.model.config.inpaint:
+        cond = cond | {"picture": keep[0], "known": keep[1]}
+    rows = dict(cond=cond, indices=np.asarray(indices, np.int32), x_t=x_t, keep=keep)
+    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    schedule = schedules.respace(stage.schedule, spacing)
+    count = len(rows["indices"])
+    is_guided = options.get("scale", 1) != 1
+    size = min(chunk or fitting_chunk(stage, is_guided) * _shards(mesh), count)
+    parts = []
+    for start in range(0, count, size):
+        some = np.minimum(np.arange(start, start + size), count - 1)
+        part = jax.tree.map(lambda x, some=some: np.asarray(x)[some], rows)
+        drawn = diffusion.draw(
+            stage.model, stage.on(where), schedule=schedule, key=key, mesh=mesh, **part, **options
+        )
+        parts.append(np.asarray(drawn)[: count - start])
+        progress(min(start + size, count))
+    return np.concatenate(parts)
+
+
+def _shards(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.size
+
+
+def _repeated(x: Array, count: int) -> np.ndarray:
+    return np.broadcast_to(x, (count, *np.shape(x)))

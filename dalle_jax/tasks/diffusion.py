@@ -1,0 +1,219 @@
+"""The objective of DALL-E 2's picture networks: the decoder and both upsamplers, by config.
+
+  decoder    learns to draw the picture of an image embedding z_i, which the frozen CLIP makes
+             inside the step, and of its caption. Either is dropped, independently: z_i by
+             `loss.clip_drop`, the caption by `loss.text_drop`. eps and the variance (hybrid loss).
+  upsampler  where `loss.low_res_px` is above 0: learns the picture from a smaller, corrupted one;
+             on random crops of `loss.crop` of the side, and no caption. eps only.
+
+`loss.inpaint` shows either the known part of the picture beside it.
+
+Timesteps are drawn for each example. Metrics are averages over examples and steps; mse_q1 to mse_q4
+are of the quarters of the steps, q1 the least noisy one.
+
+Source: Ramesh et al. 2022 (arXiv:2204.06125) §2.1 and appendix C; the hybrid loss Nichol & Dhariwal
+2021 (arXiv:2102.09672). How an upsampler's input comes about: tasks/diffusion_inputs.py.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax import config as cfg
+from dalle_jax import images
+from dalle_jax.diffusion import gaussian
+from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.engine import task as task_lib
+from dalle_jax.engine.task import Output, Task
+from dalle_jax.models import unet, unet_plan
+from dalle_jax.sampling import abstract, networks, stages, unclip_stages
+from dalle_jax.sampling import diffusion as sampling
+from dalle_jax.tasks import diffusion_inputs as inputs
+from dalle_jax.types import Array, Batch, Key, Params, UsageError
+
+NAME = "diffusion"
+PREVIEW_ROWS = 6
+PREVIEW_SAMPLES = 2
+QUARTERS = 4
+
+
+def wanted(config: cfg.ConfigDict) -> set[str]:
+    """What a batch holds: an upsampler reads no captions."""
+    return {"image"} if config.loss.low_res_px else {"image", "text"}
+
+
+def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+    """The task that trains a decoder on the embeddings of `config.stages.clip`, or an upsampler.
+
+    Args:
+      config: with the sections of configs/decoder.py or configs/upsampler.py.
+      tokenizer: the run's tokenizer, which must be the CLIP's; None in dry runs.
+      by_shape: for plans and dry runs: without a `stages.clip` the CLIP is the one that
+        `stages.clip_config` describes, without weights.
+
+    Raises:
+      UsageError: for a missing CLIP, or values that do not fit together.
+    """
+    if config.loss.low_res_px:
+        return build(config)
+    if not config.stages.clip and not by_shape:
+        raise UsageError(
+            "stages.clip is empty; a decoder needs a trained CLIP: give its workdir with "
+            "--config.stages.clip=DIR."
+        )
+    clip = abstract.clip(config) if by_shape else stages.load_clip(config.stages.clip)
+    return build(config, clip, tokenizer)
+
+
+def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenizer=None) -> Task:
+    """`make` for a CLIP that is already loaded; None = an upsampler."""
+    data, loss_config = config.data, config.loss
+    if clip is not None:
+        unclip_stages.check_reading(config, clip, tokenizer)
+    model = networks.unet(config, 0 if clip is None else clip.model.config.joint_width)
+    inputs.check(config, model.config)
+    made, px = model.config, data.image_px
+    schedule = schedules.make(loss_config.schedule, loss_config.num_steps)
+    p = sampling.parameterisation(made)
+
+    def init(key: Key) -> tuple[Params, None]:
+        # The side plays no part in the shapes of the parameters; the smallest is the fastest.
+        spec = unet_plan.cond_spec(made, 1, made.stride)
+        cond = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
+        pictures = jnp.zeros((1, made.stride, made.stride, 3))
+        return model.init(key, pictures, jnp.zeros((1,), jnp.int32), cond)["params"], None
+
+    def condition(frozen: Params, batch: Batch, key: Key, *, training=False, crop=1.0):
+        """(x_0, cond): the pictures to draw, and what the network is shown of them."""
+        pictures = images.to_float(batch["image"])
+        keys = jax.random.split(key, 3)
+        if clip is None:
+            x_0, cond = inputs.upsampling(loss_config, pictures, crop, keys[0])
+        else:
+            x_0, z = pictures, inputs.embed(clip, frozen, pictures)
+            has_clip, text = jnp.ones(len(z), bool), batch["text"]
+            if training:
+                has_clip, text = inputs.drop(loss_config, has_clip, text, keys[1])
+            cond = {"clip": z, "has_clip": has_clip}
+            cond |= {"text": text} if made.text_layers else {}
+        return x_0, cond | (inputs.inpainting(x_0, keys[2]) if made.inpaint else {})
+
+    def losses(params, frozen, batch, t, key, *, training):
+        cond_key, noise_key, dropout_key = jax.random.split(key, 3)
+        x_0, cond = condition(frozen, batch, cond_key, training=training, crop=loss_config.crop)
+        # Flat: XLA's CPU compiler takes seconds over a rank-4 draw.
+        eps = jax.random.normal(noise_key, (x_0.size,)).reshape(x_0.shape)
+        x_t = gaussian.q_sample(schedule, x_0, t, eps)
+        drops = dropout_key if training and made.dropout else None
+        output = model.apply({"params": params}, x_t, t, cond, drops)
+        found = gaussian.losses(p, schedule, output, x_0, t, eps)
+        return jnp.mean(found["loss"]), measured(found, t, schedule.num_steps)
+
+    def loss(params, extra, frozen, batch, key, step):
+        del step
+        step_key, key = jax.random.split(key)
+        t = jax.random.randint(step_key, (len(batch["image"]),), 0, schedule.num_steps)
+        total, metrics = losses(params, frozen, batch, t, key, training=True)
+        return total, Output(metrics, extra)
+
+    def evaluate(params, extra, frozen, batch, key):
+        """With all conditions, at steps spread evenly over the batch: less noise than by chance."""
+        del extra
+        step_key, key = jax.random.split(key)
+        count = len(batch["image"])
+        places = (jnp.arange(count) + jax.random.uniform(step_key, (count,))) / count
+        t = jnp.minimum((places * schedule.num_steps).astype(jnp.int32), schedule.num_steps - 1)
+        return losses(params, frozen, batch, t, key, training=False)[1]
+
+    steps = schedules.respace(schedule, loss_config.preview_spacing)
+    shown = jax.jit(condition)  # whole pictures
+
+    def preview(params, extra, frozen, batch, key):
+        """A strip per picture; see the grids' names."""
+        del extra
+        few = {name: value[:PREVIEW_ROWS] for name, value in batch.items()}
+        own, cond = task_lib.to_host(shown(frozen, few, key))
+        params = jax.device_put(task_lib.to_host(params))
+
+        def draw(cond, first, scale):
+            return sampling.draw(
+                model, params, cond, schedule=steps, key=key, scale=scale,
+                indices=first * len(own) + np.arange(len(own)), px=own.shape[1],
+            )  # fmt: skip
+
+        if clip is None:
+            columns = {"small_drawn_own": [cond["low_res"], draw(cond, 0, 1.0), own]}
+        else:
+            guided = loss_config.preview_guidance
+            drawn = [draw(cond, i, guided) for i in range(PREVIEW_SAMPLES)]
+            columns = {"own_then_samples": [own, *drawn]}
+            if made.text_layers:
+                alone = cond | {"has_clip": np.zeros_like(cond["has_clip"])}
+                drawn.append(draw(alone, PREVIEW_SAMPLES, guided))
+                columns = {"own_then_samples_then_by_caption_alone": [own, *drawn]}
+        return {name: strips(each) for name, each in columns.items()}
+
+    crop = round(px * loss_config.crop)
+    spec = {"image": jax.ShapeDtypeStruct((data.batch, px, px, 3), jnp.uint8)}
+    if clip is not None:
+        spec["text"] = jax.ShapeDtypeStruct((data.batch, data.text_len), jnp.int32)
+    return Task(
+        name=NAME,
+        batch_spec=spec,
+        init=init,
+        loss=loss,
+        frozen=None if clip is None else inputs.image_tower(clip),
+        preview=preview,
+        evaluate=evaluate,
+        flops=3 * data.batch * unet_plan.flops(made, crop),
+        warm_start=_warm_start(config, made, clip, init),
+        keeps={} if clip is None else unclip_stages.kept(tokenizer, clip),
+    )
+
+
+def measured(found: dict[str, Array], t: Array, num_steps: int) -> dict[str, Array]:
+    """Means of the losses of the examples, and of each quarter of the steps.
+
+    Args:
+      found: of `gaussian.losses`, [B] each.
+      t: [B] steps.
+      num_steps: of the process.
+
+    A quarter's mean is 4 x the batch's mean of what lies in it: right on average, also where a
+    small batch has nothing of a quarter.
+    """
+    metrics = {name: jnp.mean(value) for name, value in found.items()}
+    quarter = t * QUARTERS // num_steps
+    for q in range(QUARTERS):
+        metrics[f"mse_q{q + 1}"] = QUARTERS * jnp.mean(found["mse"] * (quarter == q))
+    return metrics
+
+
+def strips(columns: list[Array]) -> np.ndarray:
+    """Pictures [n, h, w, 3] side by side: [n, h, w columns, 3]."""
+    return np.concatenate([np.asarray(column) for column in columns], axis=2)
+
+
+def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
+    """`init_from`: a run of the same sizes, or the plain one that learns to inpaint."""
+    if not config.init_from:
+        return None
+    stored, variables = stages.open_run(config.init_from, NAME, None)
+    if clip is not None:
+        unclip_stages.check_clip(config.init_from, clip)
+    loaded = stages.floats(variables.params, stored)
+    fresh = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))[0])
+    if made.inpaint and not stored.loss.inpaint:
+        loaded = unet.widen(loaded, fresh)
+    ours, theirs = (
+        {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (fresh, loaded)
+    )
+    wrong = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+    if wrong:
+        raise UsageError(
+            f"init_from={config.init_from!r} has other shapes than this config, first {wrong[0]!r};"
+            " use the same model and data sizes and CLIP."
+        )
+    return lambda params, extra: (loaded, extra)
