@@ -2,6 +2,7 @@
 
   python -m dalle_jax evaluate --suite=shapes --pretrained=shapes --json
   python -m dalle_jax evaluate --suite=shapes --workdir=runs/dalle --clip=runs/clip --out=runs/eval
+  python -m dalle_jax evaluate --suite=shapes --pipeline=unclip --pretrained=shapes --json
   python -m dalle_jax evaluate --suite=recon --dvae=runs/dvae
   python -m dalle_jax evaluate --suite=retrieval --clip=runs/clip --split=held_out
 
@@ -22,6 +23,11 @@ With --dvae alone it measures judge and codec. Fields of the JSON:
                           held_out_reconstruction
   seconds_per_picture.K   seconds to draw and rank K candidates, compilation left out
 
+--pipeline=unclip measures DALL-E 2 for each way from a caption to the decoder (--ways) and each
+guidance scale (--guidances): `runs` is a list of such figures, each with its `prior` and
+`guidance`, over the same prompts. `reconstruction` is then of pictures that the decoder draws from
+the embedding of the rendered scene itself: what any prior could reach without the caption.
+
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
 
 Several processes (--distributed) share the prompts of --suite=shapes; the other suites are measured
@@ -29,12 +35,12 @@ by process 0, while the others wait.
 """
 
 import argparse
+import functools
 import json
 import pathlib
-import shlex
 import sys
 
-from dalle_jax.cli import common
+from dalle_jax.cli import common, evaluate_unclip, prompts
 
 SUMMARY = "measure a model: judged pictures and rerank curve, reconstructions, retrieval"
 
@@ -45,6 +51,9 @@ _BATCH = 64  # pictures at a time through codec and CLIP
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--suite", required=True, choices=SUITES, help="what to measure")
+    parser.add_argument(
+        "--pipeline", choices=("dalle", "unclip"), default="dalle", help="of suite shapes"
+    )
     group = parser.add_argument_group("networks")
     group.add_argument("--workdir", metavar="DIR", help="DALL-E: workdir of a dalle run")
     group.add_argument("--clip", metavar="DIR", help="CLIP: workdir of a clip run")
@@ -75,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="pictures drawn at a time; bounds the memory (default: %(default)s)",
     )
+    evaluate_unclip.add_arguments(parser)
     group = parser.add_argument_group("suites recon and retrieval")
     group.add_argument("--source", help="prepared set (default: what the network was trained on)")
     group.add_argument("--data_dir", help="where prepared sets live (default: as in training)")
@@ -100,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--{name} is {getattr(args, name)}; expected at least {lowest}.")
     if args.out and pathlib.Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
+    if args.pipeline == "unclip":
+        evaluate_unclip.check(args)
     common.use_cache(args)
     with common.job(args):
         return _run(args)
@@ -110,8 +122,9 @@ def _run(args: argparse.Namespace) -> int:
 
     from dalle_jax.engine import distributed
 
-    distributed.agree({"the command": _command(args)})
-    folders = _folders(args)
+    distributed.agree({"the command": prompts.command("evaluate", add_arguments, args)})
+    is_unclip = args.pipeline == "unclip"
+    folders = evaluate_unclip.folders(args) if is_unclip else _folders(args)
     if jax.process_index() == 0 or args.suite == "shapes":
         result, write_pictures = _measure(args, folders)
     if jax.process_index() == 0:
@@ -122,9 +135,16 @@ def _run(args: argparse.Namespace) -> int:
 
 def _measure(args, folders):
     """(the figures, a function of (folder, figures) that writes pictures and page)."""
-    suite = {"shapes": _shapes, "recon": _recon, "retrieval": _retrieval}[args.suite]
+    suite = dict(shapes=_shapes, recon=_recon, retrieval=_retrieval)[args.suite]
+    if args.pipeline == "unclip":
+        suite = functools.partial(evaluate_unclip.measure, shared=_shared, report=_to_stderr)
     result, write_pictures = suite(args, folders)
-    result = {"suite": args.suite, **result, "networks": folders, "command": _command(args)}
+    result = {
+        "suite": args.suite,
+        **result,
+        "networks": folders,
+        "command": prompts.command("evaluate", add_arguments, args),
+    }
     return _rounded(result), write_pictures
 
 
@@ -135,7 +155,9 @@ def _report(args, result, write_pictures) -> None:
         (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
         write_pictures(out, result)
         _to_stderr(f"written: {out / 'metrics.json'}, {out / 'index.html'}")
-    print(json.dumps(result, indent=2) if args.json else _as_text(result))
+    from dalle_jax.cli import evaluate_page
+
+    print(json.dumps(result, indent=2) if args.json else evaluate_page.as_text(result))
 
 
 def _folders(args) -> dict[str, str]:
@@ -343,44 +365,9 @@ def _rounded(value):
     """Floats to five digits: what n prompts can tell, and readable."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return round(value, 5) if isinstance(value, float) else value
-
-
-def _as_text(result: dict) -> str:
-    """The figures as indented lines; a table for the skills."""
-    lines = []
-    if "skills" in result:
-        judge = result["judge"]
-        lines.append(f"judge on ground truth: {judge['oracle_accuracy']:.2%} of {judge['n']}")
-        for name, skill in {**result["skills"], "mean": result["mean"]}.items():
-            parts = [f"reconstruction {skill['reconstruction']:.1%}"]
-            if "best_of" in skill:
-                for field in ("best_of", "oracle"):
-                    curve = " ".join(f"{k}: {v:.1%}" for k, v in skill[field].items())
-                    parts.append(f"{field.replace('_', '-')} {curve}")
-                parts.append(f"held-out {skill['held_out']:.1%}")
-            lines.append(f"{name:9} {' | '.join(parts)}")
-        seconds = result["seconds_per_picture"]
-        if seconds:
-            lines.append("seconds   " + " ".join(f"{k}: {v:.3g}" for k, v in seconds.items()))
-    else:
-        shown = {k: v for k, v in result.items() if k not in ("networks", "command")}
-        lines.append(json.dumps(shown, indent=2))
-    return "\n".join(lines)
-
-
-def _command(args) -> str:
-    """The command line that gives these figures again."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    words = ["python", "-m", "dalle_jax", "evaluate"]
-    skip = ("compilation_cache", "json", *common.DISTRIBUTED)
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in skip or value in (None, action.default):
-            continue
-        words.append(f"--{action.dest}={value}")
-    return shlex.join(words)
 
 
 def _to_stderr(line: str) -> None:

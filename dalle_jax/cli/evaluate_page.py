@@ -1,12 +1,13 @@
-"""Contact sheets and pages of `evaluate --out=DIR`."""
+"""What `evaluate` shows: lines on a terminal, contact sheets and pages of --out=DIR."""
 
+import json
 import pathlib
 
 import numpy as np
 
 from dalle_jax import images, pages
 
-_PICTURE_PX = 96  # pictures are enlarged to at least this
+PICTURE_PX = 96  # pictures are enlarged to at least this
 
 
 def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
@@ -22,7 +23,7 @@ def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
             ),
         ]
     )
-    page.table([_row(n, s) for n, s in {**result["skills"], "mean": result["mean"]}.items()])
+    page.table([row(n, s) for n, s in {**result["skills"], "mean": result["mean"]}.items()])
     if "best_of" in result["mean"]:
         curves = {
             "CLIP's choice, seen": "best_of",
@@ -57,7 +58,7 @@ def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
         (out / "sheet.png").write_bytes(images.png_bytes(sheet))
         page.section("Pictures", "Best first by CLIP, each with its verdict and score.")
         for title, pictures, labels in rows:
-            page.heading(title).gallery(list(zip(pictures, labels, strict=True)), _PICTURE_PX)
+            page.heading(title).gallery(list(zip(pictures, labels, strict=True)), PICTURE_PX)
     page.section("Command").command(result["command"]).write(out / "index.html")
 
 
@@ -99,11 +100,39 @@ def retrieval_rows(result: dict) -> list[dict]:
     ]
 
 
+def as_text(result: dict) -> str:
+    """The figures as indented lines; a table for the skills."""
+    lines = []
+    if "runs" in result:
+        title = "prior {prior}, guidance {guidance:g}\n"
+        return "\n".join(title.format(**run) + as_text(run) for run in result["runs"])
+    if "skills" in result:
+        lines.append(
+            "judge on ground truth: {oracle_accuracy:.2%} of {n}".format(**result["judge"])
+        )
+        for name, skill in {**result["skills"], "mean": result["mean"]}.items():
+            parts = [f"reconstruction {skill['reconstruction']:.1%}"]
+            if "best_of" in skill:
+                for field in ("best_of", "oracle"):
+                    curve = " ".join(f"{k}: {v:.1%}" for k, v in skill[field].items())
+                    parts.append(f"{field.replace('_', '-')} {curve}")
+                parts.append(f"held-out {skill['held_out']:.1%}")
+            lines.append(f"{name:9} {' | '.join(parts)}")
+        seconds = result["seconds_per_picture"]
+        if seconds:
+            lines.append("seconds   " + " ".join(f"{k}: {v:.3g}" for k, v in seconds.items()))
+    else:
+        shown = {k: v for k, v in result.items() if k not in ("networks", "command")}
+        lines.append(json.dumps(shown, indent=2))
+    return "\n".join(lines)
+
+
 def _headline(skill: dict) -> float:
     return skill["seen"] if "seen" in skill else skill["reconstruction"]
 
 
-def _row(name: str, skill: dict) -> dict:
+def row(name: str, skill: dict) -> dict:
+    """A skill's figures as a row of a table."""
     row = {"skill": name}
     for k, value in skill.get("best_of", {}).items():
         row[f"best of {k}"] = round(value, 3)
@@ -124,4 +153,4 @@ def _half(example) -> str:
 
 
 def _scale(pictures: np.ndarray) -> int:
-    return max(1, _PICTURE_PX // pictures.shape[1])
+    return max(1, PICTURE_PX // pictures.shape[1])

@@ -27,9 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports."""
+    import pathlib
+
     from dalle_jax.engine import checkpoint, metrics
+    from dalle_jax.sampling import stages
 
     done = checkpoint.export(args.workdir, args.out, args.dtype)
+    if checkpoint.load_config(args.workdir).task == "clip":
+        clip = stages.load_clip(args.workdir)
+        origin = clip.origin or clip.fingerprint
+        (pathlib.Path(args.out) / checkpoint.ORIGIN).write_text(origin)
     metrics.say(
         f"{args.out}: step {done['step']}, {done['parameters']:,} numbers as {args.dtype}, "
         f"{metrics.size(done['bytes'])}"

@@ -1,37 +1,42 @@
-"""Draws pictures for captions with a trained DALL-E; CLIP ranks them and the best are kept.
+"""Draws pictures for captions with a trained DALL-E or DALL-E 2; CLIP ranks them, some are kept.
 
   python -m dalle_jax sample --pretrained=shapes --prompt="a red cube on a white background"
   python -m dalle_jax sample --workdir=runs/dalle --clip=runs/clip --prompt="…" \\
       --candidates=64 --keep=8 --out=runs/samples
   … --image=picture.png --keep_rows=4     completes a picture from its first 4 rows of codes
+  python -m dalle_jax sample --pipeline=unclip --pretrained=shapes --prompt="two blue stars"
+  … --prior=ar|diffusion|none|caption     how the caption becomes what DALL-E 2's decoder draws from
 
-Written to --out: a folder per prompt with the pictures (01.png is the best), their codes and
-scores.json (the scores of all candidates, seed and settings), a contact sheet sheet.png, and
-index.html. The same seed draws the same pictures, whatever the batch and the number of devices
-and processes; more candidates only add to those of fewer. Several processes (--distributed) share
-the prompts, so there is work for as many of them as there are prompts; --out is on a shared disk.
+Written to --out: a folder per prompt with the pictures (01.png is the best), their codes (unclip:
+image embeddings, and 01_small.png as the decoder drew it) and scores.json (the scores of all
+candidates, seed and settings), a contact sheet sheet.png, and index.html. The same seed draws the
+same pictures, whatever the batch and the number of devices and processes; more candidates only add
+to those of fewer. Several processes (--distributed) share the prompts, so there is work for as many
+of them as there are prompts; --out is on a shared disk.
 """
 
 import argparse
 import functools
 import json
 import pathlib
-import re
-import shlex
-import sys
 import time
 
-from dalle_jax.cli import common
+from dalle_jax.cli import common, sample_unclip
+from dalle_jax.cli import prompts as prompts_lib
+from dalle_jax.cli import unclip_options as options
 
 SUMMARY = "draw pictures for captions and rank them with CLIP"
 
 CANDIDATES, KEEP = 32, 8
-MAX_PROMPT_CHARS = 1000  # 256 text slots at the paper's size hold about as many
-_FIRST_PIECE = 260  # ids below are control ids and bytes: characters unseen in training
+PIPELINES = ("dalle", "unclip")
+_DALLE_ONLY = ("workdir", "dvae", "image", "keep_rows", "temperature", "top_k", "top_p", "no_cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
+    parser.add_argument(
+        "--pipeline", choices=PIPELINES, default="dalle", help="what draws (default: %(default)s)"
+    )
     group = parser.add_argument_group("networks")
     group.add_argument("--workdir", metavar="DIR", help="DALL-E: workdir of a dalle run")
     group.add_argument(
@@ -42,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dvae", metavar="DIR", help="codec, if it is no longer where the DALL-E's config says"
     )
     group = parser.add_argument_group("what to draw")
-    group.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable")
-    group.add_argument("--prompts_file", metavar="FILE", help="one prompt per line, UTF-8")
+    prompts_lib.add_arguments(group)
     group.add_argument("--image", metavar="FILE", help="complete this picture")
     group.add_argument(
         "--keep_rows",
@@ -65,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guidance",
         type=float,
-        default=1.0,
-        help="classifier-free guidance scale; 1 = off; needs training with data.caption_drop",
+        help="classifier-free guidance scale; 1 = off (default: 1, which needs no training with "
+        f"data.caption_drop; pipeline unclip: {sample_unclip.GUIDANCE})",
     )
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     group.add_argument(
@@ -75,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no_cache", action="store_true", help="without the key/value cache: slow, same pictures"
     )
+    sample_unclip.add_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="samples", metavar="DIR", help="default: %(default)s")
     group.add_argument("--json", action="store_true", help="print all scores as JSON")
@@ -84,10 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws, ranks and writes; returns the exit code."""
-    prompts = _prompts(args)
+    prompts = prompts_lib.given(args)
+    is_unclip = args.pipeline == "unclip"
+    if args.guidance is None:
+        args.guidance = sample_unclip.GUIDANCE if is_unclip else 1.0
     _check(args)
     common.use_cache(args)
     with common.job(args):
+        if is_unclip:
+            command = prompts_lib.command("sample", add_arguments, args)
+            return sample_unclip.run(args, prompts, command)
         return _run(args, prompts)
 
 
@@ -98,26 +109,30 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     from dalle_jax.engine import distributed, meshes
     from dalle_jax.sampling import logits, rerank
 
-    distributed.agree({"the command": _command(args), "prompts": prompts})
+    distributed.agree(
+        {"the command": prompts_lib.command("sample", add_arguments, args), "prompts": prompts}
+    )
     dalle, clip = _stages(args)
     codec = dalle.codec
     logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
     if args.guidance != 1 and not dalle.config.data.caption_drop:
-        _warn("--guidance has little meaning: this DALL-E was trained with data.caption_drop=0.")
+        prompts_lib.warn(
+            "--guidance has little meaning: this DALL-E was trained with data.caption_drop=0."
+        )
     candidates, keep = _counts(args, clip is not None)
-    text = _tokens(dalle, prompts, "DALL-E")
-    clip_text = None if clip is None else _tokens(clip, prompts, "CLIP")
+    text = prompts_lib.tokens(dalle, prompts, "DALL-E")
+    clip_text = None if clip is None else prompts_lib.tokens(clip, prompts, "CLIP")
     given, prefix, rows = _prefix(args, codec)
 
     out = pathlib.Path(args.out)
     mesh = meshes.local()
     chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * mesh.size
     results: dict[int, dict] = {}
-    folders = _folders(out, prompts)
+    folders = prompts_lib.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
         prompt, folder = prompts[i], folders[i]
         start = time.monotonic()
-        label = f"{i + 1}/{len(prompts)} {_short(prompt)}"
+        label = f"{i + 1}/{len(prompts)} {prompts_lib.short(prompt)}"
         drawn = rerank.draw_best(
             dalle,
             clip,
@@ -127,7 +142,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
             keep=keep,
             chunk=chunk,
             key=jax.random.key(args.seed),
-            progress=functools.partial(_progress, label, start, candidates),
+            progress=functools.partial(prompts_lib.progress, label, start, candidates),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
@@ -142,7 +157,15 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     if jax.process_index() != 0:
         return 0
     everything = [results.get(i) or sample_page.read(folder) for i, folder in enumerate(folders)]
-    sample_page.write_pages(args, out, everything, given, dalle, clip, _command(args))
+    sample_page.write_pages(
+        args,
+        out,
+        everything,
+        given,
+        dalle,
+        clip,
+        prompts_lib.command("sample", add_arguments, args),
+    )
     report = [{k: v for k, v in result.items() if k != "pictures"} for result in everything]
     if args.json:
         print(json.dumps(report, indent=1))
@@ -150,43 +173,19 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
         for result in report:
             best = result["kept"][0]
             score = "" if best["score"] is None else f", best score {best['score']:.3f}"
-            print(f"{best['file']}  {_short(result['prompt'])} ({candidates} drawn{score})")
+            print(
+                f"{best['file']}  {prompts_lib.short(result['prompt'])} ({candidates} drawn{score})"
+            )
         print(f"{out / 'index.html'}")
     return 0
-
-
-def _prompts(args) -> list[str]:
-    """The prompts in order, each stripped, none empty."""
-    from dalle_jax.types import UsageError
-
-    prompts = list(args.prompt)
-    if args.prompts_file:
-        try:
-            lines = pathlib.Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"--prompts_file={args.prompts_file} cannot be read ({error}); expected a UTF-8 "
-                "text file with one prompt per line."
-            ) from error
-        prompts += [line for line in lines if line.strip()]
-    if not prompts:
-        raise UsageError('there is nothing to draw; give --prompt="…" or --prompts_file=FILE.')
-    for prompt in prompts:
-        if not prompt.strip():
-            raise UsageError(f"prompt {prompt!r} is empty; expected a caption.")
-        if len(prompt) > MAX_PROMPT_CHARS:
-            raise UsageError(
-                f"the prompt {_short(prompt)!r} has {len(prompt):,} characters; at most "
-                f"{MAX_PROMPT_CHARS:,} are taken: shorten it."
-            )
-    return [prompt.strip() for prompt in prompts]
 
 
 def _check(args) -> None:
     """What can be refused before anything is loaded."""
     from dalle_jax.types import UsageError
 
-    if bool(args.workdir) == bool(args.pretrained):
+    _check_pipeline(args)
+    if args.pipeline == "dalle" and bool(args.workdir) == bool(args.pretrained):
         raise UsageError("give either --workdir=DIR or --pretrained=NAME.")
     for name in ("candidates", "keep", "batch"):
         value = getattr(args, name)
@@ -204,6 +203,26 @@ def _check(args) -> None:
     out = pathlib.Path(args.out)
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
+
+
+def _check_pipeline(args) -> None:
+    """Refuses flags of the other pipeline, and what unclip's can be refused for."""
+    from dalle_jax.types import UsageError
+
+    ours, both = argparse.ArgumentParser(), argparse.ArgumentParser()
+    sample_unclip.add_arguments(ours)
+    add_arguments(both)
+    names = [action.dest for action in ours._actions if action.dest != "help"]
+    names = _DALLE_ONLY if args.pipeline == "unclip" else names
+    for name in names:
+        if getattr(args, name) != both.get_default(name):
+            other = "dalle" if args.pipeline == "unclip" else "unclip"
+            raise UsageError(
+                f"--{name} belongs to --pipeline={other}, not to --pipeline={args.pipeline}; leave "
+                "it out, or change the pipeline."
+            )
+    if args.pipeline == "unclip":
+        options.check(args)
 
 
 def _stages(args):
@@ -225,36 +244,10 @@ def _counts(args, has_clip: bool) -> tuple[int, int]:
         return candidates, args.keep or min(KEEP, candidates)
     keep = args.keep or min(KEEP, args.candidates or KEEP)
     if args.candidates and args.candidates > keep:
-        _warn(f"nothing ranks without --clip: drawing only the {keep} pictures that are kept.")
+        prompts_lib.warn(
+            f"nothing ranks without --clip: drawing only the {keep} pictures that are kept."
+        )
     return keep, keep
-
-
-def _tokens(stage, prompts: list[str], name: str):
-    """Ids [P, T] by the stage's own tokenizer; warns of what it will not read."""
-    from dalle_jax.data import tokenizer
-    from dalle_jax.types import UsageError
-
-    own = tokenizer.Tokenizer(stage.tokenizer_bytes)
-    data = stage.config.data
-    for prompt, row in zip(prompts, own.pieces(prompts), strict=True):
-        if not any(i >= _FIRST_PIECE and own.decode([i]).strip() for i in row):
-            raise UsageError(
-                f"{name} knows no character of the prompt {_short(prompt)!r}; its training "
-                "captions were of another script: describe the picture in their words."
-            )
-        unknown = [c for c in dict.fromkeys(prompt) if c.strip() and not _knows(own, c)]
-        if unknown:
-            _warn(f"{name} never saw {' '.join(unknown)} in training; in {_short(prompt)!r}.")
-        if tokenizer.overlong(row, data.text_len, data.add_bos_eos):
-            _warn(
-                f"{name} reads only the first {data.text_len - 2 * data.add_bos_eos} of "
-                f"{len(row)} tokens of {_short(prompt)!r}."
-            )
-    return own.encode(prompts, data.text_len, add_bos_eos=data.add_bos_eos)
-
-
-def _knows(own, character: str) -> bool:
-    return any(i >= _FIRST_PIECE and own.decode([i]).strip() for i in own.pieces([character])[0])
 
 
 def _prefix(args, codec):
@@ -276,56 +269,3 @@ def _prefix(args, codec):
     given = preprocess.crop_center(images.read(args.image), codec.image_px)
     codes = np.asarray(codec.encode(images.to_float(given)[None])).reshape(1, -1)
     return given, codes[:, : rows * codec.grid], rows
-
-
-def _folders(out: pathlib.Path, prompts: list[str]) -> list[pathlib.Path]:
-    """One folder name per prompt: its words, numbered where two would be the same."""
-    names: list[str] = []
-    for prompt in prompts:
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].rstrip("-") or "prompt"
-        number, name = 2, slug
-        while name in names:
-            number, name = number + 1, f"{slug}-{number}"
-        names.append(name)
-    return [out / name for name in names]
-
-
-def _command(args) -> str:
-    """The command line that draws this again."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    skip = ("compilation_cache", "json", *common.DISTRIBUTED)
-    words = ["python", "-m", "dalle_jax", "sample"]
-    for action in parser._actions:
-        value = getattr(args, action.dest, None)
-        if action.dest in skip or value in (None, action.default):
-            continue
-        if value is True:
-            words.append(f"--{action.dest}")
-        else:
-            words += [
-                f"--{action.dest}={v}" for v in (value if isinstance(value, list) else [value])
-            ]
-    return shlex.join(words)
-
-
-def _progress(label: str, start: float, total: int, done: int) -> None:
-    """A line on stderr per batch; on a terminal it replaces itself."""
-    rate = done / max(time.monotonic() - start, 1e-9)
-    text = f"{label}: {done}/{total} drawn, {rate:.1f}/s"
-    if done < total:
-        text += f", about {(total - done) / rate:.0f} s left"
-    is_terminal = sys.stderr.isatty()
-    end = "\r" if is_terminal and done < total else "\n"
-    print(text.ljust(79) if is_terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 60 else prompt[:57] + "…"
-
-
-def _warn(text: str) -> None:
-    import jax
-
-    if jax.process_index() == 0:
-        print(f"warning: {text}", file=sys.stderr)

@@ -17,7 +17,7 @@ import tiny_stages  # noqa: E402
 
 from dalle_jax import images  # noqa: E402
 from dalle_jax.__main__ import main  # noqa: E402
-from dalle_jax.cli import sample  # noqa: E402
+from dalle_jax.cli import prompts  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
 from dalle_jax.sampling import rerank, stages  # noqa: E402
 
@@ -231,6 +231,6 @@ def test_nothing_to_draw_is_told(folders, tmp_path, capsys):
 
 def test_folders_are_distinct_and_never_leave_out():
     out = pathlib.Path("out")
-    names = sample._folders(out, ["A cube!", "a cube", "../../etc", "Ж", "x" * 300])
+    names = prompts.folders(out, ["A cube!", "a cube", "../../etc", "Ж", "x" * 300])
     assert [n.name for n in names[:4]] == ["a-cube", "a-cube-2", "etc", "prompt"]
     assert all(n.parent == out and len(n.name) <= 60 for n in names)

@@ -188,7 +188,7 @@ def test_overview_lists_every_command_with_its_summary(capsys):
     assert __main__.main([]) == 0
     out = capsys.readouterr().out
     for file in (ROOT / "dalle_jax" / "cli").glob("*.py"):
-        if "SUMMARY" in file.read_text():
+        if "\nSUMMARY = " in file.read_text():
             assert f"  {file.stem} " in out
 
 

@@ -1,0 +1,120 @@
+"""Draws part of a picture anew, as a text says, with DALL-E 2; the rest stays bit for bit.
+
+  python -m dalle_jax inpaint --pretrained=shapes --image=room.png --rect=8,8,12,12 \\
+      --prompt="a red cube on a white background"
+  python -m dalle_jax inpaint … --mask=mask.png       see-through, or white, where to draw
+
+The mask is as large as the picture, a PNG with an alpha channel (see-through = draw here) or black
+and white (white = draw here); --invert_mask turns it round. --prompt tells what the whole picture
+is to show, not only the part. A decoder that was tuned to inpaint (--inpainter) sees the rest of
+the picture while it draws; without one the plain decoder is used, which only is held to it at every
+step. CLIP ranks the candidates. Upsamplers keep what is known too.
+
+Written to --out: given.png (the picture as it was cut to the square that is used), masked.png (in
+grey what is drawn anew), the pictures 01.png (the best), 02.png, …, sheet.png, index.html and
+results.json.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+
+from dalle_jax.cli import prompts as prompts_lib
+from dalle_jax.cli import unclip_options as options
+
+SUMMARY = "draw part of a picture anew, as a text says (DALL-E 2)"
+
+CANDIDATES, KEEP, GUIDANCE = 8, 4, 2.0
+_GREY = 128
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    options.add_networks(parser, "prior_diffusion", "prior_ar", "inpainter")
+    group = parser.add_argument_group("what to draw")
+    group.add_argument("--image", required=True, metavar="FILE", help="picture")
+    group.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what the whole picture is to show"
+    )
+    group.add_argument("--mask", metavar="FILE", help="where: see-through or white")
+    group.add_argument("--rect", metavar="x,y,w,h", help="or a rectangle, in the picture's pixels")
+    group.add_argument(
+        "--invert_mask", action="store_true", help="draw what the mask or rectangle leaves out"
+    )
+    group.add_argument(
+        "--candidates", type=int, default=CANDIDATES, metavar="N", help="default: %(default)s"
+    )
+    group.add_argument("--keep", type=int, metavar="K", help=f"pictures kept (default: {KEEP})")
+    group = parser.add_argument_group("how to draw")
+    options.add_prior(group)
+    options.add_guidance(group, GUIDANCE)
+    options.add_drawing(group)
+    options.add_output(parser, "inpainted")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws and writes; returns the exit code."""
+    import jax
+    import numpy as np
+
+    from dalle_jax import images
+    from dalle_jax.cli import common, gallery, mask_files
+    from dalle_jax.engine import meshes
+    from dalle_jax.sampling import unclip
+    from dalle_jax.types import UsageError
+
+    options.check(args)
+    prompt = prompts_lib.checked(args.prompt)
+    if bool(args.mask) == bool(args.rect):
+        raise UsageError("give either --mask=FILE or --rect=x,y,w,h: what is to be drawn anew.")
+    if args.keep and args.keep > args.candidates:
+        raise UsageError(f"--keep={args.keep} is more than --candidates={args.candidates}.")
+    common.use_cache(args)
+    way, names = options.way(args)
+    stages = options.load(args, *names, "inpaint")
+    unclip.check_way(stages, way)
+    text = prompts_lib.tokens(stages.clip, [prompt], "CLIP")[0]
+    picture, whole, notes = options.read_picture(args.image, stages.image_px)
+    read, given = (mask_files.read, args.mask) if args.mask else (mask_files.rectangle, args.rect)
+    known = read(given, whole.shape[:2], args.image)
+    known = mask_files.fit(~known if args.invert_mask else known, stages.image_px)
+    start, out = time.monotonic(), pathlib.Path(args.out)
+    drawn = unclip.draw_best(
+        stages,
+        way,
+        text,
+        options.drawing(args),
+        num_candidates=args.candidates,
+        keep=args.keep or min(KEEP, args.candidates),
+        key=jax.random.key(args.seed),
+        known=(images.to_float(picture), known),
+        mesh=meshes.local(),
+        progress=functools.partial(prompts_lib.progress, "inpaint", start, args.candidates),
+        **options.prior_options(args, way),
+    )
+    gallery.clear(out)
+    masked = np.where(known, picture, np.uint8(_GREY))
+    scores = [round(float(drawn.scores[i]), 5) for i in drawn.candidates]
+    by = "plain decoder" if stages.inpainter is None else "decoder tuned to inpaint"
+    block = gallery.Block(
+        folder="",
+        title=prompt,
+        text=f"{1 - known.mean():.0%} of the picture drawn anew by the {by}, prior {way}; "
+        f"{len(scores)} of {args.candidates}, ranked by CLIP, best first. "
+        f"{time.monotonic() - start:.1f} seconds.",
+        pictures=np.concatenate([picture[None], masked[None], images.to_uint8(drawn.images)]),
+        names=["given", "masked", *(f"{n:02d}" for n in range(1, len(scores) + 1))],
+        labels=["given", "masked", *(f"{n} · {s:.3f}" for n, s in enumerate(scores, 1))],
+        figures={
+            "image": args.image,
+            "prompt": prompt,
+            "prior": way,
+            "drawn_anew": round(float(1 - known.mean()), 4),
+            "candidates": [int(i) for i in drawn.candidates],
+            "score": scores,
+        },
+    )
+    module = sys.modules[__name__]
+    return gallery.finish(args, module, "Inpainting", [block], stages.parts, notes)
