@@ -40,6 +40,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     c.data.batch, c.data.eval_batch = batch, 64
     c.data.add_bos_eos = True  # captions as the CLIP reads them
     is_small = args.size != "single_gpu"
+    is_short = is_small and args.size != "smoke"  # smoke runs all parts of the paper's objective
     sides = tuple(px // patch >> level for level in range(len(mults)))
     c.model = cfg.ConfigDict(
         dict(
@@ -50,7 +51,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             head_width=next(n for n in (64, 32, 16) if width % n == 0),
             dropout=0.0,
             patch_px=patch,
-            learned_variance=True,
+            predicts="x_0" if is_short else "eps",
+            learned_variance=not is_short,
             text_width=text[0],
             text_layers=text[1],
             text_heads=text[2],
@@ -65,6 +67,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             num_steps=1000,
             clip_drop=0.1,  # no embedding: guidance, and drawing from captions alone
             text_drop=0.5,
+            # Weights of the steps, see `gaussian.capped_weight`; 0 = none, the paper's.
+            snr_cap=5.0 if is_short else 0.0,
             inpaint=False,  # shown the known part of a picture
             low_res_px=0,  # above 0: an upsampler, see configs/upsampler.py
             corruption="none",

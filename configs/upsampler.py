@@ -37,6 +37,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     c = cfg.sibling(__file__, "base").get_config()
     c.task = "diffusion"
     is_paper = args.size.startswith("paper")
+    is_short = not is_paper and args.size != "smoke"  # smoke has the paper's objective
 
     c.data.image_px = px
     c.data.batch, c.data.eval_batch = batch, 64
@@ -49,6 +50,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             head_width=64,
             dropout=0.0,
             patch_px=args.patch or patch,
+            predicts="x_0" if is_short else "eps",
             learned_variance=False,
             text_width=0,
             text_layers=0,
@@ -64,6 +66,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             num_steps=1000,
             clip_drop=0.0,
             text_drop=0.0,
+            # Weights of the steps, see `gaussian.capped_weight`; 0 = none, the paper's.
+            snr_cap=5.0 if is_short else 0.0,
             inpaint=False,  # shown the known part of a picture
             low_res_px=low,  # side of the smaller picture
             corruption=corruption,  # none | blur | bsr, see diffusion/corrupt.py

@@ -236,6 +236,29 @@ def losses(
     return {"loss": mse + vb * (schedule.num_steps * VB_WEIGHT), "mse": mse, "vb": vb}
 
 
+def capped_weight(predicts: Predicts, schedule: Schedule, t: Array, cap: float) -> Array:
+    """Weights [B] of `losses`' mse that make it the squared error of v, or `cap` times that of x_0.
+
+    The smaller of the two: of one error, v's square is SNR + 1 times x_0's, which over the least
+    noisy steps grows to 25,000 and would drown the others.
+
+    Args:
+      predicts: what the mse is of.
+      schedule: that of training.
+      t: [B] int32 rows.
+      cap: at least 1, where an x_0 network is left as it is.
+
+    Source: Salimans & Ho 2022 (arXiv:2202.00512) §4, "SNR + 1"; the cap Hang et al. 2023
+    (arXiv:2303.09556), who cap SNR itself: theirs gives the noisiest steps, which choose colours
+    and places, no weight.
+    """
+    if not cap >= 1:
+        raise UsageError(f"a cap of {cap}; expected 1 or more.")
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    own = {"eps": snr, "x_0": np.ones_like(snr), "v": snr + 1}[predicts]  # in squares of x_0's
+    return jnp.asarray(np.minimum(snr + 1, cap) / own, jnp.float32)[t]
+
+
 def vb_term(
     schedule: Schedule, x_0: Array, x_t: Array, t: Array, mean: Array, log_var: Array
 ) -> Array:

@@ -1,7 +1,8 @@
 """unCLIP's U-Net: the decoder that draws a CLIP image embedding, and both upsamplers.
 
-What it gives is what `diffusion.gaussian` calls an output: eps, and beside it the variance channels
-of a learned range. It knows no schedule, no loss and no CLIP: embeddings come in.
+What it gives is what `diffusion.gaussian` calls an output: eps (or what `predicts` names), and
+beside it the variance channels of a learned range. It knows no schedule, no loss and no CLIP:
+embeddings come in.
 
   decoder     captions through a text encoder of its own, and CLIP image embeddings: both are tokens
               that attention sees and are added to the step. Either may be dropped, by example.

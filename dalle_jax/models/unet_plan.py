@@ -15,6 +15,7 @@ from dalle_jax.nn import unet_blocks as blocks
 from dalle_jax.types import DtypePolicy, UsageError
 
 REMAT = ("none", "full")
+PREDICTS = ("eps", "x_0", "v")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class UnetConfig:
       dropout: in the residual blocks.
       patch_px: pixels a side that are one position of the first level; 1 is the paper's. On a CPU
         the first level costs most and needs it least.
+      predicts: what its output stands for: "eps" (the paper's), "v" or "x_0", see
+        `diffusion.gaussian`.
       learned_variance: 6 channels out instead of 3.
       low_res: takes a smaller picture.
       inpaint: takes the known part of a picture and where it is.
@@ -55,6 +58,7 @@ class UnetConfig:
     head_width: int = 64
     dropout: float = 0.0
     patch_px: int = 1
+    predicts: str = "eps"
     learned_variance: bool = True
     low_res: bool = False
     inpaint: bool = False
@@ -78,6 +82,8 @@ class UnetConfig:
             raise UsageError(f"channel_mults={self.channel_mults}; expected (1, 2, …).")
         if self.remat not in REMAT:
             raise UsageError(f"remat={self.remat!r} is unknown; use one of {', '.join(REMAT)}.")
+        if self.predicts not in PREDICTS:
+            raise UsageError(f"predicts={self.predicts!r}; use one of {', '.join(PREDICTS)}.")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"dropout={self.dropout} is not in [0, 1).")
         check_px(self, self.image_px)
@@ -111,7 +117,7 @@ class UnetConfig:
 
     @property
     def out_channels(self) -> int:
-        """Per pixel: eps, and variance if it is learned."""
+        """Per pixel: the prediction, and variance if it is learned."""
         return 6 if self.learned_variance else 3
 
     @property

@@ -27,9 +27,9 @@ SAMPLERS = ("ddim", "ddpm")
 def parameterisation(
     c: unet_plan.UnetConfig, clip: gaussian.Clip = "static"
 ) -> gaussian.Parameterisation:
-    """What the outputs of such a U-Net mean: eps, and a learned range where it has one."""
+    """What the outputs of such a U-Net mean; the variance is learned where it has channels."""
     variance = "learned_range" if c.learned_variance else "posterior"
-    return gaussian.Parameterisation("eps", variance, clip)
+    return gaussian.Parameterisation(c.predicts, variance, clip)
 
 
 def denoiser(

@@ -2,9 +2,9 @@
 
   decoder    learns to draw the picture of an image embedding z_i, which the frozen CLIP makes
              inside the step, and of its caption. Either is dropped, independently: z_i by
-             `loss.clip_drop`, the caption by `loss.text_drop`. eps and the variance (hybrid loss).
+             `loss.clip_drop`, the caption by `loss.text_drop`. With the variance (hybrid loss).
   upsampler  where `loss.low_res_px` is above 0: learns the picture from a smaller, corrupted one;
-             on random crops of `loss.crop` of the side, and no caption. eps only.
+             on random crops of `loss.crop` of the side, and no caption. Without the variance.
 
 `loss.inpaint` shows either the known part of the picture beside it.
 
@@ -108,6 +108,9 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
         drops = dropout_key if training and made.dropout else None
         output = model.apply({"params": params}, x_t, t, cond, drops)
         found = gaussian.losses(p, schedule, output, x_0, t, eps)
+        if loss_config.snr_cap:
+            weight = gaussian.capped_weight(p.predicts, schedule, t, loss_config.snr_cap)
+            found["loss"] += (weight - 1) * found["mse"]
         return jnp.mean(found["loss"]), measured(found, t, schedule.num_steps)
 
     def loss(params, extra, frozen, batch, key, step):

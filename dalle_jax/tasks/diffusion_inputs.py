@@ -19,6 +19,8 @@ def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
     for name in ("clip_drop", "text_drop"):
         if not 0 <= c[name] <= 1:
             raise UsageError(f"loss.{name}={c[name]}; expected a share in [0, 1].")
+    if c.snr_cap and not c.snr_cap >= 1:
+        raise UsageError(f"loss.snr_cap={c.snr_cap}; expected 0 (no weights) or 1 and more.")
     if c.corruption not in corrupt.KINDS:
         raise UsageError(
             f"loss.corruption={c.corruption!r} is unknown; use one of {', '.join(corrupt.KINDS)}."

@@ -261,6 +261,30 @@ def test_embeddings_are_examples_too(schedule, rng):
     np.testing.assert_allclose(got["loss"], 4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cap", [1.0, 5.0, 1e9])
+@pytest.mark.parametrize("predicts", ["eps", "x_0", "v"])
+def test_a_capped_error_is_that_of_v_or_of_x_0(schedule, rng, predicts, cap):
+    """One error of x_0 counts the same whatever the network predicts."""
+    x_0, eps, wrong = rng.normal(size=(3, 4, 2, 2, 3)).astype(np.float32)
+    t = np.array([0, 10, 500, 900]) * schedule.num_steps // 1000
+    x_t = gaussian.q_sample(schedule, x_0, t, eps)
+    a, s = (np.sqrt(x)[t].reshape(4, 1, 1, 1) for x in (schedule.alpha_bar, 1 - schedule.alpha_bar))
+    guess = x_0 + wrong
+    noise = (x_t - a * guess) / s
+    output = {"eps": noise, "x_0": guess, "v": a * noise - s * guess}[predicts]
+    p = Parameterisation(predicts=predicts)
+    mse = gaussian.losses(p, schedule, output, x_0, t, eps)["mse"]
+    weight = gaussian.capped_weight(predicts, schedule, t, cap)
+    square = np.square(wrong).mean(axis=(1, 2, 3))
+    expected = square * np.minimum(1 / s.ravel() ** 2, cap)
+    np.testing.assert_allclose(mse * weight, expected, rtol=2e-2 if predicts == "eps" else 1e-3)
+
+
+def test_a_cap_below_one_is_refused(schedule):
+    with pytest.raises(UsageError, match="cap of 0.5"):
+        gaussian.capped_weight("x_0", schedule, np.array([0]), 0.5)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"predicts": "noise"}, {"variance": "learned"}, {"clip": "hard"}, {"bound": 0.0},

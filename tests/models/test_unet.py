@@ -192,6 +192,7 @@ def test_an_upsampler_of_crops_takes_whole_pictures(rng):
         (dict(attention_px=()), "need attention_px"),
         (dict(channel_mults=()), "channel_mults"),
         (dict(remat="some"), "none, full"),
+        (dict(predicts="noise"), "eps, x_0, v"),
         (dict(text_heads=3), "multiple of num_heads"),
     ],
 )

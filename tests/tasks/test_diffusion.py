@@ -94,6 +94,19 @@ def test_the_variance_learns_without_moving_eps(rng):
     assert not gradient[:, :3].any() and np.abs(gradient[:, 3:]).min() > 0
 
 
+@pytest.mark.parametrize("predicts", unet_plan.PREDICTS)
+def test_saying_nothing_costs_what_the_config_predicts(root, rng, key, predicts):
+    """An output of zeros misses eps and v by 1 a pixel, x_0 by the picture's own mean square."""
+    overrides = {"model.predicts": predicts, "data.batch": 64, "loss.crop": 1.0}
+    task = diffusion.build(tiny(root, "upsampler", **overrides))
+    batch = {"image": np.full(task.batch_spec["image"].shape, 191, np.uint8)}  # 191 -> 0.498
+    silent = jax.tree.map(np.zeros_like, start(task, rng))
+    _, output = jax.jit(task.loss)(silent, None, None, batch, key, np.int32(0))
+    # v is eps at the least noisy step and x_0 at the noisiest.
+    low, high = {"eps": (0.97, 1.03), "x_0": (0.247, 0.249), "v": (0.45, 0.8)}[predicts]
+    assert low < output.metrics["mse"] < high
+
+
 def test_conditions_are_dropped_independently_and_captions_become_padding(root, key):
     c = tiny(root).loss
     text = np.full((4000, 3), 7, np.int32)
