@@ -73,7 +73,8 @@ def write(
         files = [folder / f"{name}.png" for name in block.names]
         for file, picture in zip(files, block.pictures, strict=True):
             file.write_bytes(images.png_bytes(picture))
-        made.append({"title": block.title, **block.figures, "files": [str(f) for f in files]})
+        shown = {"files": [str(file) for file in files], "labels": list(block.labels)}
+        made.append({"title": block.title, "text": block.text, **block.figures, **shown})
         sheet.append((block.title, block.pictures, list(block.labels)))
         page.section(block.title, block.text)
         page.gallery(list(zip(block.pictures, block.labels, strict=True)))

@@ -61,9 +61,9 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
         )
         folders[i].mkdir(parents=True, exist_ok=True)
         np.save(folders[i] / "embeddings.npy", drawn.embeddings, allow_pickle=False)
-        figures = _figures(args, prompts[i], way, drawn, time.monotonic() - start, stages)
+        files = _write_pictures(folders[i], drawn)
+        figures = _figures(args, prompts[i], way, drawn, files, time.monotonic() - start, stages)
         (folders[i] / "scores.json").write_text(json.dumps(figures, indent=1) + "\n")
-        _write_pictures(folders[i], drawn)
     distributed.wait_for_all("all prompts are drawn")
     if jax.process_index() != 0:
         return 0
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
     return 0
 
 
-def _figures(args, prompt, way, drawn, seconds, stages) -> dict:
+def _figures(args, prompt, way, drawn, files, seconds, stages) -> dict:
     kept = [
-        dict(rank=rank, candidate=int(i), score=round(float(drawn.scores[i]), 5))
-        for rank, i in enumerate(drawn.candidates, 1)
+        dict(rank=rank, candidate=int(i), score=round(float(drawn.scores[i]), 5), **written)
+        for rank, (i, written) in enumerate(zip(drawn.candidates, files, strict=True), 1)
     ]
     names = ("seed", "steps", "sampler", "eta", "guidance", "prior_steps", "prior_guidance")
     return {
@@ -91,17 +91,23 @@ def _figures(args, prompt, way, drawn, seconds, stages) -> dict:
     }
 
 
-def _write_pictures(folder, drawn) -> None:
+def _write_pictures(folder, drawn) -> list[dict[str, str]]:
+    """The files of each rank: `file`, and `small` as the decoder drew it, where it was enlarged."""
     from dalle_jax import images
     from dalle_jax.cli import gallery
 
     gallery.clear(folder)
-    has_small = drawn.small.shape != drawn.images.shape
+    made = {"file": ("", drawn.images)}
+    if drawn.small.shape != drawn.images.shape:
+        made["small"] = ("_small", drawn.small)
+    files = []
     for rank in range(len(drawn.images)):
-        made = [("", drawn.images)] + [("_small", drawn.small)] * has_small
-        for name, pictures in made:
-            data = images.png_bytes(images.to_uint8(pictures[rank]))
-            (folder / f"{rank + 1:02d}{name}.png").write_bytes(data)
+        files.append({})
+        for kind, (ending, pictures) in made.items():
+            file = folder / f"{rank + 1:02d}{ending}.png"
+            file.write_bytes(images.png_bytes(images.to_uint8(pictures[rank])))
+            files[-1][kind] = str(file)
+    return files
 
 
 def _block(out, folder):
