@@ -26,7 +26,8 @@ With --dvae alone it measures judge and codec. Fields of the JSON:
 --pipeline=unclip measures DALL-E 2 for each way from a caption to the decoder (--ways) and each
 guidance scale (--guidances): `runs` is a list of such figures, each with its `prior` and
 `guidance`, over the same prompts. `reconstruction` is then of pictures that the decoder draws from
-the embedding of the rendered scene itself: what any prior could reach without the caption.
+the embedding of the rendered scene itself: what any prior could reach without the caption. The way
+`dalle` measures a DALL-E 1 beside them: as without --pipeline, but ranked by DALL-E 2's CLIP.
 
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
 
@@ -137,7 +138,8 @@ def _measure(args, folders):
     """(the figures, a function of (folder, figures) that writes pictures and page)."""
     suite = dict(shapes=_shapes, recon=_recon, retrieval=_retrieval)[args.suite]
     if args.pipeline == "unclip":
-        suite = functools.partial(evaluate_unclip.measure, shared=_shared, report=_to_stderr)
+        tools = dict(dalle=_dalle, shared=_shared, report=_to_stderr)
+        suite = functools.partial(evaluate_unclip.measure, **tools)
     result, write_pictures = suite(args, folders)
     result = {
         "suite": args.suite,
@@ -191,53 +193,69 @@ def _codec(folders):
     return stages.load_dalle(folders["dalle"]).codec
 
 
-def _shapes(args, folders):
+def _dalle(args, folders):
+    """(image_px, generate, reconstruct) of a DALL-E, as `shapes_suite` takes them."""
     import jax
 
     from dalle_jax import images
     from dalle_jax.engine import meshes, sharding
-    from dalle_jax.evaluation import run as suites
     from dalle_jax.sampling import dalle as sampling
-    from dalle_jax.sampling import logits, rerank, stages
+    from dalle_jax.sampling import logits, stages
+
+    dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
+    codec = dalle.codec
+    logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
+    mesh, tokens, decode = meshes.local(), _tokens(dalle), _batched(codec.decode)
+
+    def generate(captions, num_candidates, first_prompt):
+        codes = sampling.sample(
+            dalle.model,
+            dalle.on(sharding.replicated(mesh)),
+            tokens(captions),
+            num_candidates=num_candidates,
+            key=jax.random.key(args.seed),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            guidance=args.guidance,
+            first_prompt=first_prompt,
+            mesh=mesh,
+        )
+        codes = jax.device_get(codes)
+        pictures = decode(codes.reshape(-1, codes.shape[-1]))
+        return images.to_uint8(pictures).reshape(*codes.shape[:2], *pictures.shape[1:])
+
+    return codec.image_px, generate, _there_and_back(codec)
+
+
+def _there_and_back(codec):
+    from dalle_jax import images
+
+    encode, decode = _batched(codec.encode), _batched(codec.decode)
+    return lambda pictures: images.to_uint8(decode(encode(images.to_float(pictures))))
+
+
+def _shapes(args, folders):
+    from dalle_jax import images
+    from dalle_jax.evaluation import run as suites
+    from dalle_jax.sampling import rerank, stages
 
     generate = score = None
     if "dalle" in folders:
         clip = stages.load_clip(folders["clip"]) if "clip" in folders else None
-        dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
-        codec = dalle.codec
-        logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
-        mesh = meshes.local()
-        tokens, clip_tokens = _tokens(dalle), clip and _tokens(clip)
-
-        def generate(captions, num_candidates, first_prompt):
-            codes = sampling.sample(
-                dalle.model,
-                dalle.on(sharding.replicated(mesh)),
-                tokens(captions),
-                num_candidates=num_candidates,
-                key=jax.random.key(args.seed),
-                temperature=args.temperature,
-                top_k=args.top_k,
-                top_p=args.top_p,
-                guidance=args.guidance,
-                first_prompt=first_prompt,
-                mesh=mesh,
-            )
-            codes = jax.device_get(codes)
-            pictures = _batched(codec.decode)(codes.reshape(-1, codes.shape[-1]))
-            return images.to_uint8(pictures).reshape(*codes.shape[:2], *pictures.shape[1:])
-
+        image_px, generate, reconstruct = _dalle(args, folders)
         if clip is not None:
+            tokens = _tokens(clip)
 
             def score(pictures, captions):
-                return rerank.score(clip, images.to_float(pictures), clip_tokens(captions))
+                return rerank.score(clip, images.to_float(pictures), tokens(captions))
 
     else:
         codec = _codec(folders)
-    encode, decode = _batched(codec.encode), _batched(codec.decode)
+        image_px, reconstruct = codec.image_px, _there_and_back(codec)
     result, examples = suites.shapes_suite(
-        image_px=codec.image_px,
-        reconstruct=lambda x: images.to_uint8(decode(encode(images.to_float(x)))),
+        image_px=image_px,
+        reconstruct=reconstruct,
         generate=generate and _shared(generate),
         score=score,
         prompts_per_skill=args.prompts_per_skill,

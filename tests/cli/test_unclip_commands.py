@@ -31,6 +31,13 @@ def root(tmp_path_factory) -> pathlib.Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def dalle(tmp_path_factory) -> str:
+    """A DALL-E 1; its codec lies where its config says."""
+    folder = tmp_path_factory.mktemp("dalle-1")
+    return tiny_stages.write_dalle(folder / "dalle", tiny_stages.write_codec(folder / "codec"))
+
+
 @pytest.fixture(autouse=True)
 def sets(root, monkeypatch):
     monkeypatch.setattr(stages, "PRETRAINED", root)
@@ -63,6 +70,9 @@ def test_sample_draws_ranks_and_finishes(tmp_path, capsys):
     assert images.read(folder / "01.png").shape == (16, 16, 3)
     assert images.read(folder / "01_small.png").shape == (8, 8, 3)
     assert np.load(folder / "embeddings.npy").shape[0] == 2
+    best = json.loads((folder / "scores.json").read_text())["kept"][0]
+    assert best["file"] == str(folder / "01.png")
+    assert best["small"] == str(folder / "01_small.png")
     scores = [json.loads(next(tmp_path.glob(f"{n}/*/scores.json")).read_text()) for n in "ab"]
     np.testing.assert_allclose(scores[0]["scores"], scores[1]["scores"][:2], atol=1e-4)
     page = (tmp_path / "a" / "index.html").read_text()
@@ -78,6 +88,7 @@ def test_vary_tells_what_it_does_to_a_picture_and_gives_it_back_at_eta_0(tmp_pat
     assert [pathlib.Path(f).stem for f in found["results"][0]["files"]] == [
         "given", "00", "01", "02",
     ]  # fmt: skip
+    assert len(found["results"][0]["labels"]) == 4 and "seconds" in found["results"][0]["text"]
     given = preprocess.crop_center(images.read(picture), 16)
     np.testing.assert_array_equal(images.read(out / "room" / "given.png"), given)
     assert call("vary", f"--image={picture}", "--eta=0", f"--out={out}") == 0
@@ -130,7 +141,9 @@ def test_interpolate_edit_and_reconstruct_write_their_pictures(tmp_path, picture
         assert "python -m dalle_jax" in (tmp_path / folder / "index.html").read_text()
 
 
-def test_evaluate_measures_every_way_on_the_same_prompts(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def drawn(monkeypatch) -> list[np.ndarray]:
+    """What `evaluate` draws for a suite that only looks at shapes."""
     drawn = []
 
     def suite(*, generate, score, reconstruct, image_px, **settings):
@@ -143,18 +156,64 @@ def test_evaluate_measures_every_way_on_the_same_prompts(tmp_path, monkeypatch, 
         skill = {"seen": 0.5, "held_out": 0.25, "reconstruction": 1.0, "best_of": {"1": 0.5}}
         skill |= {"oracle": {"1": 0.5}, "n": 2}
         made = {"skills": {"single": skill}, "mean": skill, "seconds_per_picture": {"1": 1.0}}
-        return {"judge": {"oracle_accuracy": 1.0, "n": 1, "image_px": image_px}} | made, []
+        shown = [suites.Example(suites.make_prompts(1, 0)[0], pictures[0], ("right", "wrong"))]
+        return {"judge": {"oracle_accuracy": 1.0, "n": 1, "image_px": image_px}} | made, shown
 
     monkeypatch.setattr(suites, "shapes_suite", suite)
-    flags = ("--suite=shapes", "--pipeline=unclip", "--ways=none,caption", "--guidances=1,2")
-    flags += (f"--out={tmp_path}", "--json", "--steps=2", "--compilation_cache=")
-    assert main(["evaluate", "--pretrained=tiny", *flags]) == 0
-    runs = json.loads(capsys.readouterr().out)["runs"]
+    return drawn
+
+
+def evaluate(capsys, *flags: str) -> dict:
+    flags = ("--suite=shapes", "--json", "--steps=2", "--compilation_cache=", *flags)
+    assert main(["evaluate", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_measures_every_way_on_the_same_prompts(drawn, tmp_path, capsys):
+    flags = ("--pretrained=tiny", "--pipeline=unclip", "--ways=none,caption", "--guidances=1,2")
+    runs = evaluate(capsys, *flags, f"--out={tmp_path}")["runs"]
     assert [(run["prior"], run["guidance"]) for run in runs] == [
         ("none", 1), ("caption", 1), ("none", 2), ("caption", 2),
     ]  # fmt: skip
     assert all((a != b).any() for a, b in zip(drawn, drawn[1:], strict=False))
     assert "Guidance" in (tmp_path / "index.html").read_text()
+
+
+def test_evaluate_puts_a_dalle_beside_them(root, dalle, drawn, tmp_path, capsys):
+    clip = str(root / "tiny" / "clip")
+    as_large = {"data.image_px": tiny_stages.PX, "model.attention_px": (8,)}
+    decoder = tiny_stages.write_unet(tmp_path / "decoder", clip, **as_large)
+    flags = (f"--clip={clip}", f"--workdir={dalle}", "--temperature=0.9")
+    both = ("--pipeline=unclip", f"--decoder={decoder}", "--ways=dalle,none", "--guidances=1,2")
+    result = evaluate(capsys, *flags, *both, f"--out={tmp_path}")
+    assert [(run["prior"], run["guidance"]) for run in result["runs"]] == [
+        ("none", 1), ("none", 2), ("dalle", 1),
+    ]  # fmt: skip
+    assert result["runs"][-1]["temperature"] == 0.9 and result["networks"]["dalle"] == dalle
+    page = (tmp_path / "index.html").read_text()
+    for said in ("DALL-E 1 and 2", "— dalle, guidance 1", "— none, guidance 2", "temperature 0.9"):
+        assert said in page, said
+    evaluate(capsys, *flags)  # the same pictures as by itself
+    np.testing.assert_array_equal(drawn[-1], drawn[-2])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--workdir=runs/dalle"], "with 'dalle' among --ways"),
+        (["--dvae=runs/dvae", "--ways=none,caption"], "with 'dalle' among --ways"),
+        (["--ways=none,dalle"], "there is no DALL-E 1: give --workdir"),
+        (["--ways=dalle", "--workdir=nowhere"], "'nowhere' does not exist"),
+        (["--ways=dalle", "--workdir={dalle}"], "draws 16 px, but the decoder"),
+        (["--ways=dalle", "--workdir={dalle}", "--top_p=2"], "top_p"),
+        (["--ways=dalle,zen"], "expected some of diffusion, ar, none, caption, dalle"),
+    ],
+)
+def test_evaluate_refuses_a_dalle_that_cannot_stand_beside(dalle, drawn, flags, says, capsys):
+    flags = ["--suite=shapes", "--pipeline=unclip", "--compilation_cache=", *flags]
+    flags = [flag.format(dalle=dalle) for flag in flags]
+    assert main(["evaluate", "--pretrained=tiny", *flags]) == 2
+    assert says in capsys.readouterr().err and not drawn
 
 
 @pytest.mark.parametrize(
