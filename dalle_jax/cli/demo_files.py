@@ -41,11 +41,11 @@ def beside(folder: pathlib.Path, file: str) -> pathlib.Path | None:
     return None
 
 
-def preview(workdir: pathlib.Path) -> pathlib.Path | None:
-    """The newest grid of reconstructions of a run."""
+def preview(workdir: pathlib.Path, name: str = "reconstructions") -> pathlib.Path | None:
+    """The newest grid of this name (`*` = any) among a run's previews."""
 
     def step(path: pathlib.Path) -> int:
         return int(re.search(r"-(\d+)$", path.stem).group(1))
 
-    grids = (workdir / "previews").glob("reconstructions-*.png")
+    grids = (workdir / "previews").glob(f"{name}-*.png")
     return max((path for path in grids if re.search(r"-\d+$", path.stem)), key=step, default=None)

@@ -8,6 +8,9 @@ import pytest
 
 from dalle_jax import __main__ as program
 from dalle_jax import images
+from dalle_jax.data import shapes
+from dalle_jax.evaluation import run as suites
+from dalle_jax.evaluation import shapes_judge
 
 SKILL = {
     "n": 24, "seen": 0.5, "held_out": 0.25, "reconstruction": 0.9,
@@ -171,3 +174,129 @@ def test_retrieval_is_a_table_of_directions(demo):
 def test_a_missing_folder_is_named(tmp_path, capsys):
     assert program.main(["report", f"--demo={tmp_path / 'none'}"]) == 2
     assert "launch/demo.sh" in capsys.readouterr().err
+
+
+SCENE = suites.make_prompts(1, 0)[0].scene  # of the grammar: the judge can tell
+
+
+def results(folder, names, rng, **figures):
+    """What vary, interpolate, edit and inpaint leave; the last picture shows SCENE."""
+    folder.mkdir(parents=True)
+    files = [folder / f"{name}.png" for name in names]
+    for file in files:
+        file.write_bytes(images.png_bytes(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
+    files[-1].write_bytes(images.png_bytes(shapes.render(SCENE, 32)))
+    labels = [f"{file.stem} · 0.777" for file in files]
+    shown = dict(files=[str(file) for file in files], labels=labels, **figures)
+    return dict(title=f"title of {folder.name}", text="In 2 seconds.", **shown)
+
+
+@pytest.fixture
+def unclip(tmp_path, rng):
+    """What launch/demo.sh --pipeline=unclip leaves behind, in the small."""
+    folder = tmp_path / "demo"
+    steps = range(50, 1000, 50)
+    accuracy = dict(recall1_image_to_text=0.4)
+    lines(folder / "clip", *(dict(step=s, kind="train", loss=9 / s) for s in steps))
+    with (folder / "clip" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(dict(step=950, kind="eval", loss=0.2, **accuracy)) + "\n")
+    cosines = dict(cosine=0.81, cosine_text=0.3, cosine_shuffled=0.1)
+    found = dict(retrieval1=0.5, retrieval1_text=0.2, retrieval1_chance=0.004)
+    train = [dict(step=s, kind="train", loss=9 / s) for s in steps]
+    lines(folder / "prior", *train, dict(step=950, kind="eval", loss=0.2, **cosines, **found))
+    for name in ("decoder", "inpainter", "upsampler"):
+        quarters = {f"mse_q{q}": 1 / q for q in (1, 2, 3, 4)}
+        vb = {} if name == "upsampler" else {"vb": 0.01}
+        train = [dict(step=s, kind="train", mse=9 / s, **quarters, **vb) for s in steps]
+        lines(folder / name, *train, dict(step=950, kind="eval", mse=0.0321, **quarters, **vb))
+        grid = images.grid(rng.integers(0, 256, (2, 32, 64, 3), dtype=np.uint8), 2, scale=4)
+        (folder / name / "previews").mkdir()
+        grid.save(folder / name / "previews" / "own_then_samples-950.png")
+    skills = {name: SKILL for name in ("single", "count", "binding", "relation")}
+    runs = [
+        dict(prior=prior, guidance=scale, skills=skills, mean={**SKILL, "seen": scale / 4}, **more)
+        for prior, scale, more in (
+            ("diffusion", 1, {}), ("diffusion", 2, {}), ("caption", 1, {}), ("caption", 2, {}),
+            ("dalle", 3, dict(temperature=0.9, top_k=0, top_p=0.8)),
+        )
+    ]  # fmt: skip
+    runs[0]["judge"] = dict(oracle_accuracy=0.998)
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "metrics.json").write_text(json.dumps(dict(runs=runs)))
+    pictures(folder / "samples", "a red <cube>", rng)  # drawn without upsampler
+    place = folder / "samples" / "of-the-grammar"
+    place.mkdir()
+    for name, px in (("01_small", 16), ("01", 32)):
+        (place / f"{name}.png").write_bytes(images.png_bytes(shapes.render(SCENE, px)))
+    kept = dict(rank=1, score=0.654, file=f"{place}/01.png", small=f"{place}/01_small.png")
+    scores = dict(prompt=SCENE.caption, kept=[kept], scores=[0.654, 0.1])
+    (place / "scores.json").write_text(json.dumps(scores))
+    asked = {"edited": {"to": SCENE.caption}, "inpainted": {"prompt": "a red <cube>"}}
+    for name, names in {
+        "variations/room": ["given", "00", "01"],
+        "interpolation": ["given_1", "01", "02", "given_2"],
+        "edited": ["given", "01", "02"],
+        "inpainted": ["given", "masked", "01"],
+    }.items():
+        made = results(folder / name, names, rng, **asked.get(name, {}))
+        whole = dict(results=[made], command=f"python -m dalle_jax made --out={name}")
+        (folder / name.split("/")[0] / "results.json").write_text(json.dumps(whole))
+    logs = folder / "logs"
+    logs.mkdir()
+    for name in ("prepare", "prepare64", "clip", "prior", "decoder", "inpainter", "upsampler"):
+        (logs / f"{name}.done").write_text(f"python -m dalle_jax train --workdir={name}\n125\n")
+    return folder
+
+
+def test_a_demo_of_dalle_2_shows_all_six_kinds_of_pictures(unclip):
+    page = report(unclip)
+    assert page.images == (3 + 1) + 2 + 3 + 4 + 3 + 3 + 3  # and a preview of each U-Net
+    # clip (no accuracy while training, but held out), prior, three U-Nets, judge
+    assert page.charts == 2 + 3 + (3 + 3 + 2) + (1 + 2)
+    for said in (
+        "DALL·E 2, from nothing", "after 12 minutes of training", "0.0321", "40%", "0.81",
+        "prior diffusion at guidance 2, the best way", "50 %", "ceiling 90 %", "99.8 %",
+        "a red <cube>", "1 · 0.654 · right", "16 px · 0.654", "32 px · right",
+        "00 · 0.777", "01 · 0.777 · wrong", "02 · 0.777 · right", "masked · 0.777",
+        "own then samples; step 950", "prepare64: data for the upsampler", "2:05",
+        "python -m dalle_jax made --out=variations/room", "top_p 0.8",
+    ):  # fmt: skip
+        assert said in page.text, said
+    assert "yet" not in page.text and "given · 0.777 · wrong" not in page.text
+    numbers = json.loads((unclip / "metrics.json").read_text())
+    assert numbers["stages"]["decoder"]["eval"]["mse"] == 0.0321
+    assert numbers["edited"][0]["right"] == [None, False, True]
+    assert [run["prior"] for run in numbers["evaluation"]["runs"]][-1] == "dalle"
+
+
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        ("evaluation", "no evaluation yet"),
+        ("samples", "No picture was upsampled yet"),
+        ("variations", "No variations were drawn yet"),
+        ("interpolation/results.json", "No pictures were interpolated yet"),
+        ("edited", "No picture was edited yet"),
+        ("inpainted", "No picture was inpainted yet"),
+        ("prior", "Not trained yet"),
+        ("logs", "ran none in this folder"),
+    ],
+)
+def test_what_is_missing_of_dalle_2_is_said(unclip, monkeypatch, missing, sentence):
+    monkeypatch.setattr(shapes_judge, "judge", lambda caption, image: {"all": True})
+    (unclip / missing).rename(unclip / "elsewhere")
+    assert sentence in report(unclip).text
+
+
+def test_a_decoder_alone_makes_a_page_too(tmp_path, unclip):
+    (tmp_path / "other" / "decoder").mkdir(parents=True)
+    text = report(tmp_path / "other").text
+    assert "Nothing is trained yet" in text and "No previews yet" in text
+    (unclip / "dalle").mkdir()  # of both models: the page is DALL·E's
+    assert "DALL·E, from nothing" in report(unclip).text
+
+
+def test_a_moved_demo_of_dalle_2_still_finds_its_pictures(unclip, monkeypatch):
+    monkeypatch.setattr(shapes_judge, "judge", lambda caption, image: {"all": True})
+    there = unclip.rename(unclip.with_name("moved"))
+    assert report(there).images == 4 + 2 + 3 + 4 + 3 + 3 + 3
