@@ -3,12 +3,14 @@
     python -m dalle_jax train --config=configs/decoder.py:size=shapes \
         --config.stages.clip=runs/clip --workdir=runs/decoder
 
-Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, meant for 8 minutes of
-one core), shapes (the same for an hour), emoji (captioned emoji at 64 px), single_gpu (64 px, half
-the paper's width). None has been trained to its end yet: steps are what a core's 40 GFLOP/s allow.
-`width=`, `patch=` and `steps=` change a size; 0 keeps its own.
+Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 10 minutes of two
+cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; not run to its
+end), single_gpu (64 px, half the paper's width; not run here). `width=`, `patch=` and `steps=`
+change a size; 0 keeps its own.
 
 The CPU sizes begin on patches: at 32 px the first level of one on pixels costs most of the step.
+And they predict x_0, without the variance: after 500 steps of 16 pictures eps and v drew noise
+still, x_0 coloured blobs where they belong; the variance's gradient slowed it down.
 
 To teach a trained one to inpaint, `--config.init_from=runs/decoder --config.loss.inpaint=true` with
 a new workdir: it starts as the same function. The paper's model is configs/decoder_paper.py.
@@ -19,8 +21,8 @@ from dalle_jax import config as cfg
 # px, width, channel mults, blocks, patch, text (width, layers, heads), batch, steps
 _SIZES = {
     "smoke": (32, 16, (1, 2), 1, 4, (32, 1, 2), 16, 60),
-    "demo": (32, 64, (1, 2), 1, 4, (96, 2, 2), 32, 800),
-    "shapes": (32, 96, (1, 2), 1, 4, (128, 2, 2), 32, 3700),
+    "demo": (32, 48, (1, 2), 1, 2, (96, 2, 2), 16, 2400),
+    "shapes": (32, 48, (1, 2), 1, 2, (128, 2, 2), 16, 7000),
     "emoji": (64, 96, (1, 2), 2, 4, (128, 2, 2), 32, 6000),
     "single_gpu": (64, 256, (1, 2, 3, 4), 3, 1, (1024, 12, 16), 128, 400_000),
 }

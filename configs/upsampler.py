@@ -18,9 +18,9 @@ from dalle_jax import config as cfg
 # px from, to; width, mults, blocks, patch; corruption, crop, schedule; batch, steps
 _SIZES = {
     "smoke": (16, 32, 16, (1, 2), 1, 4, "bsr", 0.5, "cosine", 16, 60),
-    "demo": (32, 64, 48, (1, 2), 1, 4, "blur", 0.5, "cosine", 16, 600),
-    "shapes64": (32, 64, 64, (1, 2), 1, 4, "blur", 0.5, "cosine", 16, 3000),
-    "shapes128": (64, 128, 48, (1, 2), 1, 4, "bsr", 0.25, "linear", 16, 3000),
+    "demo": (32, 64, 32, (1, 2), 1, 2, "blur", 0.5, "cosine", 16, 800),
+    "shapes64": (32, 64, 32, (1, 2), 1, 2, "blur", 0.5, "cosine", 16, 2500),
+    "shapes128": (64, 128, 32, (1, 2), 1, 2, "bsr", 0.25, "linear", 16, 2500),
     "emoji256": (64, 256, 64, (1, 2, 2), 1, 4, "blur", 0.25, "cosine", 16, 3000),
     "paper256": (64, 256, 320, (1, 2, 3, 4), 3, 1, "blur", 0.25, "cosine", 1024, 1_000_000),
     "paper1024": (256, 1024, 192, (1, 1, 2, 2, 4, 4), 2, 1, "bsr", 0.25, "linear", 512, 1_000_000),

@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_prior_settings(group)
     group.add_argument(
-        "--sampler", choices=("ddim", "ddpm"), default="ddim", help="of the decoder (default: ddim)"
+        "--sampler",
+        choices=("ddim", "ddpm", "dpmpp"),
+        default="ddim",
+        help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
     options.add_decoding(group)
 

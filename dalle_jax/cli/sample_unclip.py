@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_stages(group, "prior_diffusion", "prior_ar")
     options.add_prior(group)
     group.add_argument(
-        "--sampler", choices=("ddim", "ddpm"), default="ddim", help="of the decoder (default: ddim)"
+        "--sampler",
+        choices=("ddim", "ddpm", "dpmpp"),
+        default="ddim",
+        help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
     options.add_drawing(group)
 

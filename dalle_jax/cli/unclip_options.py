@@ -93,8 +93,8 @@ def add_decoding(group, eta: float = 0.0) -> None:
         "--steps",
         default="50",
         metavar="S",
-        help="of the decoder: a number, numbers by section (10,10,5) or ddimN (default: "
-        "%(default)s; paper 250)",
+        help="of the decoder: a number, numbers by section (10,10,5), ddimN, or logsnrN, evenly in "
+        "log SNR, for --sampler=dpmpp (default: %(default)s; paper 250)",
     )
     group.add_argument(
         "--eta",
@@ -199,10 +199,10 @@ def load(args: argparse.Namespace, *only: str):
     wanted = ("decoder", "clip", *only, *(unclip_set.UPSAMPLERS if finishes else ()))
     made = unclip_set.load(found, wanted)
     how = drawing(args)
-    schedule.spaced_rows(made.decoder.schedule.num_train_steps, how.steps)
+    schedule.respace(made.decoder.schedule, how.steps)
     for stage in made.upsamplers:
         for steps in how.upsample_steps:
-            schedule.spaced_rows(stage.schedule.num_train_steps, steps)
+            schedule.respace(stage.schedule, steps)
     return made
 
 

@@ -1,4 +1,4 @@
-"""From noise to pictures and back: DDPM, DDIM and DDIM inversion, each one `lax.scan`.
+"""From noise to pictures and back: DDPM, DDIM, DPM-Solver++, DDIM inversion, each one `lax.scan`.
 
 A sampler knows no network: `predict(x [B, ...], t [B] int32) -> output` is fed the steps of
 training, whatever the schedule was respaced to, and what its output means is a
@@ -140,6 +140,58 @@ def ddim(
         return x_0 + tables.at(left, row, x) * eps
 
     return _scan(step, x_t, np.arange(schedule.num_steps)[::-1])
+
+
+def dpmpp(
+    predict: Predict,
+    schedule: Schedule,
+    p: Parameterisation,
+    x_t: Array,
+    keys: Key | None = None,
+    *,
+    project: Project | None = None,
+) -> Array:
+    """DPM-Solver++(2M): deterministic, of second order, one call of predict a step.
+
+    In half the logarithm of the signal-to-noise ratio, x_0 is followed along the line through its
+    last two estimates; ddim takes it to stand still. The first step and the last, which ends
+    without noise, are ddim's.
+
+    Args:
+      predict: see `ddpm`, as for all arguments. Variance channels are not used.
+      schedule: the steps to take.
+      p: what predict's output means.
+      x_t: [B, ...].
+      keys: not used: it draws no noise.
+      project: see `ddpm`.
+
+    Returns:
+      [B, ...] float32.
+
+    Source: Lu et al. 2022 (arXiv:2211.01095) algorithm 2; the last step of first order as in
+    LuChengTHU/dpm-solver (`lower_order_final`).
+    """
+    del keys
+    noise = np.sqrt(1 - schedule.alpha_bar)
+    left = np.sqrt(1 - schedule.alpha_bar_prev)
+    signal_prev = np.sqrt(schedule.alpha_bar_prev)
+    # h, the way that a step goes; the last one's is infinite.
+    lam = np.log(schedule.alpha_bar / (1 - schedule.alpha_bar)) / 2
+    way = np.append(np.inf, -np.diff(lam))
+    stay = left / noise
+    gain = signal_prev - np.sqrt(schedule.alpha_bar) * stay  # signal_prev (1 - exp(-h))
+    bend = np.zeros_like(way)
+    bend[1:-1] = way[1:-1] / (2 * way[2:])
+
+    def step(carry: tuple[Array, Array], row: Array) -> tuple[tuple[Array, Array], None]:
+        x, before = carry
+        x_0, _, _ = _estimate(predict, schedule, p, project, x, row)
+        line = x_0 + tables.at(bend, row, x) * (x_0 - before)
+        return (tables.at(stay, row, x) * x + tables.at(gain, row, x) * line, x_0), None
+
+    x = jnp.asarray(x_t, jnp.float32)
+    rows = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
+    return jax.lax.scan(step, (x, jnp.zeros_like(x)), rows)[0][0]
 
 
 def ddim_invert(

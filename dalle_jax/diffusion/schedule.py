@@ -170,14 +170,18 @@ def respace(schedule: Schedule, spacing: Spacing) -> Schedule:
 
     Args:
       schedule: any; what is respaced already can be respaced again.
-      spacing: see `spaced_rows`.
+      spacing: see `spaced_rows`; or "logsnr20": so many, evenly in the logarithm of the
+        signal-to-noise ratio, first and last among them, for DPM-Solver++.
 
     Raises:
       UsageError: if the spacing does not fit the schedule.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) §4; openai/glide-text2im (`respace.py`).
     """
-    rows = spaced_rows(schedule.num_steps, spacing)
+    if isinstance(spacing, str) and spacing.startswith("logsnr"):
+        rows = _even_in_logsnr(schedule, _counts(spacing[len("logsnr") :], spacing)[0])
+    else:
+        rows = spaced_rows(schedule.num_steps, spacing)
     return Schedule(
         tuple(schedule.signal[row] for row in rows),
         tuple(schedule.timesteps[row] for row in rows),
@@ -219,9 +223,30 @@ def _counts(counts: Spacing, spacing: Spacing) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise UsageError(
             f"spacing {spacing!r} is unknown; use a number of steps (250), numbers by section "
-            "(10,10,3,2,2), ddimN (ddim50) or fast27."
+            "(10,10,3,2,2), ddimN (ddim50), logsnrN (logsnr20) or fast27."
         )
     return found
+
+
+def _even_in_logsnr(schedule: Schedule, count: int) -> list[int]:
+    """`count` rows, evenly in log SNR as far as it is -12; from there to the last is one step.
+
+    Cosine's last rows alone go from -12 to -20: what lies there is noise and nothing else.
+    """
+    num = schedule.num_steps
+    if not 2 <= count <= num:
+        raise UsageError(f"spacing 'logsnr{count}' of {num} steps; expected 2 to all of them.")
+    log_snr = np.log(schedule.alpha_bar / (1 - schedule.alpha_bar))
+    end = max(log_snr[-1], -12.0)
+    levels = np.linspace(log_snr[0], end, count if end == log_snr[-1] else count - 1)
+    rows = [int(np.argmin(np.abs(log_snr - level))) for level in levels]
+    rows = rows[: count - 1] + [num - 1]
+    for i in range(1, count):
+        rows[i] = max(rows[i], rows[i - 1] + 1)
+    rows[-1] = num - 1
+    for i in reversed(range(count - 1)):
+        rows[i] = min(rows[i], rows[i + 1] - 1)
+    return rows
 
 
 def _sections(num_steps: int, counts: Sequence[int], spacing: Spacing) -> tuple[int, ...]:

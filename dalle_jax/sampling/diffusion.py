@@ -21,7 +21,7 @@ from dalle_jax.models import unet, unet_plan
 from dalle_jax.nn import partition
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
-SAMPLERS = ("ddim", "ddpm")
+SAMPLERS = ("ddim", "ddpm", "dpmpp")
 
 
 def parameterisation(
@@ -87,7 +87,7 @@ def draw(
       key: typed key.
       indices: [B] int, the global index of each picture.
       px: side of the pictures; 0 = what the network is made for.
-      sampler: "ddim", or "ddpm" with the network's variance.
+      sampler: "ddim", "ddpm" with the network's variance, or "dpmpp" for few steps.
       eta: of ddim, 0 to 1.
       scale: of guidance, a number or [B]; 1 = none.
       clip: what becomes of estimates outside [-1, 1], see `gaussian.Parameterisation`.
@@ -103,10 +103,7 @@ def draw(
     """
     px = px or model.config.image_px
     unet_plan.check_px(model.config, px)
-    if sampler not in SAMPLERS:
-        raise UsageError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
-    if not 0 <= eta <= 1:
-        raise UsageError(f"eta={eta}; expected 0 (no noise) to 1 (as much as DDPM).")
+    check_eta(sampler, eta)
     scalar = isinstance(scale, int | float)
     options = dict(
         # What is None is left out of the program.
@@ -125,6 +122,16 @@ def draw(
     return _draw(model, params, key, rows, options, **static)[:count]
 
 
+def check_eta(sampler: str, eta: float) -> None:
+    """Raises UsageError for an unknown sampler, or an eta that it does not take."""
+    if sampler not in SAMPLERS:
+        raise UsageError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
+    if not 0 <= eta <= 1:
+        raise UsageError(f"eta={eta}; expected 0 (no noise) to 1 (as much as DDPM).")
+    if eta and sampler == "dpmpp":
+        raise UsageError(f"eta={eta}, but dpmpp draws no noise; use sampler ddim, or eta=0.")
+
+
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "px", "sampler", "clip", "mesh"))
 def _draw(model, params, key, rows, options, *, schedule, px, sampler, clip, mesh):
     rows = _spread(rows, mesh)
@@ -138,6 +145,8 @@ def _draw(model, params, key, rows, options, *, schedule, px, sampler, clip, mes
     project = None if rows["keep"] is None else samplers.keep_known(*rows["keep"])
     if sampler == "ddpm":
         drawn = samplers.ddpm(predict, schedule, p, x_t, keys, project=project)
+    elif sampler == "dpmpp":
+        drawn = samplers.dpmpp(predict, schedule, p, x_t, project=project)
     else:
         eta = 0.0 if options["eta"] is None else options["eta"]
         drawn = samplers.ddim(predict, schedule, p, x_t, keys, eta=eta, project=project)

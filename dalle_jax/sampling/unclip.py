@@ -40,7 +40,7 @@ class Drawing:
 
     Attributes:
       steps: of the decoder, a spacing of `diffusion.schedule`; paper 250.
-      sampler: of the decoder, "ddim" | "ddpm".
+      sampler: of the decoder, "ddim" | "ddpm" | "dpmpp".
       eta: of its ddim.
       guidance: classifier-free guidance of the decoder; 1 = off and half the work.
       upsample_steps: of each upsampler, the last one for all further; paper fast27 and 15, ddim.
@@ -55,12 +55,7 @@ class Drawing:
     chunk: int = 0
 
     def __post_init__(self):
-        if self.sampler not in diffusion.SAMPLERS:
-            raise UsageError(
-                f"sampler {self.sampler!r} is unknown; use one of {', '.join(diffusion.SAMPLERS)}."
-            )
-        if not 0 <= self.eta <= 1:
-            raise UsageError(f"eta={self.eta}; expected 0 (no noise) to 1 (as much as DDPM).")
+        diffusion.check_eta(self.sampler, self.eta)
         if not 0 <= self.guidance < float("inf"):
             raise UsageError(f"guidance={self.guidance}; expected 0 or more, 1 = off.")
         if self.chunk < 0 or not self.upsample_steps:

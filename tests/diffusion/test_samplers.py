@@ -91,6 +91,43 @@ def test_every_parameterisation_leads_to_the_same_place(schedule, rng, predicts)
     np.testing.assert_allclose(x_0, ddim_by_hand(short, x_t), atol=2e-3)
 
 
+@pytest.mark.parametrize("predicts", ["x_0", "v"])
+def test_ten_steps_of_dpmpp_miss_by_less_than_forty_of_ddim(schedule, rng, predicts):
+    """The end of infinitely many steps: x keeps its distance from the mean in standard deviations.
+
+    Measured, ddim 40 and dpmpp 10, 20, 40: linear .018, .0078, .0043, .0010; cosine .021, .0056,
+    .0060, .0014. (Evenly spaced, 10 and 20 steps of dpmpp are worse than ddim's.)
+    """
+    p = Parameterisation(predicts=predicts, clip="none", variance="learned_range")
+    predict = exact(schedule, predicts, variance_channels=True)
+    x_t = normal(rng, 4)
+    signal, noise = schedule.signal[-1], np.sqrt(1 - schedule.alpha_bar[-1])
+    end = MU + STD * (np.asarray(x_t, np.float64) - signal * MU) / np.hypot(signal * STD, noise)
+
+    def error(sampler, steps):
+        short = tables.respace(schedule, f"logsnr{steps}")
+        assert short.num_steps == steps and short.timesteps[-1] == schedule.timesteps[-1]
+        drawn = jax.jit(lambda x: sampler(predict, short, p, x))(x_t)
+        return np.sqrt(np.mean((drawn - end) ** 2))
+
+    few, more = error(samplers.dpmpp, 10), error(samplers.dpmpp, 40)
+    assert few < error(samplers.ddim, 40) / 1.8
+    assert more < few / 3
+
+
+def test_one_step_of_dpmpp_is_that_of_ddim(schedule, rng):
+    """As is every step with a predictor whose x_0 stands still."""
+    x_t = normal(rng, 2)
+    still = Parameterisation(predicts="x_0", clip="none")
+    for spacing in (1, 7):
+        short = tables.respace(schedule, spacing)
+        a, b = (
+            jax.jit(lambda x, f=f, s=short: f(lambda x, t: 0.3 + 0 * x, s, still, x))(x_t)
+            for f in (samplers.dpmpp, samplers.ddim)
+        )
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def draw(name, schedule, short, x_t, predict=None, p=FREE, **options):
     """What a sampler makes of x_t, with one key per example."""
     predict = predict or exact(schedule)

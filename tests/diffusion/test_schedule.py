@@ -59,7 +59,7 @@ def test_signal_falls_and_tables_agree_with_their_definitions(name, spacing):
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_respacing_to_all_steps_is_the_identity(name):
     schedule = tables.make(name, 100)
-    for spacing in (100, "100", "50,50", [25, 25, 25, 25], "ddim100"):
+    for spacing in (100, "100", "50,50", [25, 25, 25, 25], "ddim100", "logsnr100"):
         assert tables.respace(schedule, spacing) == schedule
 
 

@@ -59,11 +59,12 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_devices_and_guided_by_1(d
     assert np.abs(drawn[2] - plain[2]).max() > 0.05
 
 
-def test_known_pixels_come_back_bit_for_bit_and_starts_may_be_given(drawer, rng):
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
+def test_known_pixels_come_back_bit_for_bit_and_starts_may_be_given(drawer, rng, sampler):
     draw, cond = drawer
     picture = rng.uniform(-1, 1, (COUNT, PX, PX, 3)).astype(np.float32)
     known = rng.random((COUNT, PX, PX, 1)) < 0.5
-    options = dict(indices=np.arange(COUNT), sampler="ddpm", keep=(picture, known))
+    options = dict(indices=np.arange(COUNT), sampler=sampler, keep=(picture, known))
     drawn = np.asarray(draw(cond, **options))
     where = np.broadcast_to(known, picture.shape)
     np.testing.assert_array_equal(drawn[where], picture[where])
@@ -72,7 +73,11 @@ def test_known_pixels_come_back_bit_for_bit_and_starts_may_be_given(drawer, rng)
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"sampler": "euler"}, "ddim, ddpm"), ({"eta": 2.0}, "eta=2.0")],
+    [
+        ({"sampler": "euler"}, "ddim, ddpm, dpmpp"),
+        ({"eta": 2.0}, "eta=2.0"),
+        ({"sampler": "dpmpp", "eta": 0.5}, "draws no noise"),
+    ],
 )
 def test_options_out_of_range_are_refused(drawer, options, says):
     draw, cond = drawer
