@@ -273,7 +273,7 @@ def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
         dump = {"xla_dump_to": folder}
         try:
             lowered = made.lower_step()
-            compiled = lowered.compile(compiler_options=None if topology.has_text else dump)
+            compiled = _executable(lowered, {} if topology.has_text else dump)
         except jax.errors.JaxRuntimeError as error:
             needed = needed_bytes(str(error))
             if needed is None:
@@ -291,6 +291,17 @@ def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
         + memory.generated_code_size_in_bytes
     )
     return _Compiled(peak <= topology.capacity, peak, text, time.perf_counter() - began)
+
+
+def _executable(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+    try:
+        return lowered.compile(compiler_options=options or None)
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        # Without a GPU to time tiles on, XLA guesses those of Triton's products, and for CLIP
+        # L/14's [19712, 768] x [768, 768] finds none. cuBLAS is as good in a plan.
+        return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 
 def _text(compiled: jax.stages.Compiled, folder: pathlib.Path) -> str | None:

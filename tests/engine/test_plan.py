@@ -115,6 +115,23 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
         weigh(toy)
 
 
+def test_products_that_triton_cannot_tile_are_left_to_cublas():
+    tried = []
+
+    class Lowered:
+        def compile(self, compiler_options):
+            tried.append(compiler_options)
+            if len(tried) == 1:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that …")
+            return "compiled"
+
+    assert plan._executable(Lowered(), {"xla_dump_to": "x"}) == "compiled"
+    assert tried == [
+        {"xla_dump_to": "x"},
+        {"xla_dump_to": "x", "xla_gpu_enable_triton_gemm": False},
+    ]
+
+
 @pytest.mark.parametrize(
     "message, needed",
     [
