@@ -5,6 +5,9 @@
   python -m dalle_jax evaluate --suite=shapes --pipeline=unclip --pretrained=shapes --json
   python -m dalle_jax evaluate --suite=recon --dvae=runs/dvae
   python -m dalle_jax evaluate --suite=retrieval --clip=runs/clip --split=held_out
+  python -m dalle_jax evaluate --suite=distribution --workdir=runs/dalle --clip=runs/clip
+  python -m dalle_jax evaluate --suite=variations --pipeline=unclip --decoder=runs/decoder
+  python -m dalle_jax evaluate --suite=inpainting --pipeline=unclip --decoder=runs/decoder
 
 --suite=shapes draws prompts of the shapes grammar and judges every picture exactly: it counts as
 right only if number, colours, shapes, their pairing, background and relation are what the caption
@@ -23,11 +26,25 @@ With --dvae alone it measures judge and codec. Fields of the JSON:
                           held_out_reconstruction
   seconds_per_picture.K   seconds to draw and rank K candidates, compilation left out
 
+--suite=distribution draws for the captions of a split and compares the drawn with the real pictures
+as sets: the Fréchet distance on this CLIP's features (`frechet_clip`; or of plain pixels,
+--features) beside its floor, precision, recall and diversity; the fields are explained in
+evaluation/distribution.py. It is no FID: features are not Inception's.
+
 --pipeline=unclip measures DALL-E 2 for each way from a caption to the decoder (--ways) and each
 guidance scale (--guidances): `runs` is a list of such figures, each with its `prior` and
 `guidance`, over the same prompts. `reconstruction` is then of pictures that the decoder draws from
 the embedding of the rendered scene itself: what any prior could reach without the caption. The way
-`dalle` measures a DALL-E 1 beside them: as without --pipeline, but ranked by DALL-E 2's CLIP.
+`dalle` measures a DALL-E 1 beside them: as without --pipeline, but ranked by DALL-E 2's CLIP. Suite
+distribution has such `runs` too, and with this pipeline only there are:
+
+--suite=variations renders scenes, draws variations as the command `vary` does, at each of --etas
+and --guidances, and judges what must stay (`right`, `conditions`), beside the verdict of another
+scene (`chance`), and how much has changed (`moved`, `pixel_change`).
+--suite=inpainting masks a rectangle of rendered scenes and asks for another object in it (task
+`replace`) or one more (`add`): `right`, and `baseline` with the old prompt; `untouched` must be 1.
+Drawn with --inpainter where there is one and finished by the upsamplers, unless --no_upsample; the
+other suites judge the decoder's own small pictures. Fields: evaluation/unclip_suites.py.
 
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
 
@@ -41,19 +58,28 @@ import json
 import pathlib
 import sys
 
-from dalle_jax.cli import common, evaluate_unclip, prompts
+from dalle_jax.cli import common, evaluate_distribution, evaluate_edits, evaluate_unclip, prompts
+from dalle_jax.cli import evaluate_parts as parts
 
-SUMMARY = "measure a model: judged pictures and rerank curve, reconstructions, retrieval"
+SUMMARY = "measure a model: judged pictures and edits, reconstructions, retrieval, distributions"
 
-SUITES = ("shapes", "recon", "retrieval")
-_BATCH = 64  # pictures at a time through codec and CLIP
+SUITES = ("shapes", "recon", "retrieval", "distribution", "variations", "inpainting")
+_CANDIDATES = {"shapes": 64, "distribution": 2, "variations": 4, "inpainting": 4}
+_ONLY = {  # flag -> the suite that it is for
+    "features": "distribution",
+    "etas": "variations",
+    "inpainter": "inpainting",
+    "upsampler": "inpainting",
+    "upsample_steps": "inpainting",
+    "no_upsample": "inpainting",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--suite", required=True, choices=SUITES, help="what to measure")
     parser.add_argument(
-        "--pipeline", choices=("dalle", "unclip"), default="dalle", help="of suite shapes"
+        "--pipeline", choices=("dalle", "unclip"), default="dalle", help="default: %(default)s"
     )
     group = parser.add_argument_group("networks")
     group.add_argument("--workdir", metavar="DIR", help="DALL-E: workdir of a dalle run")
@@ -62,22 +88,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained", metavar="NAME", help="a set that ships with the package, instead of DIRs"
     )
-    group = parser.add_argument_group("suite shapes")
+    group = parser.add_argument_group("drawing")
     group.add_argument(
         "--prompts_per_skill",
         type=int,
         default=25,
         metavar="n",
-        help="seen prompts of each of the four skills, and as many held-out (default: %(default)s)",
+        help="suite shapes: seen prompts of each of the four skills, and as many held-out; "
+        "variations: scenes of each; inpainting: pictures of each task (default: %(default)s)",
     )
+    defaults = ", ".join(f"{suite} {n}" for suite, n in _CANDIDATES.items())
     group.add_argument(
-        "--candidates", type=int, default=64, metavar="N", help="per prompt (default: %(default)s)"
+        "--candidates", type=int, metavar="N", help=f"per prompt or picture (default: {defaults})"
     )
     group.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     group.add_argument("--top_k", type=int, default=0, help="likeliest codes only; 0 = all")
     group.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; 1 = all")
     group.add_argument(
-        "--guidance", type=float, default=1.0, help="classifier-free guidance scale; 1 = off"
+        "--guidance", type=float, default=1.0, help="of pipeline dalle, classifier-free; 1 = off"
     )
     group.add_argument(
         "--batch",
@@ -86,12 +114,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pictures drawn at a time; bounds the memory (default: %(default)s)",
     )
     evaluate_unclip.add_arguments(parser)
-    group = parser.add_argument_group("suites recon and retrieval")
+    group = parser.add_argument_group("suites recon, retrieval and distribution")
     group.add_argument("--source", help="prepared set (default: what the network was trained on)")
     group.add_argument("--data_dir", help="where prepared sets live (default: as in training)")
     group.add_argument("--split", help="default: the eval split of the network's config")
     group.add_argument(
         "--num_examples", type=int, default=1000, metavar="n", help="at most (default: %(default)s)"
+    )
+    group.add_argument(
+        "--features",
+        choices=evaluate_distribution.FEATURES,
+        help="suite distribution: embeddings of this CLIP, or pixels at 8 x 8 (default: clip)",
     )
     group = parser.add_argument_group("output")
     group.add_argument("--seed", type=int, default=0, help="of prompts and noise")
@@ -105,12 +138,22 @@ def run(args: argparse.Namespace) -> int:
     """Measures and reports."""
     from dalle_jax.types import UsageError
 
+    for name, suite in _ONLY.items():
+        if getattr(args, name) and args.suite != suite:
+            raise UsageError(f"--{name} is of --suite={suite}, not of --suite={args.suite}.")
+    if args.pipeline == "dalle" and args.suite in ("variations", "inpainting"):
+        raise UsageError(f"--suite={args.suite} is of DALL-E 2; add --pipeline=unclip.")
+    if args.candidates is None:
+        args.candidates = _CANDIDATES.get(args.suite)
     least = dict(prompts_per_skill=1, candidates=1, batch=1, num_examples=1, seed=0)
     for name, lowest in least.items():
-        if getattr(args, name) < lowest:
-            raise UsageError(f"--{name} is {getattr(args, name)}; expected at least {lowest}.")
+        value = getattr(args, name)
+        if value is not None and value < lowest:
+            raise UsageError(f"--{name} is {value}; expected at least {lowest}.")
     if args.out and pathlib.Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
+    if args.suite == "distribution":
+        evaluate_distribution.check(args)
     if args.pipeline == "unclip":
         evaluate_unclip.check(args)
     common.use_cache(args)
@@ -136,10 +179,19 @@ def _run(args: argparse.Namespace) -> int:
 
 def _measure(args, folders):
     """(the figures, a function of (folder, figures) that writes pictures and page)."""
-    suite = dict(shapes=_shapes, recon=_recon, retrieval=_retrieval)[args.suite]
-    if args.pipeline == "unclip":
-        tools = dict(dalle=_dalle, shared=_shared, report=_to_stderr)
-        suite = functools.partial(evaluate_unclip.measure, **tools)
+    told = dict(report=_to_stderr)
+    suite = {
+        ("dalle", "shapes"): _shapes,
+        ("dalle", "recon"): _recon,
+        ("dalle", "retrieval"): _retrieval,
+        ("dalle", "distribution"): functools.partial(evaluate_distribution.of_dalle, **told),
+        ("unclip", "distribution"): functools.partial(evaluate_distribution.of_unclip, **told),
+        ("unclip", "shapes"): functools.partial(
+            evaluate_unclip.measure, dalle=_dalle, shared=_shared, **told
+        ),
+        ("unclip", "variations"): functools.partial(evaluate_edits.variations, **told),
+        ("unclip", "inpainting"): functools.partial(evaluate_edits.inpainting, **told),
+    }[args.pipeline, args.suite]
     result, write_pictures = suite(args, folders)
     result = {
         "suite": args.suite,
@@ -174,6 +226,7 @@ def _folders(args) -> dict[str, str]:
         "shapes": ("dalle", "dvae"),
         "recon": ("dvae", "dalle"),
         "retrieval": ("clip",),
+        "distribution": ("dalle",),
     }[args.suite]
     if not any(name in found for name in needed):
         flag = {"dalle": "--workdir=DIR", "dvae": "--dvae=DIR", "clip": "--clip=DIR"}
@@ -181,7 +234,13 @@ def _folders(args) -> dict[str, str]:
             f"--suite={args.suite} needs {' or '.join(flag[name] for name in needed)}, "
             f"or --pretrained=NAME."
         )
-    used = (*needed, "clip") if args.suite == "shapes" and "dalle" in found else needed
+    if args.suite == "distribution" and args.features != "pixels" and "clip" not in found:
+        raise UsageError(
+            "--suite=distribution compares pictures by CLIP's features; give --clip=DIR, or "
+            "--features=pixels."
+        )
+    draws = args.suite in ("shapes", "distribution") and "dalle" in found
+    used = ("dalle", "dvae", "clip") if draws else needed
     return {name: found[name] for name in used if name in found}
 
 
@@ -195,43 +254,21 @@ def _codec(folders):
 
 def _dalle(args, folders):
     """(image_px, generate, reconstruct) of a DALL-E, as `shapes_suite` takes them."""
-    import jax
-
-    from dalle_jax import images
-    from dalle_jax.engine import meshes, sharding
-    from dalle_jax.sampling import dalle as sampling
-    from dalle_jax.sampling import logits, stages
+    from dalle_jax.sampling import stages
 
     dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
-    codec = dalle.codec
-    logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
-    mesh, tokens, decode = meshes.local(), _tokens(dalle), _batched(codec.decode)
+    draw, tokens = parts.dalle_generator(args, dalle), parts.tokens(dalle)
 
     def generate(captions, num_candidates, first_prompt):
-        codes = sampling.sample(
-            dalle.model,
-            dalle.on(sharding.replicated(mesh)),
-            tokens(captions),
-            num_candidates=num_candidates,
-            key=jax.random.key(args.seed),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            guidance=args.guidance,
-            first_prompt=first_prompt,
-            mesh=mesh,
-        )
-        codes = jax.device_get(codes)
-        pictures = decode(codes.reshape(-1, codes.shape[-1]))
-        return images.to_uint8(pictures).reshape(*codes.shape[:2], *pictures.shape[1:])
+        return draw(tokens(captions), num_candidates, first_prompt)
 
-    return codec.image_px, generate, _there_and_back(codec)
+    return dalle.codec.image_px, generate, _there_and_back(dalle.codec)
 
 
 def _there_and_back(codec):
     from dalle_jax import images
 
-    encode, decode = _batched(codec.encode), _batched(codec.decode)
+    encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
     return lambda pictures: images.to_uint8(decode(encode(images.to_float(pictures))))
 
 
@@ -245,7 +282,7 @@ def _shapes(args, folders):
         clip = stages.load_clip(folders["clip"]) if "clip" in folders else None
         image_px, generate, reconstruct = _dalle(args, folders)
         if clip is not None:
-            tokens = _tokens(clip)
+            tokens = parts.tokens(clip)
 
             def score(pictures, captions):
                 return rerank.score(clip, images.to_float(pictures), tokens(captions))
@@ -275,8 +312,8 @@ def _recon(args, folders):
     from dalle_jax.evaluation import run as suites
 
     codec = _codec(folders)
-    encode, decode = _batched(codec.encode), _batched(codec.decode)
-    split, batches = _batches(args, codec.config, {"image"})
+    encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
+    split, batches = parts.batches(args, codec.config, {"image"})
     result, pairs = suites.recon_suite(
         (batch["image"] for batch in batches),
         lambda pictures: encode(images.to_float(pictures)),
@@ -302,11 +339,11 @@ def _retrieval(args, folders):
 
     def embed(method):
         apply = jax.jit(lambda params, x: clip.model.apply(params, x, method=method))
-        return _batched(lambda x: apply(params, x))
+        return parts.batched(lambda x: apply(params, x))
 
     embed_image, embed_text = embed("encode_image"), embed("encode_text")
     own = tokenizer.Tokenizer(clip.tokenizer_bytes)
-    split, batches = _batches(args, clip.config, {"image", "text"}, own)
+    split, batches = parts.batches(args, clip.config, {"image", "text"}, own)
     result = suites.retrieval_suite(
         ((batch["image"], batch["text"]) for batch in batches),
         lambda pictures: embed_image(images.to_float(pictures)),
@@ -332,51 +369,6 @@ def _shared(generate):
         return distributed.gather_rows(pictures)[: len(captions)]
 
     return apply
-
-
-def _tokens(stage):
-    """Captions to ids by the stage's own tokenizer."""
-    from dalle_jax.data import tokenizer
-
-    own, data = tokenizer.Tokenizer(stage.tokenizer_bytes), stage.config.data
-    return lambda captions: own.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
-
-
-def _batched(function, size: int = _BATCH):
-    """`function` on chunks of one shape: the last is filled up, so that nothing compiles twice."""
-    import numpy as np
-
-    def apply(rows):
-        parts = []
-        for start in range(0, len(rows), size):
-            part = np.asarray(rows[start : start + size])
-            filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-            parts.append(np.asarray(function(filled))[: len(part)])
-        return np.concatenate(parts)
-
-    return apply
-
-
-def _batches(args, config, wanted, tokenizer=None):
-    """(the split's name, batches of its first examples in order)."""
-    from dalle_jax import config as cfg
-    from dalle_jax.data import pipeline
-
-    data = cfg.ConfigDict(config.data.to_dict())
-    data.source, data.data_dir = args.source or data.source, args.data_dir or data.data_dir
-    split = args.split or data.eval_split
-    size = min(_BATCH, args.num_examples)
-    pictures = pipeline.make(
-        data, args.seed, split=split, wanted=wanted, tokenizer=tokenizer, training=False, batch=size
-    )
-    num = min(args.num_examples, pictures.num_examples)
-
-    def batches():
-        for step in range(-(-num // size)):
-            batch = pictures(step)
-            yield {name: rows[: num - step * size] for name, rows in batch.items()}
-
-    return split, batches()
 
 
 def _rounded(value):

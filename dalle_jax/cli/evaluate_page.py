@@ -7,6 +7,7 @@ import numpy as np
 
 from dalle_jax import images, pages
 
+SETTINGS = ("prior", "guidance", "eta", "temperature")  # of a run, where it has them
 PICTURE_PX = 96  # pictures are enlarged to at least this
 
 
@@ -104,8 +105,7 @@ def as_text(result: dict) -> str:
     """The figures as indented lines; a table for the skills."""
     lines = []
     if "runs" in result:
-        title = "prior {prior}, guidance {guidance:g}\n"
-        return "\n".join(title.format(**run) + as_text(run) for run in result["runs"])
+        return "\n".join(f"{run_title(run)}\n{as_text(run)}" for run in result["runs"])
     if "skills" in result:
         lines.append(
             "judge on ground truth: {oracle_accuracy:.2%} of {n}".format(**result["judge"])
@@ -125,6 +125,12 @@ def as_text(result: dict) -> str:
         shown = {k: v for k, v in result.items() if k not in ("networks", "command")}
         lines.append(json.dumps(shown, indent=2))
     return "\n".join(lines)
+
+
+def run_title(run: dict) -> str:
+    """The settings that tell a run from the others: `prior none, guidance 2`."""
+    named = {name: run[name] for name in SETTINGS if name in run}
+    return ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in named.items())
 
 
 def _headline(skill: dict) -> float:

@@ -1,37 +1,46 @@
-"""`evaluate --suite=shapes --pipeline=unclip`: DALL-E 2 by the exact judge, in all its ways.
+"""`evaluate --pipeline=unclip`: DALL-E 2's flags, stages and drawing; suite shapes in all its ways.
 
-The way `dalle` is a DALL-E 1 on the same prompts, beside them.
-
-No command itself; it has no SUMMARY.
+The other suites are `evaluate_distribution` and `evaluate_edits`. Of suite shapes, the way `dalle`
+is a DALL-E 1 on the same prompts, beside the others. No command itself; it has no SUMMARY.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from dalle_jax.cli import unclip_options as options
 
 DALLE = "dalle"
 WAYS = (*options.WAYS, DALLE)
+SUITES = ("shapes", "distribution", "variations", "inpainting")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags that only this pipeline has."""
-    group = parser.add_argument_group("suite shapes, pipeline unclip (DALL-E 2)")
-    options.add_stages(group, "prior_diffusion", "prior_ar", upsamplers=False)
+    group = parser.add_argument_group(
+        "pipeline unclip (DALL-E 2)",
+        "--inpainter, --upsampler, --upsample_steps and --no_upsample are of suite inpainting",
+    )
+    options.add_stages(group, "prior_diffusion", "prior_ar", "inpainter")
     group.add_argument(
         "--ways",
         metavar="W,W,…",
         help="from a caption to the decoder: some of diffusion, ar (priors), none (text embedding "
-        "in the image embedding's place), caption (no embedding), dalle (a DALL-E 1: of "
-        "--pretrained, or --workdir; with its --guidance, --temperature, --top_k and --top_p) "
-        "(default: all that there are, without dalle)",
+        "in the image embedding's place), caption (no embedding); of suite shapes also dalle (a "
+        "DALL-E 1: of --pretrained, or --workdir; with its --guidance, --temperature, --top_k and "
+        "--top_p) (default: all that there are, without dalle)",
     )
     group.add_argument(
         "--guidances",
-        default="2",
         metavar="G,G,…",
-        help="guidance scales of the decoder, each measured (default: %(default)s)",
+        help="guidance scales of the decoder, each measured (default: 2; suite variations 1)",
+    )
+    group.add_argument(
+        "--etas",
+        metavar="E,E,…",
+        help="suite variations: shares of fresh noise in each step, each measured (default: 0,1)",
     )
     options.add_prior_settings(group)
     group.add_argument(
@@ -40,39 +49,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ddim",
         help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
-    options.add_decoding(group)
+    options.add_drawing(group)
 
 
 def check(args: argparse.Namespace) -> None:
     """What can be refused before anything is loaded."""
     from dalle_jax.types import UsageError
 
-    if args.suite != "shapes":
-        raise UsageError(f"--pipeline=unclip goes with --suite=shapes, not --suite={args.suite}.")
+    if args.suite not in SUITES:
+        raise UsageError(
+            f"--pipeline=unclip goes with --suite={', '.join(SUITES)}, not --suite={args.suite}."
+        )
     scales(args)
-    given = args.ways.split(",") if args.ways else []
-    if set(given) - set(WAYS):
-        raise UsageError(f"--ways={args.ways}; expected some of {', '.join(WAYS)}.")
+    given = [way for way in (args.ways or "").split(",") if way]
+    known = WAYS if args.suite == "shapes" else options.WAYS
+    if set(given) - set(known):
+        raise UsageError(f"--ways={args.ways}; expected some of {', '.join(known)}.")
     for name in ("workdir", "dvae"):
         if getattr(args, name) and DALLE not in given:
             raise UsageError(
-                f"--{name} is of DALL-E 1, which is measured with {DALLE!r} among --ways; give "
-                "--decoder=DIR for DALL-E 2."
+                f"--{name} is of DALL-E 1, which suite shapes measures with {DALLE!r} among "
+                "--ways; give --decoder=DIR for DALL-E 2."
             )
+    if args.suite != "variations":
+        return
+    etas(args)
+    if args.ways:
+        raise UsageError("--ways is from a caption to a picture; variations have no caption.")
+    if args.eta or args.sampler != "ddim":
+        raise UsageError(
+            "variations are drawn by ddim with each eta of --etas; leave --eta and --sampler out."
+        )
 
 
 def scales(args: argparse.Namespace) -> list[float]:
     """Of --guidances."""
-    return options.numbers(args.guidances, "guidances", float, lambda g: g >= 0, "scales >= 0")
+    given = args.guidances or ("1" if args.suite == "variations" else "2")
+    return options.numbers(given, "guidances", float, lambda g: g >= 0, "scales >= 0")
+
+
+def etas(args: argparse.Namespace) -> list[float]:
+    """Of --etas."""
+    good, expected = (lambda eta: 0 <= eta <= 1), "numbers in [0, 1]"
+    return options.numbers(args.etas or "0,1", "etas", float, good, expected)
 
 
 def folders(args: argparse.Namespace) -> dict[str, str]:
     """Stage -> folder, for what is measured."""
     from dalle_jax.types import UsageError
 
-    found = options.folders(args)
-    used = ["clip", "decoder", "prior", "prior_ar"]
-    if args.ways and DALLE in args.ways.split(","):
+    found, used = options.folders(args), ["clip", "decoder"]
+    if args.suite != "variations":
+        used += ["prior", "prior_ar"]
+    if args.suite == "inpainting":
+        used += ["inpaint", *(() if args.no_upsample else ("upsampler_1", "upsampler_2"))]
+    if DALLE in (args.ways or "").split(","):
         given = {"dalle": args.workdir, "dvae": args.dvae}
         if args.workdir:  # knows its codec; the set's is of the set's own
             found.pop("dvae", None)
@@ -86,8 +117,100 @@ def folders(args: argparse.Namespace) -> dict[str, str]:
     return {name: folder for name, folder in found.items() if name in used}
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawer:
+    """DALL-E 2 as the suites draw with it.
+
+    Attributes:
+      args: of the command.
+      stages: `unclip_set.Unclip`.
+      ways: from caption to picture, those to measure.
+      tokenizer: the CLIP's.
+      key: typed key of all noise.
+      mesh: this process's devices.
+    """
+
+    args: argparse.Namespace
+    stages: Any
+    ways: tuple[str, ...]
+    tokenizer: Any
+    key: Any
+    mesh: Any
+
+    def tokens(self, captions):
+        """Ids [P, T] of captions."""
+        data = self.stages.clip.config.data
+        return self.tokenizer.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
+
+    def drawing(self, guidance: float, eta: float | None = None):
+        """`unclip.Drawing` of the flags with this guidance, and this eta in place of --eta."""
+        from dalle_jax.sampling import unclip
+
+        args = self.args
+        made = {}
+        if args.upsample_steps:
+            made["upsample_steps"] = tuple(args.upsample_steps)
+        eta = args.eta if eta is None else eta
+        return unclip.Drawing(
+            steps=args.steps, sampler=args.sampler, eta=eta, guidance=guidance, **made
+        )
+
+    def rows(self, first: int, num_prompts: int, num_candidates: int):
+        """Global indices int [P * N] of the candidates of prompts from the first on."""
+        import numpy as np
+
+        from dalle_jax.sampling import unclip
+
+        prompts = first + np.arange(num_prompts)[:, None]
+        return (prompts * unclip.MAX_CANDIDATES + np.arange(num_candidates)[None]).reshape(-1)
+
+    def generate(self, way: str, drawing, ids, num_candidates: int, first_prompt: int):
+        """Ids [P, T] of captions to uint8 [P, N, h, h, 3], of the decoder's size."""
+        from dalle_jax import images
+        from dalle_jax.sampling import unclip
+
+        text = ids.repeat(num_candidates, axis=0)
+        common = dict(key=self.key, indices=self.rows(first_prompt, len(ids), num_candidates))
+        z, has_clip = unclip.image_embeddings(
+            self.stages, way, text, **common, **options.prior_options(self.args, way)
+        )
+        drawn = unclip.draw_base(
+            self.stages.decoder, z, has_clip, text, drawing, mesh=self.mesh, **common
+        )
+        return images.to_uint8(drawn).reshape(len(ids), num_candidates, *drawn.shape[1:])
+
+
+def prepare(args: argparse.Namespace, found: dict[str, str]) -> Drawer:
+    """The stages in these folders, ready to draw.
+
+    Raises:
+      UsageError: for folders, ways or steps that do not fit, before anything compiles.
+    """
+    import jax
+
+    from dalle_jax.data import tokenizer
+    from dalle_jax.diffusion import schedule
+    from dalle_jax.engine import meshes
+    from dalle_jax.sampling import unclip, unclip_set
+
+    stages = unclip_set.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
+    reads = bool(stages.decoder.model.config.text_layers)
+    ways = [*stages.priors, "none", *(["caption"] if reads else [])]
+    if args.ways:
+        ways = [way for way in args.ways.split(",") if way and way != DALLE]
+    for way in ways:
+        unclip.check_way(stages, way)
+    own, key = tokenizer.Tokenizer(stages.clip.tokenizer_bytes), jax.random.key(args.seed)
+    made = Drawer(args, stages, tuple(ways), own, key, meshes.local())
+    schedule.respace(stages.decoder.schedule, made.drawing(1.0).steps)
+    for stage in stages.upsamplers:
+        for steps in made.drawing(1.0).upsample_steps:
+            schedule.respace(stage.schedule, steps)
+    return made
+
+
 def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, report):
-    """The figures, and a function of (folder, figures) that writes pictures and page.
+    """The figures of suite shapes, and a function of (folder, figures) that writes its page.
 
     Args:
       args: of the command.
@@ -96,39 +219,25 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
       shared: divides `generate`'s captions among the processes.
       report: takes lines of progress.
     """
-    import dataclasses
-
-    import jax
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.data import tokenizer
-    from dalle_jax.engine import meshes
     from dalle_jax.evaluation import run as suites
-    from dalle_jax.sampling import embed, rerank, unclip, unclip_set
+    from dalle_jax.sampling import embed, rerank, unclip
     from dalle_jax.types import UsageError
 
-    stages = unclip_set.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
-    ways = args.ways.split(",") if args.ways else [*stages.priors, "none", "caption"]
-    own_ways = [way for way in ways if way != DALLE]
-    for way in own_ways:
-        unclip.check_way(stages, way)
-    other = dalle(args, found) if DALLE in ways else None
+    drawer = prepare(args, found)
+    stages = drawer.stages
+    other = dalle(args, found) if "dalle" in found else None
     if other and other[0] != stages.decoder.image_px:
         raise UsageError(
             f"the DALL-E 1 {found['dalle']!r} draws {other[0]} px, but the decoder "
             f"{found['decoder']!r} {stages.decoder.image_px} px: the judge sees more on larger "
             "pictures; compare networks of one size, or measure each by itself."
         )
-    mesh, key, data = meshes.local(), jax.random.key(args.seed), stages.clip.config.data
-    own = tokenizer.Tokenizer(stages.clip.tokenizer_bytes)
-    base = unclip.Drawing(steps=args.steps, sampler=args.sampler, eta=args.eta)
-
-    def tokens(captions):
-        return own.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
 
     def score(pictures, captions):
-        return rerank.score(stages.clip, images.to_float(pictures), tokens(captions))
+        return rerank.score(stages.clip, images.to_float(pictures), drawer.tokens(captions))
 
     runs, examples = [], {}
 
@@ -146,8 +255,8 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
         )
         runs.append({"prior": way, "guidance": scale, **settings, **result})
 
-    for scale in scales(args) if own_ways else ():
-        drawing = dataclasses.replace(base, guidance=scale)
+    for scale in scales(args) if drawer.ways else ():
+        drawing = drawer.drawing(scale)
         drawn_once: dict[bytes, np.ndarray] = {}  # the same scenes for every way
 
         def reconstruct(pictures, drawing=drawing, drawn_once=drawn_once):
@@ -155,28 +264,17 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
             if name not in drawn_once:
                 z = embed.images(stages.clip, images.to_float(pictures))
                 some = np.arange(len(z))
-                drawn = unclip.draw_base(
-                    stages.decoder, z, some >= 0, None, drawing, key=key, indices=some, mesh=mesh
-                )
+                common = dict(key=drawer.key, indices=some, mesh=drawer.mesh)
+                drawn = unclip.draw_base(stages.decoder, z, some >= 0, None, drawing, **common)
                 drawn_once[name] = images.to_uint8(drawn)
             return drawn_once[name]
 
-        for way in own_ways:
+        for way in drawer.ways:
             report(f"prior {way}, guidance {scale:g}")
 
             def generate(captions, num_candidates, first_prompt, way=way, drawing=drawing):
-                text = tokens(captions).repeat(num_candidates, axis=0)
-                prompts = first_prompt + np.arange(len(captions))
-                candidates = np.arange(num_candidates)[None]
-                rows = (prompts[:, None] * unclip.MAX_CANDIDATES + candidates).reshape(-1)
-                z, has_clip = unclip.image_embeddings(
-                    stages, way, text, key=key, indices=rows, **options.prior_options(args, way)
-                )
-                drawn = unclip.draw_base(
-                    stages.decoder, z, has_clip, text, drawing, key=key, indices=rows, mesh=mesh
-                )
-                drawn = images.to_uint8(drawn)
-                return drawn.reshape(len(captions), num_candidates, *drawn.shape[1:])
+                ids = drawer.tokens(captions)
+                return drawer.generate(way, drawing, ids, num_candidates, first_prompt)
 
             add(way, scale, reconstruct, generate)
     if other:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 
 from dalle_jax.data import shapes
-from dalle_jax.evaluation import alignment, recon, shapes_judge
+from dalle_jax.evaluation import alignment, clock, recon, shapes_judge
 from dalle_jax.types import UsageError
 
 Generate = Callable[[Sequence[str], int, int], np.ndarray]
@@ -108,20 +108,11 @@ def shapes_suite(
     for name, value in (("prompts_per_skill", prompts_per_skill), ("candidates", candidates)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1.")
-    oracle_accuracy = shapes_judge.oracle_accuracy(num_oracle, image_px)
-    report(f"judge: right on {oracle_accuracy:.2%} of {num_oracle} rendered scenes")
-    if oracle_accuracy < MIN_ORACLE:
-        raise UsageError(
-            f"the judge confirms only {oracle_accuracy:.2%} of the renderer's own pictures at "
-            f"{image_px} px, {MIN_ORACLE:.1%} is needed; evaluate pictures of 32 or 64 px."
-        )
+    judge = checked_judge(image_px, num_oracle, report)
     prompts = make_prompts(prompts_per_skill, seed)
     rebuilt = _judge_reconstructions(prompts, image_px, reconstruct, max_pictures)
     report(f"codec: {rebuilt.mean():.1%} of {len(prompts)} ground-truth pictures right after it")
-    result = {
-        "judge": {"oracle_accuracy": oracle_accuracy, "n": num_oracle, "image_px": image_px},
-        "skills": {},
-    }
+    result = {"judge": judge, "skills": {}}
     drawn, examples, seconds = None, [], {}
     if generate is not None:
         drawn, examples, seconds = _draw_and_judge(
@@ -136,6 +127,22 @@ def shapes_suite(
     result["mean"] = _mean(list(result["skills"].values()))
     result["seconds_per_picture"] = seconds
     return result, examples
+
+
+def checked_judge(image_px: int, num_oracle: int = 400, report: Report = lambda line: None) -> dict:
+    """The judge's own accuracy on rendered scenes, as every report with verdicts holds it.
+
+    Raises:
+      UsageError: if the judge is not exact at this size.
+    """
+    oracle_accuracy = shapes_judge.oracle_accuracy(num_oracle, image_px)
+    report(f"judge: right on {oracle_accuracy:.2%} of {num_oracle} rendered scenes")
+    if oracle_accuracy < MIN_ORACLE:
+        raise UsageError(
+            f"the judge confirms only {oracle_accuracy:.2%} of the renderer's own pictures at "
+            f"{image_px} px, {MIN_ORACLE:.1%} is needed; evaluate pictures of 32 or 64 px."
+        )
+    return {"oracle_accuracy": oracle_accuracy, "n": num_oracle, "image_px": image_px}
 
 
 def recon_suite(
@@ -160,7 +167,7 @@ def recon_suite(
     """
     counts = np.zeros(num_codes, np.int64)
     psnr, ssim, shown = [], [], None
-    clock = _Clock("recon", None, report)
+    timer = clock.Clock("recon", None, report)
     for images in batches:
         codes = np.asarray(encode(images))
         others = np.asarray(decode(codes))
@@ -169,7 +176,7 @@ def recon_suite(
         ssim.append(recon.ssim(images, others))
         if shown is None:
             shown = np.concatenate([images[:8], others[:8]])
-        clock.add(len(images))
+        timer.add(len(images))
     if shown is None:
         raise UsageError("there are no pictures to reconstruct; give a split that holds some.")
     result = {
@@ -203,11 +210,11 @@ def retrieval_suite(
       among the distinct ones.
     """
     pictures, texts = [], []
-    clock = _Clock("embed", None, report)
+    timer = clock.Clock("embed", None, report)
     for images, tokens in batches:
         pictures.append(np.asarray(embed_images(images), np.float32))
         texts.append(np.asarray(tokens))
-        clock.add(len(images))
+        timer.add(len(images))
     if not pictures:
         raise UsageError("there are no pictures to look for; give a split that holds some.")
     tokens, pictures = np.concatenate(texts), np.concatenate(pictures)
@@ -282,7 +289,7 @@ class _Drawn:
 
 def _draw_and_judge(prompts, generate, score, candidates, max_pictures, report):
     size = min(len(prompts), max(1, max_pictures // candidates))
-    clock = _Clock("draw and judge", len(prompts) * candidates, report)
+    timer = clock.Clock("draw and judge", len(prompts) * candidates, report)
     verdicts, scores, examples, times = [], [], [], []
     shown: dict[tuple, int] = {}
     for start in range(0, len(prompts), size):
@@ -307,7 +314,7 @@ def _draw_and_judge(prompts, generate, score, candidates, max_pictures, report):
             if shown[group] <= _SHOWN_PROMPTS:
                 row = None if part_scores is None else part_scores[i]
                 examples.append(_example(prompt, images[i], row, verdicts[-1]))
-        clock.add(len(part) * candidates)
+        timer.add(len(part) * candidates)
     right = np.array([[verdict["all"] for verdict in row] for row in verdicts])
     drawn = _Drawn(verdicts, right, np.concatenate(scores) if scores else None)
     return drawn, examples, _seconds_per_picture(times, size, candidates)
@@ -375,23 +382,3 @@ def _mean(skills: list[dict]) -> dict:
         elif isinstance(value, float):
             result[name] = float(np.mean([skill[name] for skill in skills]))
     return result
-
-
-class _Clock:
-    """Counts pictures and reports rate and time left at most every five seconds."""
-
-    def __init__(self, name: str, total: int | None, report: Report):
-        self._name, self._total, self._report = name, total, report
-        self._done, self._start = 0, time.monotonic()
-        self._last = self._start
-
-    def add(self, num: int) -> None:
-        self._done += num
-        now = time.monotonic()
-        if now - self._last < 5 and self._done != self._total:
-            return
-        self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
-        of = f" of {self._total:,}" if self._total else ""
-        left = f", {(self._total - self._done) / rate:.0f} s left" if self._total else ""
-        self._report(f"{self._name}: {self._done:,}{of} pictures, {rate:,.1f}/s{left}")

@@ -269,7 +269,7 @@ def fake_stages(monkeypatch, known_judge):
         rerank, "score", lambda clip, pictures, text: np.abs(pictures + 1).mean(axis=(1, 2, 3))
     )
     monkeypatch.setattr(
-        "dalle_jax.cli.evaluate._tokens",
+        "dalle_jax.cli.evaluate_parts.tokens",
         lambda stage: lambda texts: np.array([[captions.index(text)] for text in texts]),
     )
 
