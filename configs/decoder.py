@@ -99,7 +99,8 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
     if args.size in ("demo", "shapes"):
         # Captions of the grammar have at most 9 ids; the pretrained CLIP was trained so.
         c.data.text_len = 12
-        c.train.eval_every_steps = c.train.preview_every_steps = steps // 4
+        c.train.eval_every_steps = steps // 4
+        c.train.preview_every_steps = 0 if args.size == "demo" else steps // 4
     if args.size == "emoji":
         c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 24
         c.model.dropout = 0.05

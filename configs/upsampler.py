@@ -87,6 +87,10 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         c.data.eval_batch = 16
         c.train.save_every_steps, c.train.log_every_steps = 30, 10
         c.loss.preview_spacing = "5"
+    if args.size == "demo":
+        c.train.preview_every_steps = 0
+    if px > 64 and not is_paper:
+        c.data.eval_batch = 16  # whole pictures: each is 16 crops
     if args.size == "emoji256":
         c.data.source = "emoji"
     if is_paper:
