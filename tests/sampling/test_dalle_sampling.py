@@ -4,6 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,6 +101,40 @@ def test_a_candidate_depends_on_its_index_alone(network):
     alone = draw(network, text=TEXT[1:], first_prompt=1, num_candidates=5)
     np.testing.assert_array_equal(alone, whole[1:])
     assert not np.array_equal(draw(network, key=jax.random.key(6), num_candidates=5), whole)
+
+
+def leaves_the_device(jaxpr) -> list[str]:
+    """Primitives, at any depth, that ask the host for something or tell it."""
+    found = []
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        found += [name] * any(part in name for part in ("callback", "infeed", "outfeed", "print"))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            found += leaves_the_device(inner)
+    return found
+
+
+def test_all_codes_are_drawn_by_one_program_that_never_asks_the_host(network, caplog):
+    """A chunk is one call: compiled once for all prompts and settings, and without callbacks."""
+    model, params = network
+    params = jax.device_put(params)
+    with jax.log_compiles():
+        for i in range(3):
+            options = dict(temperature=1.0 + i / 10, first_candidate=7 * i, key=jax.random.key(i))
+            draw((model, params), text=TEXT + i, num_candidates=7, **options)
+    told = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.msg]
+    assert sum("jit(_sample)" in text for text in told) == 1
+
+    def whole(params, text, key):
+        return sampling.sample(model, params, text, num_candidates=2, key=key)
+
+    jaxpr = jax.make_jaxpr(whole)(params, TEXT, jax.random.key(0)).jaxpr
+    assert leaves_the_device(jaxpr) == []
+
+    def chatty(x):
+        return jax.lax.scan(lambda c, i: (c, jax.debug.callback(print, i)), x, TEXT[0])[0]
+
+    assert leaves_the_device(jax.make_jaxpr(chatty)(1.0).jaxpr)  # it would be seen
 
 
 def test_eight_devices_give_the_codes_of_one(network):
