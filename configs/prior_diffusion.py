@@ -16,7 +16,7 @@ from dalle_jax import config as cfg
 # width, layers, heads, batch, steps
 _SIZES = {
     "smoke": (64, 2, 2, 32, 60),
-    "demo": (128, 3, 4, 64, 2000),
+    "demo": (128, 3, 4, 64, 800),
     "shapes": (192, 6, 6, 128, 6000),
     "emoji": (192, 6, 6, 128, 6000),
     "single_gpu": (768, 12, 12, 512, 200_000),

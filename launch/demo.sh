@@ -150,21 +150,22 @@ unclip() {
   finish decoder
   train prior 1 prior_diffusion "--config.stages.clip=$out/clip"
   train inpainter 0 decoder "--config.stages.clip=$out/clip" "--config.init_from=$out/decoder" \
-    --config.loss.inpaint=true --config.train.steps=200 --config.optim.lr=3e-4 \
+    --config.loss.inpaint=true --config.train.steps=150 --config.optim.lr=3e-4 \
+    --config.optim.warmup_steps=20 --config.optim.ema_decay=0.99 \
     --config.train.eval_every_steps=0 --config.train.preview_every_steps=0
   finish prior
 
   # ---- What have they learnt? --------------------------------------------------------------------
   renew evaluate samples variations interpolation edited inpainted report
   drawing=("--clip=$out/clip" "--decoder=$out/decoder")
-  # The two ways with an embedding and the one without, 16 prompts a skill, one picture each.
+  # Every way from caption to picture, 8 prompts a skill and as many held-out ones.
   start evaluate 1 evaluate --suite=shapes --pipeline=unclip "${drawing[@]}" \
-    --prior_diffusion="$out/prior" --prompts_per_skill=16 --candidates=2 --steps=25 \
-    --out="$out/evaluation"
+    --prior_diffusion="$out/prior" --prompts_per_skill=8 --candidates=1 --sampler=dpmpp \
+    --steps=logsnr12 --out="$out/evaluation"
   finish inpainter
-  drawing+=("--upsampler=$out/upsampler")
+  drawing+=("--upsampler=$out/upsampler" --steps=25)
   start samples 0 sample --pipeline=unclip "${drawing[@]}" --prior_diffusion="$out/prior" \
-    --prompts_file=launch/prompts/shapes.txt --candidates=16 --keep=8 --out="$out/samples"
+    --prompts_file=launch/prompts/shapes.txt --candidates=8 --keep=4 --guidance=2 --out="$out/samples"
   finish samples
   start variations 0 vary "${drawing[@]}" --image=launch/pictures/red-cube.png \
     --image=launch/pictures/two-shapes.png --n=8 --out="$out/variations"
@@ -178,8 +179,8 @@ unclip() {
   finish interpolation
   start inpainted 0 inpaint "${drawing[@]}" --prior_diffusion="$out/prior" \
     --inpainter="$out/inpainter" --image=launch/pictures/red-cube.png --rect=34,0,30,64 \
-    --prompt="a red cube to the left of a green star on a white background" --candidates=16 \
-    --keep=8 --out="$out/inpainted"
+    --prompt="a red cube to the left of a green star on a white background" --candidates=8 \
+    --keep=4 --out="$out/inpainted"
   finish edited
   finish inpainted
 }
