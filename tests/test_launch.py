@@ -12,6 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = ["prepare", "vqvae", "dvae", "clip", "dalle", "evaluate", "samples", "completion", "report"]
+UNCLIP_STEPS = [
+    "prepare", "prepare64", "clip", "upsampler", "decoder", "prior", "inpainter", "evaluate",
+    "samples", "variations", "interpolation", "edited", "inpainted", "report",
+]  # fmt: skip
 
 # Tells what it was called with, then does what the test has asked of that step.
 STUB = """#!/usr/bin/env bash
@@ -86,6 +90,27 @@ def test_the_demo_runs_every_step_once(house, data):
     assert calls(house) == made and time.monotonic() - started < 10
 
 
+def test_the_demo_of_dalle_2_runs_every_step_once(house):
+    done = demo(house, "--pipeline=unclip", "--out=runs/x")
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = calls(house)
+    assert {p.stem for p in (house / "runs/x/logs").glob("*.done")} == set(UNCLIP_STEPS)
+    assert len(made) == len(UNCLIP_STEPS)
+
+    def place(part):
+        return next(i for i, call in enumerate(made) if part in call)
+
+    # Whose workdir a step reads has been trained before.
+    order = ["x/clip ", "x/decoder ", "init_from=runs/x/decoder", "inpaint --clip", "report --demo"]
+    assert sorted(order, key=place) == order
+    for call in made:  # pictures that are given are there
+        for word in call.split():
+            if word.startswith("--image=launch/"):
+                assert (house / word.removeprefix("--image=")).is_file()
+    again = demo(house, "--pipeline=unclip", "--out=runs/x")
+    assert "nothing left to do" in again.stdout and calls(house) == made
+
+
 def test_a_failed_step_fails_the_demo_and_is_tried_again(house):
     failed = demo(house, fail="configs/dvae.py")
     assert failed.returncode == 3
@@ -129,7 +154,13 @@ def test_stopping_the_demo_ends_its_children(house, number):
             os.kill(child, 0)
 
 
-@pytest.mark.parametrize("arguments", [["--data=cats"], ["--size="], ["fast"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data=cats"], ["--size="], ["fast"], ["--pipeline=vae"],
+        ["--data=emoji", "--pipeline=unclip"], ["--size=shapes", "--pipeline=unclip"],
+    ],
+)  # fmt: skip
 def test_the_demo_refuses_what_it_does_not_understand(house, arguments):
     done = demo(house, *arguments)
     assert done.returncode == 2 and arguments[0] in done.stderr and "usage" in done.stderr
