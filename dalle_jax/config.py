@@ -5,6 +5,7 @@ cli, tasks and engine ever see one; a model gets its own frozen dataclass built 
 Nothing here knows a model, a dataset or a flag.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -212,8 +213,8 @@ def _parse(key: str, value: Any, like: Any) -> Any:
             return float(value)
         if isinstance(like, (tuple, list)):
             items = value if isinstance(value, (tuple, list)) else _items(value)
-            element = like[0] if like else ""
-            return kind(_parse(key, item, element) for item in items)
+            # An empty one does not say of what: 4,8 are numbers, row,conv are words.
+            return kind(_parse(key, item, like[0]) if like else _literal(item) for item in items)
         if isinstance(like, str):
             return str(value)
     except (KeyError, ValueError) as error:
@@ -225,6 +226,13 @@ def _parse(key: str, value: Any, like: Any) -> Any:
 
 def _items(text: str) -> list[str]:
     return [item.strip(" '\"") for item in str(text).strip("()[]").split(",") if item.strip()]
+
+
+def _literal(item: Any) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(item) if isinstance(item, str) else item
+    return item
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

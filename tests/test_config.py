@@ -40,6 +40,24 @@ def test_overrides_are_typed_like_what_they_replace(base):
     assert base.optim.lr == 1e-3, "the original must not change"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4", (4,)),
+        ("4,8", (4, 8)),
+        ("0.5,1", (0.5, 1)),
+        ("(row,conv)", ("row", "conv")),
+        ("()", ()),
+    ],
+)
+def test_an_empty_tuple_takes_numbers_and_words(text, expected):
+    got = cfg.override(
+        cfg.ConfigDict({"model": {"attention_px": ()}}), {"model.attention_px": text}
+    )
+    assert tuple(got.model.attention_px) == expected
+    assert [type(x) for x in got.model.attention_px] == [type(x) for x in expected]
+
+
 def test_a_result_is_locked(base):
     with pytest.raises((AttributeError, KeyError)):
         cfg.override(base, {}).optim.learning_rate = 1
