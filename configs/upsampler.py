@@ -6,8 +6,9 @@ some that one machine trains.
 Sizes (`size=`): smoke (16 to 32 px, a minute on a CPU), demo (32 to 64 px generated scenes, minutes
 of one core), shapes64 (32 to 64 px) and shapes128 (64 to 128 px), the small twins of paper256 (64
 to 256 px, 729.7 million parameters) and paper1024 (256 to 1024 px, 282.1 million); emoji256 (64 to
-256 px). None has been trained to its end yet; the paper's two: 1,000,000 updates of batch 1024 and
-512, learning rates without a schedule, as it names none; warm-up and clipping are ours.
+256 px). shapes64 and shapes128 were trained for 2,000 steps (docs/pretrained.md), emoji256 and the
+paper's two not here; those: 1,000,000 updates of batch 1024 and 512, learning rates without a
+schedule, as it names none; warm-up and clipping are ours.
 
 An upsampler learns from crops and is applied to whole pictures. Sets of the larger size:
 `prepare shapes --image_px=64`. DDIM draws, paper: 27 steps (fast27) and 15.

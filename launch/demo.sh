@@ -175,7 +175,7 @@ unclip() {
   finish evaluate
   start edited 1 edit "${drawing[@]}" --image=launch/pictures/red-cube.png \
     --from="a red cube on a white background" --to="a blue cube on a white background" \
-    --out="$out/edited"
+    --guidance=3 --out="$out/edited"
   finish interpolation
   start inpainted 0 inpaint "${drawing[@]}" --prior_diffusion="$out/prior" \
     --inpainter="$out/inpainter" --image=launch/pictures/red-cube.png --rect=34,0,30,64 \
