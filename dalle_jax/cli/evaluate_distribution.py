@@ -116,7 +116,7 @@ def _measure(args, config, own, clip, ways, report):
 
 def _write(out: pathlib.Path, result: dict, real, drawn: dict, captions: list[str]) -> None:
     """sheet.png and index.html: a table of the runs, and real pictures above drawn ones."""
-    from dalle_jax import images, pages
+    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
 
     runs, name = result["runs"], result["features"]
@@ -135,11 +135,6 @@ def _write(out: pathlib.Path, result: dict, real, drawn: dict, captions: list[st
         "runs with equally many pictures, and no published FID."
     )
     rows = [("real", real, captions), *((title, x, captions) for title, x in drawn.items())]
-    scale = max(1, evaluate_page.PICTURE_PX // real.shape[1])
-    (out / "sheet.png").write_bytes(images.png_bytes(images.contact_sheet(rows, scale=scale)))
-    page.section("Pictures", "The first of the split, and what was drawn for their captions.")
-    for title, pictures, labels in rows:
-        page.heading(title).gallery(
-            list(zip(pictures, labels, strict=True)), evaluate_page.PICTURE_PX
-        )
+    text = "The first of the split, and what was drawn for their captions."
+    evaluate_page.pictures(page, out, rows, text)
     page.section("Command").command(result["command"]).write(out / "index.html")

@@ -177,7 +177,6 @@ def _write_inpainting(out: pathlib.Path, result: dict, shown: dict) -> None:
 
 def _write_pictures(page, out: pathlib.Path, result: dict, shown: dict) -> None:
     """sheet.png and the page's end; shown: a run's title -> `unclip_suites.Shown`s."""
-    from dalle_jax import images
     from dalle_jax.cli import evaluate_page
 
     rows = [
@@ -185,11 +184,5 @@ def _write_pictures(page, out: pathlib.Path, result: dict, shown: dict) -> None:
         for some in zip(*shown.values(), strict=True)
         for title, item in zip(shown, some, strict=True)
     ]
-    scale = max(1, evaluate_page.PICTURE_PX // rows[0][1].shape[1])
-    (out / "sheet.png").write_bytes(images.png_bytes(images.contact_sheet(rows, scale=scale)))
-    page.section("Pictures", "Each with its verdict.")
-    for title, pictures, labels in rows:
-        page.heading(title).gallery(
-            list(zip(pictures, labels, strict=True)), evaluate_page.PICTURE_PX
-        )
+    evaluate_page.pictures(page, out, rows, "Each with its verdict.")
     page.section("Command").command(result["command"]).write(out / "index.html")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from dalle_jax import images, pages
 
 SETTINGS = ("prior", "guidance", "eta", "temperature")  # of a run, where it has them
 PICTURE_PX = 96  # pictures are enlarged to at least this
+RANKED = "Best first by CLIP, each with its verdict and score."
 
 
 def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
@@ -54,13 +56,24 @@ def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
             (f"{example.prompt.scene.caption} ({_half(example)})", example.images, example.labels)
             for example in examples
         ]
-        scale = _scale(examples[0].images)
-        sheet = images.contact_sheet(rows, scale=scale)
-        (out / "sheet.png").write_bytes(images.png_bytes(sheet))
-        page.section("Pictures", "Best first by CLIP, each with its verdict and score.")
-        for title, pictures, labels in rows:
-            page.heading(title).gallery(list(zip(pictures, labels, strict=True)), PICTURE_PX)
+        pictures(page, out, rows, RANKED)
     page.section("Command").command(result["command"]).write(out / "index.html")
+
+
+def pictures(page, out: pathlib.Path, rows: Sequence[tuple], text: str) -> None:
+    """sheet.png, and the same pictures as a section of the page.
+
+    Args:
+      page: `pages.Page`.
+      out: folder of sheet.png.
+      rows: (title, uint8 [n, h, w, 3], n labels) each, at least one.
+      text: what the labels are.
+    """
+    sheet = images.contact_sheet(rows, scale=_scale(rows[0][1]))
+    (out / "sheet.png").write_bytes(images.png_bytes(sheet))
+    page.section("Pictures", text)
+    for title, shown, labels in rows:
+        page.heading(title).gallery(list(zip(shown, labels, strict=True)), PICTURE_PX)
 
 
 def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:

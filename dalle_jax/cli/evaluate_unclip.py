@@ -287,7 +287,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
 
 def write(out: pathlib.Path, result: dict, examples: dict) -> None:
     """sheet.png and index.html: a table of all runs, curves of the sweep, pictures side by side."""
-    from dalle_jax import images, pages
+    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
 
     runs = result["runs"]
@@ -305,13 +305,7 @@ def write(out: pathlib.Path, result: dict, examples: dict) -> None:
         for labels in [example.labels]
     ]
     if rows:
-        scale = max(1, evaluate_page.PICTURE_PX // rows[0][1].shape[1])
-        (out / "sheet.png").write_bytes(images.png_bytes(images.contact_sheet(rows, scale=scale)))
-        page.section("Pictures", "Best first by CLIP, each with its verdict and score.")
-        for title, pictures, labels in rows:
-            page.heading(title).gallery(
-                list(zip(pictures, labels, strict=True)), evaluate_page.PICTURE_PX
-            )
+        evaluate_page.pictures(page, out, rows, evaluate_page.RANKED)
     page.section("Command").command(result["command"]).write(out / "index.html")
 
 

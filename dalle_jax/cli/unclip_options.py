@@ -29,15 +29,14 @@ _HELP = {
 }
 
 
-def add_stages(group, *names: str, upsamplers: bool = True) -> None:
-    """Adds --decoder, --upsampler (or not) and the flags of the named stages."""
+def add_stages(group, *names: str) -> None:
+    """Adds --decoder, --upsampler and the flags of the named stages."""
     for name in ("decoder", *names):
         kind = "FILE" if name == "pca" else "DIR"
         group.add_argument(f"--{name}", metavar=kind, help=_HELP[name])
-    if upsamplers:
-        group.add_argument(
-            "--upsampler", action="append", metavar="DIR", help="of configs/upsampler.py; in order"
-        )
+    group.add_argument(
+        "--upsampler", action="append", metavar="DIR", help="of configs/upsampler.py; in order"
+    )
 
 
 def add_networks(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -75,20 +74,6 @@ def add_prior_settings(group) -> None:
 
 def add_drawing(group, *, eta: float = 0.0) -> None:
     """Adds the decoder's and the upsamplers' settings."""
-    add_decoding(group, eta)
-    group.add_argument(
-        "--upsample_steps",
-        action="append",
-        metavar="S",
-        help="of each upsampler; repeatable (default: fast27, then 15)",
-    )
-    group.add_argument(
-        "--no_upsample", action="store_true", help="stop at the decoder's small pictures"
-    )
-
-
-def add_decoding(group, eta: float = 0.0) -> None:
-    """Adds the decoder's settings."""
     group.add_argument(
         "--steps",
         default="50",
@@ -101,6 +86,15 @@ def add_decoding(group, eta: float = 0.0) -> None:
         type=float,
         default=eta,
         help="share of fresh noise in each step of ddim, 0 to 1 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--upsample_steps",
+        action="append",
+        metavar="S",
+        help="of each upsampler; repeatable (default: fast27, then 15)",
+    )
+    group.add_argument(
+        "--no_upsample", action="store_true", help="stop at the decoder's small pictures"
     )
 
 
