@@ -51,7 +51,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             embed_std=0.002,  # 0.125 / sqrt(width)
             scan_layers=True,
             remat="full",
-            attention_impl="auto",  # dense | structured, see nn/attention.py
+            attention_impl="auto",  # dense | structured | splash, see nn/attention.py
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required

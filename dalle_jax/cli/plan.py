@@ -4,6 +4,8 @@
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology v4:4x4x8 h100:16x8 --batch=2048
   python -m dalle_jax plan --config=configs/clip.py:size=l14 --topology=v6e:8x8 --search
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5p:2x2x1 --sample
+  python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16 \
+      --attention dense structured splash
 
 The training step is compiled for the topology exactly as `train` would, and its cost is read from
 the executable. It needs no data, no trained codec and no accelerator, a core and some 2 GiB: a
@@ -18,6 +20,7 @@ Exits with 1 if the config does not fit; then the nearest one that does is named
 """
 
 import argparse
+import itertools
 import sys
 
 from dalle_jax.cli import common
@@ -43,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--remat", nargs="+", metavar="NAME", help="what to recompute; several with --search"
+    )
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        metavar="NAME",
+        help="dense, structured, splash: model.attention_impl; several are compared in a table",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     mode = parser.add_mutually_exclusive_group()
@@ -92,6 +101,11 @@ def run(args: argparse.Namespace) -> int:
         for name in ("batch", "mesh", "remat"):
             if len(getattr(args, name) or ()) > 1:
                 raise UsageError(f"several values of --{name} need --search.")
+    if args.attention and (args.search or args.sample):
+        raise UsageError(
+            "--attention compares plans of a training step; with --search or --sample give "
+            "--config.model.attention_impl=NAME."
+        )
     action = _search if args.search else _sample if args.sample else _plan
     return action(args)
 
@@ -100,9 +114,9 @@ def _plan(args: argparse.Namespace) -> int:
     from dalle_jax.cli import plan_page
     from dalle_jax.engine import plan, plan_search
 
-    config = _config(args)
     records, fits = [], True
-    for topology in _topologies(args):
+    configs = {name: _config(args, name) for name in args.attention or ("",)}
+    for topology, (attention, config) in itertools.product(_topologies(args), configs.items()):
         found = plan.weigh(config, _task(config), topology)
         near = None
         if not found.fits and not args.no_nearest:
@@ -110,10 +124,16 @@ def _plan(args: argparse.Namespace) -> int:
             near = plan_search.nearest(config, _task, topology, found)
         fits &= found.fits
         records.append(plan_page.record(args.config, found, near))
+        what = args.config
+        if attention:
+            records[-1]["attention"] = attention
+            what += f", {attention} attention"
         if not args.json:
-            print(plan_page.table(args.config, found, near), flush=True)
+            print(plan_page.table(what, found, near), flush=True)
     if args.json:
         _print_json(records)
+    elif len(configs) > 1:
+        print(plan_page.comparison(records), flush=True)
     return 0 if fits else 1
 
 
@@ -187,7 +207,7 @@ def _topologies(args: argparse.Namespace):
     return [topology.get(name) for name in args.topology]
 
 
-def _config(args: argparse.Namespace):
+def _config(args: argparse.Namespace, attention: str = ""):
     """The config with --batch, --mesh and --remat in it, unless a search varies them."""
     from dalle_jax import axes, config, tasks
     from dalle_jax.engine import plan_search
@@ -198,7 +218,7 @@ def _config(args: argparse.Namespace):
         raise UsageError(
             f"task {found.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
         )
-    changes = {}
+    changes = {"model.attention_impl": attention} if attention else {}
     if args.batch and not args.search:
         changes["data.batch"] = args.batch[0]
     if args.mesh and not args.search:

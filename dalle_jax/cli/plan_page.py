@@ -123,6 +123,27 @@ def sampling_table(r: dict[str, Any]) -> str:
     return head + "\n".join("  " + text for text in _columns(rows)) + "\n" + tail
 
 
+def comparison(records: list[dict[str, Any]]) -> str:
+    """A line per plan, side by side; of `record`s with the attention that each has."""
+    rows = [("topology", "attention", "GiB", "of", "fits", "s/sample", "kernels", "basis", "MFU")]
+    for r in records:
+        second = r["estimated_s_per_sample"] or r["floor_s_per_sample"]
+        rows.append(
+            (
+                r["topology"],
+                r["attention"],
+                f"{r['peak_gib']:.2f}",
+                f"{r['capacity_gib']:.2f}",
+                "yes" if r["fits"] else "no",
+                number(second, ".3f"),
+                number(r["kernels_s_per_sample"], ".3f"),
+                r["basis"],
+                number(r["mfu_bound"], ".0%"),
+            )
+        )
+    return "\n".join(_columns(rows)) + "\n"
+
+
 def number(value: float | None, form: str) -> str:
     """A figure that may be unknown."""
     return "-" if value is None else format(value, form)
@@ -192,6 +213,9 @@ def _time(plan: Plan) -> list[str]:
     if plan.estimated_s_per_sample:
         what = "the compiler's, without waiting for collectives"
         rows.append(("estimate", f"{plan.estimated_s_per_sample:.4g}", what))
+    if plan.kernels_s_per_sample:
+        what = "of it, by their products and bytes: our estimate, not the compiler's"
+        rows.append(("kernels", f"{plan.kernels_s_per_sample:.4g}", what))
     lines = _block("time, chip-seconds a sample", rows)
     tokens = f", {plan.tokens_per_s:,.0f} tokens/s" if plan.tokens_per_s else ""
     rate = "at that rate" if plan.basis == "estimate" else "at best, at the floor"

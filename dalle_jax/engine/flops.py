@@ -20,9 +20,10 @@ def hardware(fn: Callable, *arguments: Any) -> float:
     Args:
       fn: jax-traceable; the arguments are arrays or ShapeDtypeStructs.
 
-    Of the branches of a conditional the dearest counts, and a loop without a known length once.
+    Of the branches of a conditional the dearest counts, and a loop without a known length once. A
+    Pallas kernel counts for every step of its grid.
     """
-    return _count(jax.make_jaxpr(fn)(*arguments).jaxpr)
+    return count(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
 
 def kept_bytes(loss: Callable, params: Any, *rest: Any) -> int:
@@ -44,29 +45,12 @@ def kept_bytes(loss: Callable, params: Any, *rest: Any) -> int:
     return sum(v.aval.size * v.aval.dtype.itemsize for v in values - set(kept.invars))
 
 
-def _count(jaxpr) -> float:
-    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+def count(jaxpr: Any, lanes: int = 1) -> float:
+    """`hardware` of a jaxpr; the sides of a matrix product rounded up to a multiple of `lanes`."""
+    return sum(_equation(eqn, lanes) for eqn in jaxpr.eqns)
 
 
-def _equation(eqn) -> float:
-    name = eqn.primitive.name
-    if name == "dot_general":
-        return _dot(eqn)
-    if name == "conv_general_dilated":
-        return _convolution(eqn)
-    inside = [_count(jaxpr) for jaxpr in _inner(eqn)]
-    if name == "cond":
-        return max(inside)
-    times = 1
-    if name == "scan":
-        times = eqn.params["length"]
-    elif name == "shard_map":  # its body sees one device's part
-        mesh = eqn.params["mesh"]
-        times = math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
-    return times * sum(inside)
-
-
-def _inner(eqn) -> Iterator[Any]:
+def inner(eqn: Any) -> Iterator[Any]:
     """The jaxprs among an equation's parameters."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
@@ -75,10 +59,36 @@ def _inner(eqn) -> Iterator[Any]:
                 yield item
 
 
-def _dot(eqn) -> float:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
-    return 2.0 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+def _equation(eqn, lanes: int) -> float:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        return _dot(eqn, lanes)
+    if name == "conv_general_dilated":
+        return _convolution(eqn)
+    inside = [count(jaxpr, lanes) for jaxpr in inner(eqn)]
+    if name == "cond":
+        return max(inside)
+    times = 1
+    if name == "pallas_call":
+        times = math.prod(eqn.params["grid_mapping"].grid)
+    elif name == "scan":
+        times = eqn.params["length"]
+    elif name == "shard_map":  # its body sees one device's part
+        mesh = eqn.params["mesh"]
+        times = math.prod(mesh.shape[axis] for axis in eqn.params["newly_manual_axes"])
+    return times * sum(inside)
+
+
+def _dot(eqn, lanes: int) -> float:
+    (left, right), (batch, other) = eqn.params["dimension_numbers"]
+    x, y = (v.aval.shape for v in eqn.invars)
+
+    def side(shape, dims):
+        return -(-math.prod(shape[i] for i in dims) // lanes) * lanes
+
+    rows = side(x, set(range(len(x))) - {*left, *batch})
+    columns = side(y, set(range(len(y))) - {*right, *other})
+    return 2.0 * math.prod(x[i] for i in batch) * rows * columns * side(x, left)
 
 
 def _convolution(eqn) -> float:

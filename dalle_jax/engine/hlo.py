@@ -30,6 +30,8 @@ _UNKNOWN = 2**62
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
+# Attributes of a Pallas kernel hold JSON over several lines.
+_BROKEN = re.compile(r'\n(?="|\}[},])')
 _BUFFER = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"\b(?:calls|to_apply|called_computations|branch_computations|true_computation"
@@ -194,7 +196,7 @@ class _Module:
         partitions = re.search(r"num_partitions=(\d+)", text[:10_000])
         self.num_devices = int(partitions[1]) if partitions else 1
         entry, current = "", None
-        for line in text.splitlines():
+        for line in _BROKEN.sub("", text).splitlines():
             header = _COMPUTATION.match(line)
             if header:
                 current = self._lines.setdefault(header[2], [])

@@ -9,7 +9,8 @@ arithmetic, and none is a measurement:
              FLOPs are the task's, without recomputation and masked scores.
   floor      hardware FLOPs at the chip's dense bfloat16 peak.
   estimate   the TPU compiler's cycles at the chip's clock. It knows memory traffic and layouts,
-             but does not wait for collectives and counts a kernel written by hand as nothing.
+             but does not wait for collectives. Kernels written by hand, which it counts as nothing,
+             are added: see `kernels`.
 
 Seconds per sample are chip-seconds: a step takes that times the samples of one device.
 """
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import flops, hlo, program, sharding
+from dalle_jax.engine import flops, hlo, kernels, program, sharding
 from dalle_jax.engine.task import Task
 from dalle_jax.engine.topology import Topology
 from dalle_jax.types import UsageError
@@ -67,6 +68,7 @@ class Plan:
       model_tflop_per_sample: 3 x forward; attention on allowed keys.
       hardware_tflop_per_sample: see the module's docstring.
       estimated_s_per_sample: chip-seconds by the compiler.
+      kernels_s_per_sample: the part of it that is kernels written by hand.
       floor_s_per_sample: chip-seconds at the peak rate.
       mfu_bound: model FLOPs over what the chip could do in the estimated (else the floor) time.
       basis: "estimate" or "floor": what the figures below follow from.
@@ -106,6 +108,7 @@ class Plan:
     model_tflop_per_sample: float
     hardware_tflop_per_sample: float
     estimated_s_per_sample: float | None
+    kernels_s_per_sample: float
     floor_s_per_sample: float | None
     mfu_bound: float | None
     basis: str
@@ -155,6 +158,8 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
 
     with made.use():
         work = flops.hardware(made.step, *made.arguments) / batch
+        chip = topology.chip
+        by_hand = kernels.seconds(made.step, *made.arguments, chip=chip) if chip else 0.0
         kept = flops.kept_bytes(
             made.task.loss, state.params, state.extra, frozen, inputs, key, state.step
         )
@@ -175,7 +180,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
     return Plan(
         task=task.name,
         topology=topology.name,
-        chip=topology.chip.name if topology.chip else "CPU",
+        chip=chip.name if chip else "CPU",
         devices=len(topology.devices),
         mesh=dict(made.mesh.shape),
         rules=config.mesh.rules,
@@ -197,7 +202,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         temporaries_gib=max(0.0, compiled.peak - held - kept) / GIB if compiled.fits else None,
         model_tflop_per_sample=task.flops / batch / 1e12,
         hardware_tflop_per_sample=work / 1e12,
-        **_times(config, task, topology, work, cycles),
+        **_times(config, task, topology, work, cycles, by_hand),
         collectives=hlo.traffic(hlo.collectives(text, made.mesh.shape)),
         compile_s=compiled.seconds,
         notes=notes,
@@ -229,7 +234,12 @@ def needed_bytes(message: str) -> float | None:
 
 
 def _times(
-    config: ConfigDict, task: Task, topology: Topology, work: float, cycles: int | None
+    config: ConfigDict,
+    task: Task,
+    topology: Topology,
+    work: float,
+    cycles: int | None,
+    by_hand: float,
 ) -> dict[str, Any]:
     """The fields of a plan that are times and rates.
 
@@ -239,13 +249,15 @@ def _times(
       topology: where it would run.
       work: hardware FLOPs of one sample.
       cycles: the compiler's estimate for one step; None = it makes none.
+      by_hand: seconds of one step in kernels written by hand.
     """
     batch, steps, devices = config.data.batch, config.train.steps, len(topology.devices)
     chip = topology.chip
-    estimate = cycles / chip.clock_hz * devices / batch if chip and cycles else None
+    estimate = (cycles / chip.clock_hz + by_hand) * devices / batch if chip and cycles else None
     floor = work / chip.peak_flops if chip else None
     times = dict(
         estimated_s_per_sample=estimate,
+        kernels_s_per_sample=by_hand * devices / batch,
         floor_s_per_sample=floor,
         basis="estimate" if estimate else "floor",
         steps=steps,

@@ -47,7 +47,7 @@ class DalleConfig:
       embed_std: deviation of the embedding tables at the start.
       scan_layers: scan over periods of the pattern (pods) or an unrolled loop (CPU).
       remat: "none" | "names" | "dots" | "full", see `nn.transformer`.
-      attention_impl: "auto" | "dense" | "structured", see `nn.attention`.
+      attention_impl: one of `attention.IMPLEMENTATIONS`, see `nn.attention`.
     """
 
     text_len: int

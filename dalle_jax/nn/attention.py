@@ -1,11 +1,12 @@
 """Attention behind one function: `attention(q, k, v, mask, impl)` is what every layer calls.
 
   dense       all T x S scores, masked. Any mask, any backend: the reference of the others.
-  auto        the fastest of the others.
+  auto        splash for streams of 512 and more positions, structured for shorter ones.
   structured  a layer of an image mask computes only the text and the window that its kind can
               reach: two rows for `row`, one column for `column`, kernel // 2 + 2 rows for `conv`.
               No T x S array; what neither text nor image mask is (CLIP's towers), and `full`
               layers are dense.
+  splash      on a TPU the kernel of `nn.splash` for every static mask; elsewhere structured.
 
 All are the same function of their inputs, gradients too, up to rounding. Decoding has its own
 counterpart in `nn.cache`.
@@ -20,10 +21,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.nn import masks
+from dalle_jax import axes
+from dalle_jax.nn import masks, partition, splash
 from dalle_jax.types import Array
 
-IMPLEMENTATIONS = ("auto", "dense", "structured")
+IMPLEMENTATIONS = ("auto", "dense", "structured", "splash")
+
+# Positions from which on `auto` takes a kernel whose smallest block is 128.
+LONG = 512
 
 # Finite: a row of -inf (which no mask here has, but a caller might build) would be NaN.
 FORBIDDEN = -1e30
@@ -52,10 +57,20 @@ def attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r} is unknown; use one of {IMPLEMENTATIONS}.")
     q = q * q.shape[-1] ** -0.5
+    if _has_kernel(mask, impl):
+        names = (axes.ACT_BATCH, None, axes.ACT_HEADS, None)
+        kernel = functools.partial(splash.attention, mask=mask)
+        return partition.by_device(kernel, names, q.shape)(q, k, v)
     if impl != "dense" and _is_sparse(mask):
         return _structured(q, k, v, mask)
     allowed = mask.graph() if isinstance(mask, masks.Mask) else mask
     return _dense(q, k, v, allowed)
+
+
+def _has_kernel(mask: masks.Mask | Array | None, impl: str) -> bool:
+    if impl not in ("auto", "splash") or not isinstance(mask, masks.Mask):
+        return False
+    return partition.platform() == "tpu" and (impl == "splash" or mask.length >= LONG)
 
 
 def _is_sparse(mask: masks.Mask | Array | None) -> bool:

@@ -11,7 +11,8 @@ their gradients whole, or merges the reductions over data and fsdp (measured by 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -78,6 +79,37 @@ def unconstrained() -> Iterator[None]:
         yield
 
 
+def platform() -> str:
+    """What the program is traced for: "tpu", "cuda", "cpu"; of the mesh in force, if there is one.
+
+    A plan's mesh is of another platform than JAX's own.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def by_device(
+    run: Callable[..., Array], names: Sequence[str | None], shape: Sequence[int]
+) -> Callable[..., Array]:
+    """`run` on each device's own part of its arguments, for kernels that XLA cannot split.
+
+    Args:
+      run: of arrays that all have the names and shape given, and so has its result.
+      names: one logical name per dimension along which the parts are independent; None = whole.
+      shape: of the arrays. Where a dimension does not divide (a single example of `init`), all
+        devices compute everything.
+    """
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty:  # one device, or inside of a layer that runs device by device
+        return run
+    spec = nn.logical_to_mesh_axes(names)
+    for size, where in zip(shape, spec, strict=True):
+        split = where if isinstance(where, tuple) else (where,) if where else ()
+        if size % math.prod(mesh.shape[axis] for axis in split):
+            return run
+    return jax.shard_map(run, in_specs=spec, out_specs=spec, check_vma=False)
+
+
 def storage(boxed: Params) -> Any:
     """How each array of a layer stack is stored under the rules in force, a tree of `Storage`.
 
@@ -123,8 +155,13 @@ def layer(run: Layer, stored: Any, dtype: Any) -> Layer:
     def on_all(params, x, keys):
         if len(x) % how.batch_shards:
             return run(layout.plain(params, stored), x, keys)
+        # Unchecked, because kernels written by hand do not say over which axes they vary.
         mapped = jax.shard_map(
-            on_one_device, mesh=how.mesh, in_specs=(where, batch, batch), out_specs=batch
+            on_one_device,
+            mesh=how.mesh,
+            in_specs=(where, batch, batch),
+            out_specs=batch,
+            check_vma=False,
         )
         return mapped(params, x, keys)
 

@@ -61,6 +61,20 @@ def test_what_does_not_fit_says_by_how_much_and_what_would(capsys, monkeypatch):
     assert record["shortfall_gib"] > 0 and record["nearest"] is None
 
 
+def test_attentions_are_compared(capsys):
+    args = [*TINY, "--topology=cpu:1", "--attention", "dense", "structured"]
+    assert plan(*args, "--json") == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [r["attention"] for r in records] == ["dense", "structured"]
+    work = [r["hardware_tflop_per_sample"] for r in records]
+    assert work[0] > work[1]
+    assert plan(*args) == 0
+    out = capsys.readouterr().out
+    assert "size=smoke, dense attention on cpu:1" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("cpu:1 ")]
+    assert [row[1] for row in rows] == ["dense", "structured"]
+
+
 def test_search_prints_what_nothing_beats(capsys):
     args = [*TINY, "--topology=cpu:1", "--search", "--batch", "2", "4", "--mesh=1,1,1"]
     assert plan(*args, "--remat=none", "--json") == 0
@@ -105,6 +119,8 @@ def test_the_12b_model_draws_on_a_v5p_and_on_no_v5e():
         ([*TINY, "--topology=cpu:8", "--mesh=3,1,1"], "3 x 1 x 1 = 3, but there are 8 devices"),
         ([*TINY, "--topology=cpu:8"], "data.batch=2 is not a multiple of 8"),
         ([*TINY, "--topology=cpu:1", "--batch", "2", "4"], "--batch need --search"),
+        ([*TINY, "--topology=cpu:1", "--attention=dance"], "'dance' is unknown"),
+        ([*TINY, "--topology=cpu:1", "--search", "--attention=dense"], "attention_impl=NAME"),
         ([*TINY, "--topology=cpu:1", "--config.task=gan"], "task 'gan' is unknown"),
         ([*TINY, "--topology=cpu:1", "--remat=some"], "'some' is unknown"),
         (["--config=configs/clip.py", "--topology=cpu:1", "--sample"], "a config of task 'clip'"),

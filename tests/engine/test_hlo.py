@@ -228,3 +228,19 @@ ENTRY %main (x: bf16[8,64]) -> f32[8,64] {
         ("reduce-scatter", "fsdp", "f32", (32, 64), 1),
     ]
     assert all(c.is_async for c in found)
+
+
+def test_attributes_over_several_lines_end_no_computation():
+    """A Pallas kernel's metadata is JSON on lines of its own, one of which starts with a brace."""
+    text = """\
+HloModule step, num_partitions=4
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %kernel = f32[8]{0} custom-call(%x), custom_call_target="k", frontend_attributes={metadata={
+"block": "{256}"
+}}, metadata={op_name="k"}
+  ROOT %sum = f32[8]{0} all-reduce(%kernel), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+    assert [c.kind for c in hlo.collectives(text)] == ["all-reduce"]
