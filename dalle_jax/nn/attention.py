@@ -77,12 +77,15 @@ def _is_sparse(mask: masks.Mask | Array | None) -> bool:
     """Whether a window of raster rows, or a column, is less than the whole image."""
     if not isinstance(mask, masks.Mask) or not (mask.grid and mask.text_len):
         return False
-    return mask.kind != "full" and _rows_above(mask) + 1 < mask.grid
+    blocks = mask.grid if mask.kind == "column" else mask.height
+    return mask.kind != "full" and _blocks_above(mask) + 1 < blocks
 
 
-def _rows_above(mask: masks.Mask) -> int:
-    """Blocks of `grid` tokens before a query's own block that its window reaches into."""
-    return {"row": 1, "column": 0, "conv": mask.kernel // 2 + 1}[mask.kind]
+def _blocks_above(mask: masks.Mask) -> int:
+    """Rows (for `column`, columns) before a query's own that its window reaches into."""
+    half = mask.kernel // 2
+    # The conv window's left half wraps around into the row above, on a narrow grid into several.
+    return {"row": 1, "column": 0, "conv": half + -(-half // mask.grid)}[mask.kind]
 
 
 def _dense(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
@@ -94,29 +97,32 @@ def _dense(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
 
 def _structured(q: Array, k: Array, v: Array, mask: masks.Mask) -> Array:
     """Text among itself; image tokens, in blocks of a row or a column, on text and window."""
-    t, g, above = mask.text_len, mask.grid, _rows_above(mask)
+    t, above, is_column = mask.text_len, _blocks_above(mask), mask.kind == "column"
     text = _dense(q[:, :t], k[:, :t], v[:, :t], jnp.tril(jnp.ones((t, t), bool)))
 
-    def blocks(x: Array) -> Array:  # [B, T + g*g, H, K] -> [B, N, Q, H, K], N = Q = g
-        x = x[:, t:].reshape(len(x), g, g, *x.shape[2:])
-        return x.swapaxes(1, 2) if mask.kind == "column" else x
+    def blocks(x: Array) -> Array:  # [B, T + N*Q, H, K] -> [B, N, Q, H, K], rows or columns
+        x = x[:, t:].reshape(len(x), mask.height, mask.grid, *x.shape[2:])
+        return x.swapaxes(1, 2) if is_column else x
 
-    def windows(x: Array) -> Array:  # [B, T + g*g, H, K] -> [B, N, S, H, K], S = (above + 1) * g
-        padded = jnp.pad(blocks(x), ((0, 0), (above, 0), (0, 0), (0, 0), (0, 0)))
-        return jnp.concatenate([padded[:, i : i + g] for i in range(above + 1)], axis=2)
+    def windows(x: Array) -> Array:  # [B, T + N*Q, H, K] -> [B, N, S, H, K], S = (above + 1) * Q
+        x = blocks(x)
+        padded = jnp.pad(x, ((0, 0), (above, 0), (0, 0), (0, 0), (0, 0)))
+        n = x.shape[1]
+        return jnp.concatenate([padded[:, i : i + n] for i in range(above + 1)], axis=2)
 
     window = (windows(k), windows(v), _window(mask, above)[None, None])
     image = _joint(blocks(q), ((k[:, :t], v[:, :t], None), window))
-    image = image.swapaxes(1, 2) if mask.kind == "column" else image
-    return jnp.concatenate([text, image.reshape(len(q), g * g, *image.shape[3:])], axis=1)
+    image = image.swapaxes(1, 2) if is_column else image
+    return jnp.concatenate([text, image.reshape(len(q), -1, *image.shape[3:])], axis=1)
 
 
 def _window(mask: masks.Mask, above: int) -> Array:
     """bool [N, Q, S]: which keys of its window each query of each block may look at."""
     g = mask.grid
-    block = jnp.arange(g).reshape(g, 1, 1)
-    query = jnp.arange(g).reshape(1, g, 1)
-    key = jnp.arange((above + 1) * g).reshape(1, 1, -1)
+    n, size = (g, mask.height) if mask.kind == "column" else (mask.height, g)
+    block = jnp.arange(n).reshape(n, 1, 1)
+    query = jnp.arange(size).reshape(1, size, 1)
+    key = jnp.arange((above + 1) * size).reshape(1, 1, -1)
     if mask.kind == "column":  # a block is a column, a query or key a row of it
         query, key = query * g + block, key * g + block
     else:

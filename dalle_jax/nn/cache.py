@@ -25,7 +25,7 @@ class ImageCache:
 
       row, conv, full  a ring of the last `num_slots` positions, read whole: g + 1 slots for row
                        (33 instead of 1024 on the paper's grid), every position for full.
-      column           g * g slots, column after column; a step reads its own column, g slots.
+      column           every position, column after column; a step reads its own column.
 
     Attributes:
       mask: the layer's mask.
@@ -36,20 +36,20 @@ class ImageCache:
     @property
     def num_slots(self) -> int:
         """Slots that are stored."""
-        g, half = self.mask.grid, self.mask.kernel // 2
+        g, half, whole = self.mask.grid, self.mask.kernel // 2, self.mask.num_codes
         reach = {"row": g + 1, "conv": half * g + half + 1}
-        return min(reach.get(self.mask.kind, g * g), g * g)
+        return min(reach.get(self.mask.kind, whole), whole)
 
     @property
     def num_read(self) -> int:
         """S, slots that a step reads."""
-        return self.mask.grid if self.mask.kind == "column" else self.num_slots
+        return self.mask.height if self.mask.kind == "column" else self.num_slots
 
     def slot(self, position: Array) -> Array:
         """Slot of a raster position; numpy in, numpy out."""
         g = self.mask.grid
         if self.mask.kind == "column":
-            return position % g * g + position // g
+            return position % g * self.mask.height + position // g
         return position % self.num_slots
 
     def fill(self, prefix: Array, num_candidates: int) -> Array:
@@ -79,7 +79,7 @@ class ImageCache:
         """What the query at `position` may look at, [N * R, H, S, K]."""
         if self.mask.kind != "column":
             return cache
-        start = position % self.mask.grid * self.mask.grid
+        start = position % self.mask.grid * self.mask.height
         return jax.lax.dynamic_slice_in_dim(cache, start, self.num_read, axis=2)
 
     def allowed(self, position: Array) -> Array:

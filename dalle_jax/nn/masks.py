@@ -1,8 +1,8 @@
 """Who may attend to whom: the sparse attention masks of DALL-E over one text + image stream.
 
-Positions 0 .. text_len-1 are text slots, then grid*grid image tokens in raster order. Text is
-causal; every image token sees every text slot (padding included: it is learned, not masked) and
-the earlier image tokens that its kind allows; one softmax runs over both.
+Positions 0 .. text_len-1 are text slots, then the image tokens in raster order. Text is causal;
+every image token sees every text slot (padding included: it is learned, not masked) and the earlier
+image tokens that its kind allows; one softmax runs over both.
 
   full    every earlier image token.
   row     a window in *raster* order that reaches back to the same column of the previous row:
@@ -30,19 +30,21 @@ KINDS = ("full", "row", "column", "conv")
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """One kind of mask over text_len + grid**2 positions; grid 0 is plain causal text.
+    """One kind of mask over text_len + rows * grid positions; grid 0 is plain causal text.
 
     Attributes:
       kind: one of KINDS.
       text_len: text slots before the image.
-      grid: side of the code grid; 0 = no image.
+      grid: width of the code grid in codes; 0 = no image.
       kernel: side of the conv window, odd.
+      rows: height of the code grid; 0 = as high as wide.
     """
 
     kind: str
     text_len: int
     grid: int
     kernel: int = 11
+    rows: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -51,9 +53,19 @@ class Mask:
             raise UsageError(f"conv attention kernel {self.kernel} must be odd; 11 is the paper's.")
 
     @property
+    def height(self) -> int:
+        """Rows of the code grid."""
+        return self.rows or self.grid
+
+    @property
+    def num_codes(self) -> int:
+        """Positions of the image."""
+        return self.height * self.grid
+
+    @property
     def length(self) -> int:
         """T, the number of positions."""
-        return self.text_len + self.grid**2
+        return self.text_len + self.num_codes
 
     def allowed(self, query: Array, key: Array) -> Array:
         """Whether each query position may attend to each key position.

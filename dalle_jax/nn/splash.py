@@ -51,20 +51,21 @@ def attention(q: Array, k: Array, v: Array, mask: masks.Mask, *, interpret: bool
     padding = (0, -mask.length % block_size(mask))
 
     def into(x: Array) -> Array:  # [B, T, H, K] -> [B, H, padded T, K]
-        x = jnp.pad(_turned(x, mask), ((0, 0), padding, (0, 0), (0, 0)))
+        x = jnp.pad(_by_kind(x, mask), ((0, 0), padding, (0, 0), (0, 0)))
         return x.transpose(0, 2, 1, 3)
 
     out = jax.vmap(kernel)(into(q), into(k), into(v))
-    return _turned(out.transpose(0, 2, 1, 3)[:, : mask.length], mask)
+    return _by_kind(out.transpose(0, 2, 1, 3)[:, : mask.length], mask, back=True)
 
 
-def _turned(x: Array, mask: masks.Mask) -> Array:
-    """[B, T, H, K] with the picture transposed for a column layer; its own inverse."""
+def _by_kind(x: Array, mask: masks.Mask, back: bool = False) -> Array:
+    """[B, T, H, K] with the picture in column-major order for a column layer, or back from it."""
     if mask.kind != "column" or not mask.grid:
         return x
-    t, g = mask.text_len, mask.grid
-    picture = x[:, t:].reshape(len(x), g, g, *x.shape[2:]).swapaxes(1, 2)
-    return jnp.concatenate([x[:, :t], picture.reshape(x[:, t:].shape)], axis=1)
+    sides = (mask.grid, mask.height) if back else (mask.height, mask.grid)
+    text, picture = jnp.split(x, [mask.text_len], axis=1)
+    turned = picture.reshape(len(x), *sides, *x.shape[2:]).swapaxes(1, 2)
+    return jnp.concatenate([text, turned.reshape(picture.shape)], axis=1)
 
 
 # Once per kind of layer: at 12B the blocks of a mask take two seconds to sort.
@@ -73,7 +74,7 @@ def _kernel(mask: masks.Mask, num_heads: int, interpret: bool) -> kernels.Splash
     block, length = block_size(mask), mask.length
     order = np.arange(length)
     if mask.kind == "column":
-        order[mask.text_len :] = order[mask.text_len :].reshape(mask.grid, mask.grid).T.ravel()
+        order[mask.text_len :] = order[mask.text_len :].reshape(mask.height, -1).T.ravel()
     padded = -(-length // block) * block
     table = np.eye(padded, dtype=bool)
     table[:length, :length] = mask.table()[np.ix_(order, order)]

@@ -64,10 +64,11 @@ def plain(q, k, v, mask):
 
 
 @pytest.mark.parametrize("impl", ["dense", "structured"])
-@pytest.mark.parametrize("grid", [1, 5, 9])  # conv reaches 7 rows: dense up to 7
+# Codes across and down; conv reaches 7 rows: dense up to 7.
+@pytest.mark.parametrize("grid", [(1, 1), (5, 5), (9, 9), (4, 6), (6, 4), (4, 9)])
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_values_and_gradients_are_those_of_the_textbook(rng, kind, grid, impl):
-    mask = masks.Mask(kind, TEXT, grid)
+    mask = masks.Mask(kind, TEXT, grid[0], rows=grid[1])
     q, k, v = random_qkv(rng, 1, mask.length)
     weight = rng.standard_normal(q.shape).astype(np.float32)
 

@@ -11,15 +11,16 @@ from dalle_jax.nn import cache as cache_lib
 TEXT, HEADS, HEAD_DIM = 3, 2, 4
 
 
-@pytest.mark.parametrize("grid", [4, 12])  # conv: narrower and wider than its kernel
+# Codes across and down; conv: narrower and wider than its kernel.
+@pytest.mark.parametrize("grid", [(4, 4), (12, 12), (4, 6), (6, 4)])
 @pytest.mark.parametrize("kind", masks.KINDS)
 @pytest.mark.parametrize("prefix", [0, 2])
 def test_cache_reads_exactly_the_allowed_keys(kind, grid, prefix):
     """Write each position's own number into the cache; what is read must be the mask's row."""
-    mask = masks.Mask(kind, TEXT, grid)
+    mask = masks.Mask(kind, TEXT, grid[0], rows=grid[1])
     cache, table = cache_lib.ImageCache(mask), mask.table()[TEXT:, TEXT:]
-    n = prefix * grid
-    numbers = 1.0 + np.arange(grid * grid, dtype=np.float32)
+    n = prefix * grid[0]
+    numbers = 1.0 + np.arange(mask.num_codes, dtype=np.float32)
     state = cache.fill(jnp.asarray(numbers[:n]).reshape(1, n, 1, 1), 1)
     assert state.shape == (1, 1, cache.num_slots, 1)
 
@@ -28,7 +29,7 @@ def test_cache_reads_exactly_the_allowed_keys(kind, grid, prefix):
         state = cache.write(state, position, jnp.broadcast_to(number, (1, 1, 1, 1)))
         return state, cache.read(state, position), cache.allowed(position)
 
-    for position in range(n, grid * grid):
+    for position in range(n, mask.num_codes):
         state, seen, allowed = step(state, position, numbers[position])
         seen = np.sort(np.asarray(seen).reshape(-1)[np.asarray(allowed)])
         np.testing.assert_array_equal(seen, numbers[table[position]])

@@ -12,13 +12,13 @@ from dalle_jax import axes
 from dalle_jax.engine import sharding
 from dalle_jax.nn import attention, masks, partition, splash
 
-# 70 + 12 * 12 positions are two blocks, the second one not full.
-TEXT, GRID, HEADS, HEAD_DIM = 70, 12, 2, 8
+# 70 + 12 * 10 positions are two blocks, the second one not full.
+TEXT, GRID, ROWS, HEADS, HEAD_DIM = 70, 12, 10, 2, 8
 
 
 @pytest.fixture
 def qkv(rng):
-    shape = (3, 1, TEXT + GRID**2, HEADS, HEAD_DIM)
+    shape = (3, 1, TEXT + GRID * ROWS, HEADS, HEAD_DIM)
     return rng.standard_normal(shape).astype(np.float32)
 
 
@@ -32,7 +32,7 @@ def on_tpu(monkeypatch):
 
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_values_and_gradients_are_dense_ones(rng, qkv, on_tpu, kind):
-    mask = masks.Mask(kind, TEXT, GRID, kernel=5)
+    mask = masks.Mask(kind, TEXT, GRID, kernel=5, rows=ROWS)
     weight = rng.standard_normal(qkv.shape[1:]).astype(np.float32)
 
     def run(impl):
@@ -55,7 +55,7 @@ def lowered(mask, impl, length) -> str:
 
 
 def test_only_a_program_for_a_tpu_has_the_kernel(monkeypatch):
-    mask = masks.Mask("row", TEXT, GRID)
+    mask = masks.Mask("row", TEXT, GRID, rows=ROWS)
     assert "tpu_custom_call" not in lowered(mask, "splash", mask.length)
     monkeypatch.setattr(partition, "platform", lambda: "tpu")
     assert "tpu_custom_call" in lowered(mask, "splash", mask.length)
@@ -76,7 +76,7 @@ def test_the_program_is_traced_for_the_devices_of_its_mesh():
 
 @pytest.mark.parametrize("batch", [8, 3])  # 3 examples: every device computes all of them
 def test_devices_run_the_kernel_on_their_own_examples_and_heads(qkv, on_tpu, batch):
-    mask = masks.Mask("column", TEXT, GRID)
+    mask = masks.Mask("column", TEXT, GRID, rows=ROWS)
     q, k, v = np.repeat(qkv, batch, axis=1) * np.arange(1, batch + 1).reshape(-1, 1, 1, 1)
     devices = np.array(jax.devices()).reshape(4, 1, 2)
     mesh = Mesh(devices, axes.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
