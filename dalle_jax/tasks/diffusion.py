@@ -199,11 +199,16 @@ def strips(columns: list[Array]) -> np.ndarray:
 
 
 def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
-    """`init_from`: a run of the same sizes, or the plain one that learns to inpaint."""
+    """`init_from`: a run of the same sizes, or the plain one that learns to inpaint.
+
+    The former may have been trained with another CLIP.
+    """
     if not config.init_from:
         return None
     stored, variables = stages.open_run(config.init_from, NAME, None)
-    if clip is not None:
+    # Learning to inpaint takes minutes; what the embeddings mean must be known. A whole run learns
+    # the meaning of another CLIP's anew, and keeps what it knows of drawing.
+    if clip is not None and made.inpaint:
         unclip_stages.check_clip(config.init_from, clip)
     loaded = stages.floats(variables.params, stored)
     fresh = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))[0])
@@ -217,6 +222,6 @@ def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
     if wrong:
         raise UsageError(
             f"init_from={config.init_from!r} has other shapes than this config, first {wrong[0]!r};"
-            " use the same model and data sizes and CLIP."
+            " use the same model and data sizes, and a CLIP of the same joint width."
         )
     return lambda params, extra: (loaded, extra)

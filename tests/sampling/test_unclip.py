@@ -10,7 +10,8 @@ import tiny_stages
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes
-from dalle_jax.sampling import embed, latents, manipulate, unclip, unclip_set
+from dalle_jax.sampling import embed, latents, manipulate, unclip, unclip_set, unet_stages
+from dalle_jax.tasks import diffusion
 from dalle_jax.types import UsageError
 
 FEW = unclip.Drawing(steps="3", upsample_steps=("2",))
@@ -188,6 +189,17 @@ def test_stages_of_two_clips_are_refused_naming_both(folders, tmp_path):
     clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
     with pytest.raises(UsageError, match="another one, or trained on since"):
         unclip_set.load({**folders, "clip": clip})
+
+
+def test_a_decoder_starts_from_one_of_another_clip_but_an_inpainter_does_not(folders, tmp_path):
+    clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
+    config = unet_stages.load_unet(folders["decoder"]).config
+    config = cfg.override(config, {"stages.clip": clip, "init_from": folders["decoder"]})
+    start = diffusion.make(config).warm_start
+    loaded = unet_stages.load_unet(folders["decoder"]).params
+    jax.tree.map(np.testing.assert_array_equal, start(None, None)[0], loaded)
+    with pytest.raises(UsageError, match="another one, or trained on since"):
+        diffusion.make(cfg.override(config, {"loss.inpaint": True}))
 
 
 def test_an_exported_clip_goes_with_what_its_run_trained(folders, tmp_path):
