@@ -17,7 +17,7 @@ from dalle_jax import config as cfg
 from dalle_jax import tasks
 from dalle_jax.benchmarks.measure import Case
 from dalle_jax.data import pipeline, tokenizer
-from dalle_jax.engine import program, sharding
+from dalle_jax.engine import flops, program, sharding
 from dalle_jax.engine.task import Task
 from dalle_jax.sampling import abstract, networks
 from dalle_jax.sampling import dalle as sampling
@@ -85,7 +85,10 @@ def train(config: cfg.ConfigDict) -> Case:
 
     size = config.data.batch
     tokens = size * task.unit[1] if task.unit else 0
-    return Case(compile, images=size, tokens=tokens, params=_count(state.params))
+    with made.use():
+        work = flops.hardware(made.step, *made.arguments)
+    params = _count(state.params)
+    return Case(compile, images=size, tokens=tokens, params=params, flops=work)
 
 
 def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
@@ -99,11 +102,17 @@ def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     params = _init(model, text[:1], codes)["params"]
     key = jax.random.key(config.seed)
 
-    def call() -> np.ndarray:
-        return np.asarray(sampling.sample(model, params, text, num_candidates=candidates, key=key))
+    def draw(params: Params, text: Array) -> Array:
+        return sampling.sample(model, params, text, num_candidates=candidates, key=key)
 
-    tokens = size * made.num_image_tokens
-    return Case(lambda: call, images=size, tokens=tokens, params=_count(params))
+    tokens, work = size * made.num_image_tokens, flops.hardware(draw, params, text)
+    return Case(
+        lambda: lambda: np.asarray(draw(params, text)),
+        images=size,
+        tokens=tokens,
+        params=_count(params),
+        flops=work,
+    )
 
 
 def codec(config: cfg.ConfigDict) -> Case:
@@ -198,7 +207,8 @@ def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
         run = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.device_get(run(*arguments))
 
-    return Case(compile, images=len(arguments[1]), params=params)
+    work = flops.hardware(function, *arguments)
+    return Case(compile, images=len(arguments[1]), params=params, flops=work)
 
 
 def _init(model: Any, *inputs: Array) -> Params:

@@ -29,12 +29,15 @@ class Case:
       images: pictures of one call.
       tokens: tokens of one call; 0 = it has none.
       params: of the network; 0 = there is none.
+      flops: of the matrix products and convolutions of one call, see `engine.flops.hardware`; 0 =
+        none are counted.
     """
 
     compile: Callable[[], Callable[[], Any]]
     images: int
     tokens: int = 0
     params: int = 0
+    flops: float = 0.0
 
 
 def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
@@ -43,8 +46,8 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
     Returns:
       median_s, wall seconds of a call; cpu_s, the median of its processor seconds over all
       threads of this process; images_per_s and tokens_per_s (where there are tokens) at median_s;
-      params; peak_rss_mib of this process so far; first_call_s, wall seconds of compiling and
-      the first call.
+      gflop of one call and gflop_per_cpu_s, where they are counted; params; peak_rss_mib of this
+      process so far; first_call_s, wall seconds of compiling and the first call.
     """
     began = time.perf_counter()
     call = case.compile()
@@ -63,6 +66,9 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
     result["images_per_s"] = case.images / median
     if case.tokens:
         result["tokens_per_s"] = case.tokens / median
+    if case.flops:
+        gflop = case.flops / 1e9
+        result |= {"gflop": gflop, "gflop_per_cpu_s": gflop / result["cpu_s"]}
     result |= {"params": case.params, "peak_rss_mib": peak_rss_mib(), "first_call_s": first}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
 

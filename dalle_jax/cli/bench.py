@@ -3,6 +3,7 @@
   python -m dalle_jax bench dalle_train --attention=axial
   python -m dalle_jax bench dalle_sample --batch=64 --shared_prompt --json
   python -m dalle_jax bench all --json > bench.jsonl
+  python -m dalle_jax bench all --docs docs/performance.md
 
 Cases (sizes: configs/bench.py; a step is forward, backward, optimiser and the loss on the host):
 
@@ -22,6 +23,8 @@ float32, random weights, random inputs that stay the same. Fields of the JSON, o
   median_s         wall seconds of a step or call, the median of --steps after --warmup
   cpu_s            the median of its processor seconds, over all threads of the process
   images_per_s, tokens_per_s   at median_s
+  gflop, gflop_per_cpu_s   matrix products and convolutions of a call, 2 per multiply-add, as they
+                   run; nothing else is counted
   params           of the network
   peak_rss_mib     memory of the process at its peak
   first_call_s     tracing, compiling and the first call; compiled programs are not cached
@@ -39,7 +42,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from dalle_jax.cli import common
+from dalle_jax.cli import bench_page, common
 
 SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
 
@@ -66,6 +69,7 @@ _BELONGS = {
     "attention_impl": ("dalle_train",),
     "shared_prompt": ("dalle_sample",),
     "batch": CASES,
+    "docs": ("all",),
     "source": ("input", "all"),
     "data_dir": ("input", "all"),
     "image_px": ("input", "all"),
@@ -78,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("case", metavar="CASE", help=f"{', '.join(CASES)} or all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument(
+        "--docs",
+        metavar="FILE.md",
+        help="all: also write the table into this page, between its two bench comments",
+    )
     parser.add_argument(
         "--steps", type=int, default=5, metavar="N", help="timed steps or calls (default: 5)"
     )
@@ -138,11 +147,9 @@ def header() -> str:
 
 def row(result: dict[str, Any]) -> str:
     """A result as a line of a table."""
-    fields = ("case", "attention", "attention_impl", "source")
-    words = [result[name] for name in fields if name in result] + [f"x{result['batch']}"]
     tokens = result.get("tokens_per_s")
     return _columns(
-        " ".join(words) + (" one prompt" if result.get("shared_prompt") else ""),
+        bench_page.name(result),
         f"{result['median_s']:.4g}",
         f"{result['cpu_s']:.4g}",
         f"{result['images_per_s']:.4g}",
@@ -167,7 +174,7 @@ def _check(args: argparse.Namespace) -> None:
         near = common.nearest(args.case, (*CASES, "all"))
         problem = f"no case {args.case!r}{near}; choose {', '.join(CASES)} or all."
     elif alien := [name for name in belonging if args.case not in _BELONGS[name]]:
-        takers = " and ".join(name for name in _BELONGS[alien[0]] if name != "all")
+        takers = " and ".join(name for name in _BELONGS[alien[0]] if name != "all") or "all"
         takers = "a single case" if alien[0] == "batch" else takers
         problem = f"--{alien[0]} goes with {takers}, not with {args.case}; leave it out."
     elif args.case == "all" and args.data_dir and not args.source:
@@ -249,7 +256,9 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 def _all(args: argparse.Namespace) -> int:
     """Every case in a process of its own: neither memory nor threads of one touch the next."""
     flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "warmup", "threads")]
-    failed = []
+    failed, results = [], []
+    if args.docs:
+        bench_page.check(args.docs)
     if not args.json:
         print(header(), flush=True)
     for words in _runs(args):
@@ -257,7 +266,10 @@ def _all(args: argparse.Namespace) -> int:
         if code:
             failed.append(" ".join(words))
             continue
-        print(output.strip() if args.json else row(json.loads(output)), flush=True)
+        results.append(json.loads(output))
+        print(output.strip() if args.json else row(results[-1]), flush=True)
+    if args.docs and not failed:
+        bench_page.write(args.docs, results)
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -14,7 +14,7 @@ from jax import monitoring
 
 from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
-from dalle_jax.cli import bench
+from dalle_jax.cli import bench, bench_page
 from dalle_jax.data.builders import shapes
 from dalle_jax.models import dvae
 from dalle_jax.sampling import networks
@@ -162,7 +162,9 @@ def test_the_batch_of_a_case(name, batch):
 def test_json_of_a_network(tiny, capsys):
     words = ("dalle_train", "--attention=axial", "--batch=2", "--steps=2", "--warmup=0")
     result = run(capsys, *words)
-    assert result.keys() == FIELDS | {"attention", "tokens_per_s"}
+    assert result.keys() == FIELDS | {"attention", "tokens_per_s", "gflop", "gflop_per_cpu_s"}
+    rate = result["gflop"] / result["cpu_s"]
+    assert result["gflop_per_cpu_s"] == pytest.approx(rate, rel=0.01) and result["gflop"] > 0
     assert result["attention"] == "axial" and (result["batch"], result["steps"]) == (2, 2)
     assert result["images_per_s"] == pytest.approx(2 / result["median_s"], rel=0.05)
     assert result["tokens_per_s"] == pytest.approx((24 + 64) * result["images_per_s"], rel=0.01)
@@ -208,6 +210,8 @@ def test_input_reads_text_where_there_is_a_tokenizer(prepared):
         (("dalle_train", "--attention=axal", "--threads=0"), "use one of full, axial, conv"),
         (("dvae_train", "--source=shapes"), "--source goes with input"),
         (("all", "--batch=3"), "--batch goes with a single case"),
+        (("clip_train", "--docs=page.md"), "--docs goes with all, not with clip_train"),
+        (("all", "--docs=page.md"), "no place for the table"),
         (("all", "--data_dir=data"), "needs --source"),
         (("clip_train", "--steps=0"), "--steps is 0; expected at least 1"),
         (("clip_train", "--batch=0"), "--batch is 0; expected at least 1"),
@@ -273,6 +277,24 @@ def test_all_runs_every_case_and_tells_what_failed(json_flag, monkeypatch, capsy
     else:
         assert lines[0].startswith("case") and len(lines) == len(benched)
         assert "1,000" in lines[1]
+
+
+def test_all_writes_its_table_into_a_page(monkeypatch, capsys, tmp_path):
+    def start(*words):
+        result = dict.fromkeys(FIELDS, 1.5) | {"case": words[1], "params": 1_000}
+        result |= {"versions": {"jax": "0.1"}, "device": "abacus", "gflop": 3.0}
+        return 0, json.dumps(result | {"gflop_per_cpu_s": 2.0}) + "\n"
+
+    monkeypatch.setattr(bench, "_start", start)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{bench_page.BEGIN}\nold\n{bench_page.END}\nafter\n")
+    assert __main__.main(["bench", "all", f"--docs={page}"]) == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{bench_page.BEGIN}\n") and "old" not in text
+    assert text.endswith(f"{bench_page.END}\nafter\n") and "abacus" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(bench.RUNS) + 1
+    assert all(line.count("|") == 10 for line in rows)
 
 
 def test_medians_leave_out_the_first_call_and_the_warmup():
