@@ -102,17 +102,22 @@ def text(records: dict[str, Any]) -> str:
     Args:
       records: "CONFIG TOPOLOGY" -> `plan_page.record`; what is missing is said to be open.
     """
-    parts = [_HEAD]
+    parts, untouched = [_HEAD], []
     for config, names in CASES.items():
         made = [records.get(f"{config} {name}") for name in names]
         known = [record for record in made if record]
-        what = f", {known[0]['params']:,} parameters" if known else ""
+        if not known:
+            untouched.append(f"`{config}`")
+            continue
+        what = f", {known[0]['params']:,} parameters"
         rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
         rows += [_row(name, record) for name, record in zip(names, made, strict=True)]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append(f"\n## {config}{what}\n\n" + "\n".join(lines) + "\n")
         notes = {note for record in known for note in record["notes"]}
         parts += [f"\n{note[0].upper()}{note[1:]}\n" for note in sorted(notes)]
+    if untouched:
+        parts.append(f"\n## Not compiled yet\n\n{', '.join(untouched)}\n")
     return "".join(parts)
 
 
