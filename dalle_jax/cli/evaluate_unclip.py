@@ -71,6 +71,11 @@ def check(args: argparse.Namespace) -> None:
                 f"--{name} is of DALL-E 1, which suite shapes measures with {DALLE!r} among "
                 "--ways; give --decoder=DIR for DALL-E 2."
             )
+    if args.guidance != 1 and DALLE not in given:
+        raise UsageError(
+            f"--guidance={args.guidance:g} is of DALL-E 1; give DALL-E 2's decoder "
+            f"--guidances={args.guidance:g}, or several to be compared."
+        )
     if args.suite != "variations":
         return
     etas(args)

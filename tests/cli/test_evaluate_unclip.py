@@ -186,6 +186,7 @@ def test_inpainting_leaves_what_is_known(tmp_path, capsys, more):
         (["--suite=variations", "--pipeline=unclip", "--etas=0,2"], "--etas=0,2; expected"),
         (["--suite=variations", "--pipeline=unclip", "--ways=none"], "have no caption"),
         (["--suite=variations", "--pipeline=unclip", "--eta=1"], "leave --eta and --sampler"),
+        (["--suite=shapes", "--pipeline=unclip", "--guidance=3"], "--guidances=3, or several"),
         (["--suite=inpainting", "--pipeline=unclip", "--ways=ar"], "there is no ar prior"),
         (["--suite=inpainting", "--pipeline=unclip", "--steps=x"], "spacing 'x'"),
     ],
