@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 ROW_TILE = 8  # rows of a float32 tile on TPU
+LANES = 128  # columns of a tile, and sides of the TPU's matrix unit (256 on v6e)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Plan:
       temporaries_gib: the rest of the peak: gradients, gathered weights, scratch, code.
       model_tflop_per_sample: 3 x forward; attention on allowed keys.
       hardware_tflop_per_sample: see the module's docstring.
-      estimated_s_per_sample: chip-seconds by the compiler.
+      estimated_s_per_sample: chip-seconds by the compiler, kernels written by hand added.
       kernels_s_per_sample: the part of it that is kernels written by hand.
       floor_s_per_sample: chip-seconds at the peak rate.
       mfu_bound: model FLOPs over what the chip could do in the estimated (else the floor) time.

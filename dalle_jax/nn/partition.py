@@ -80,7 +80,7 @@ def unconstrained() -> Iterator[None]:
 
 
 def platform() -> str:
-    """What the program is traced for: "tpu", "cuda", "cpu"; of the mesh in force, if there is one.
+    """JAX's name ("tpu", "cpu", …) of what the program is traced for: of the mesh in force, if any.
 
     A plan's mesh is of another platform than JAX's own.
     """

@@ -2,8 +2,7 @@
 
 Splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`, a flash attention whose grid
 holds only the blocks of scores that are not wholly masked) for the masks of `nn.masks`. No score
-reaches memory: what the compiler estimates 40 % of the dense 12B step for is gone, and what is left
-is the kernel's own work, of which no compiler has an estimate (`engine.kernels` makes one).
+reaches memory. The kernel's own time no compiler estimates; `engine.kernels` does.
 
 Column layers run on the transposed picture, as in the paper: on 32x32 codes after 256 slots of text
 9 of 25 blocks of 256 are computed instead of the 15 of a causal mask. Streams that are no whole
@@ -19,19 +18,18 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as kernel_masks
 
+from dalle_jax import layout
 from dalle_jax.nn import masks
 from dalle_jax.types import Array
 
-LANES = 128  # of a TPU's vector registers: no block is smaller
-
-# A block of 128 skips more and starts four times as many: at 12B some 20,000 a layer, each of which
-# would have to take less than 0.2 microseconds.
+# Blocks of 128 skip more and start nearly three times as often (a row layer of 1,280 positions: 40
+# steps of the kernel's grid a head instead of 15).
 _LONG_BLOCK, _LONG_STREAM = 256, 1024
 
 
 def block_size(mask: masks.Mask) -> int:
     """Side of the square blocks of scores, in tokens."""
-    return _LONG_BLOCK if mask.length >= _LONG_STREAM else LANES
+    return _LONG_BLOCK if mask.length >= _LONG_STREAM else layout.LANES
 
 
 def attention(q: Array, k: Array, v: Array, mask: masks.Mask, *, interpret: bool = False) -> Array:
