@@ -4,6 +4,7 @@ All run on the first device only. Inputs are drawn once with a fixed seed and li
 case's function returns when its result is on the host. Called by cli/bench.py.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -85,9 +86,12 @@ def train(config: cfg.ConfigDict) -> Case:
 
     size = config.data.batch
     tokens = size * task.unit[1] if task.unit else 0
-    with made.use():
-        work = flops.hardware(made.step, *made.arguments)
     params = _count(state.params)
+
+    def work() -> float:
+        with made.use():
+            return flops.hardware(made.step, *made.arguments)
+
     return Case(compile, images=size, tokens=tokens, params=params, flops=work)
 
 
@@ -105,13 +109,12 @@ def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     def draw(params: Params, text: Array) -> Array:
         return sampling.sample(model, params, text, num_candidates=candidates, key=key)
 
-    tokens, work = size * made.num_image_tokens, flops.hardware(draw, params, text)
     return Case(
         lambda: lambda: np.asarray(draw(params, text)),
         images=size,
-        tokens=tokens,
+        tokens=size * made.num_image_tokens,
         params=_count(params),
-        flops=work,
+        flops=lambda: flops.hardware(draw, params, text),
     )
 
 
@@ -207,7 +210,7 @@ def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
         run = jax.jit(function).lower(*arguments).compile()
         return lambda: jax.device_get(run(*arguments))
 
-    work = flops.hardware(function, *arguments)
+    work = functools.partial(flops.hardware, function, *arguments)
     return Case(compile, images=len(arguments[1]), params=params, flops=work)
 
 

@@ -29,15 +29,15 @@ class Case:
       images: pictures of one call.
       tokens: tokens of one call; 0 = it has none.
       params: of the network; 0 = there is none.
-      flops: of the matrix products and convolutions of one call, see `engine.flops.hardware`; 0 =
-        none are counted.
+      flops: counts those of the matrix products and convolutions of one call, see
+        `engine.flops.hardware`; None = there are none. Called last, for it traces the function.
     """
 
     compile: Callable[[], Callable[[], Any]]
     images: int
     tokens: int = 0
     params: int = 0
-    flops: float = 0.0
+    flops: Callable[[], float] | None = None
 
 
 def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
     if case.tokens:
         result["tokens_per_s"] = case.tokens / median
     if case.flops:
-        gflop = case.flops / 1e9
+        gflop = case.flops() / 1e9
         result |= {"gflop": gflop, "gflop_per_cpu_s": gflop / result["cpu_s"]}
     result |= {"params": case.params, "peak_rss_mib": peak_rss_mib(), "first_call_s": first}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
