@@ -1,6 +1,7 @@
 """Plans a training run on machines that are not there: memory, time and traffic, by compiling.
 
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16
+  python -m dalle_jax plan --config=configs/decoder_paper.py --topology=v5e:16x16 --quick
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology v4:4x4x8 h100:16x8 --batch=2048
   python -m dalle_jax plan --config=configs/clip.py:size=l14 --topology=v6e:8x8 --search
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5p:2x2x1 --sample
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="dense, structured, splash: model.attention_impl; several are compared in a table",
     )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="end before the compiler makes code: memory and traffic in a fraction of the time, "
+        "but no estimate of seconds (they are the floor)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
@@ -91,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     if args.docs:
         from dalle_jax.cli import plan_docs
 
-        return plan_docs.write(args.docs)
+        return plan_docs.write(args.docs, is_quick=args.quick)
     if not args.config or not args.topology:
         raise UsageError(
             "plan needs a config and a topology: --config=configs/dalle_12b.py "
@@ -117,7 +124,7 @@ def _plan(args: argparse.Namespace) -> int:
     records, fits = [], True
     configs = {name: _config(args, name) for name in args.attention or ("",)}
     for topology, (attention, config) in itertools.product(_topologies(args), configs.items()):
-        found = plan.weigh(config, _task(config), topology)
+        found = plan.weigh(config, _task(config), topology, is_quick=args.quick)
         near = None
         if not found.fits and not args.no_nearest:
             print("does not fit; looking for what does …", file=sys.stderr, flush=True)
@@ -152,6 +159,7 @@ def _search(args: argparse.Namespace) -> int:
             meshes=args.mesh or plan_search.default_meshes(config, len(topology.devices)),
             batches=args.batch or plan_search.default_batches(config),
             remats=args.remat or plan_search.default_remats(config),
+            is_quick=args.quick,
         )
         for candidate in candidates:
             tried.append(candidate)

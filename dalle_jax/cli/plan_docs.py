@@ -1,7 +1,8 @@
 """`plan --docs`: the page of every shipped config on at least five topologies.
 
 Records lie beside the page as JSON and are made once: an interrupted run goes on, and one plan is
-made again by deleting its record. What this machine has no compiler for stays open on the page.
+made again by deleting its record; those of --quick are made again without it. What this machine has
+no compiler for stays open on the page.
 """
 
 import json
@@ -67,7 +68,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write(file: str) -> int:
+def write(file: str, *, is_quick: bool = False) -> int:
     """Makes the plans that are missing and writes the page after each; 1 if some stay open."""
     page = pathlib.Path(file)
     store = page.with_suffix(".json")
@@ -76,14 +77,14 @@ def write(file: str) -> int:
         (config, name)
         for config, names in CASES.items()
         for name in names
-        if f"{config} {name}" not in records
+        if not _is_made(records.get(f"{config} {name}"), is_quick)
     ]
     for _, name in missing:
         topology.prepare(name)
     is_open = False
     for config, name in missing:
         try:
-            found = _weigh(config, name)
+            found = _weigh(config, name, is_quick=is_quick)
         except UsageError as error:
             print(f"{config} on {name}: {error}", file=sys.stderr, flush=True)
             is_open = True
@@ -121,10 +122,16 @@ def text(records: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def _weigh(config: str, name: str) -> plan.Plan:
+def _is_made(record: dict[str, Any] | None, is_quick: bool) -> bool:
+    return record is not None and (is_quick or not record.get("is_quick"))
+
+
+def _weigh(config: str, name: str, *, is_quick: bool) -> plan.Plan:
     found = topology.get(name)
     loaded = cfg.load(config)
-    return plan.weigh(loaded, tasks.TASKS[loaded.task](loaded, by_shape=True), found)
+    return plan.weigh(
+        loaded, tasks.TASKS[loaded.task](loaded, by_shape=True), found, is_quick=is_quick
+    )
 
 
 def _row(name: str, record: dict[str, Any] | None) -> tuple[str, ...]:

@@ -16,25 +16,19 @@ Seconds per sample are chip-seconds: a step takes that times the samples of one 
 """
 
 import dataclasses
-import pathlib
-import re
-import tempfile
-import time
 from typing import Any
 
 import jax
 import numpy as np
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import flops, hlo, kernels, program, sharding
+from dalle_jax.engine import aot, flops, hlo, kernels, program, sharding
 from dalle_jax.engine.task import Task
 from dalle_jax.engine.topology import Topology
 from dalle_jax.types import UsageError
 
 GIB = 2**30
 DAY = 86_400
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +74,7 @@ class Plan:
       chip_days: days x devices.
       collectives: kinds by mesh axis and type, full buffers per update.
       compile_s: how long the compiler took.
+      is_quick: whether it ended before it made code, see `aot`.
       notes: what the figures leave out.
     """
 
@@ -120,6 +115,7 @@ class Plan:
     chip_days: float | None
     collectives: list[hlo.Traffic]
     compile_s: float
+    is_quick: bool
     notes: list[str]
 
     @property
@@ -128,23 +124,14 @@ class Plan:
         return self.estimated_s_per_sample or self.floor_s_per_sample
 
 
-@dataclasses.dataclass(frozen=True)
-class _Compiled:
-    """What the compiler said; bytes per device."""
-
-    fits: bool
-    peak: float
-    text: str | None
-    seconds: float
-
-
-def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
+def weigh(config: ConfigDict, task: Task, topology: Topology, *, is_quick: bool = False) -> Plan:
     """Compiles one training step for a topology and weighs it.
 
     Args:
       config: the run's config.
       task: made of it, by shape.
       topology: where it would run.
+      is_quick: without the machine code, hence without the compiler's estimate of time.
 
     Raises:
       UsageError: for a mesh or a batch that does not divide.
@@ -167,15 +154,17 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
     kept = kept / shards / accum
     notes = _notes(config, made.mesh)
     if held > topology.capacity:
-        compiled = _Compiled(False, held, None, 0.0)
+        compiled = aot.Compiled(False, held, None, 0.0)
         notes.append("the state alone does not fit, so the step was not compiled.")
     else:
-        compiled = _compile(made, held, topology)
+        compiled = aot.step(made, held, topology, is_quick=is_quick)
     text = compiled.text or ""
     cycles = hlo.estimated_cycles(text)
-    if compiled.fits and cycles is None:
+    if compiled.is_quick:
+        notes.append("--quick: times are the floor, and the peak is without the code itself.")
+    elif compiled.fits and cycles is None:
         notes.append("this compiler gives no estimate that could be read; times are the floor.")
-    if blind := hlo.without_estimate(text):
+    elif blind := hlo.without_estimate(text):
         notes.append(f"the compiler has no estimate of {blind} instructions; they count as 0.")
     return Plan(
         task=task.name,
@@ -205,6 +194,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology) -> Plan:
         **_times(config, task, topology, work, cycles, by_hand),
         collectives=hlo.traffic(hlo.collectives(text, made.mesh.shape)),
         compile_s=compiled.seconds,
+        is_quick=compiled.is_quick,
         notes=notes,
     )
 
@@ -215,22 +205,6 @@ def held_bytes(tree: Any) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def needed_bytes(message: str) -> float | None:
-    """What a program needs of a device, out of a compiler's refusal; None if it is another error.
-
-    Args:
-      message: text of the exception.
-    """
-    for pattern in (
-        r"memory required for [\w ]+ \(([\d.]+)([KMGT])\) exceeds",
-        r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm",
-    ):
-        found = re.search(pattern, message)
-        if found:
-            return float(found[1]) * _UNITS[found[2]]
-    return None
 
 
 def _times(
@@ -276,56 +250,6 @@ def _times(
         days=days,
         chip_days=days * devices,
     )
-
-
-def _compile(made: program.Program, held: int, topology: Topology) -> _Compiled:
-    """Compiles; a program that is too large for its device is an answer and not an error."""
-    began = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder}
-        try:
-            lowered = made.lower_step()
-            compiled = _executable(lowered, {} if topology.has_text else dump)
-        except jax.errors.JaxRuntimeError as error:
-            needed = needed_bytes(str(error))
-            if needed is None:
-                raise
-            return _Compiled(False, max(needed, held), None, time.perf_counter() - began)
-        text = _text(compiled, pathlib.Path(folder))
-    memory = compiled.memory_analysis()
-    # What the step does not read (a frozen codec's decoder) is no argument of the executable, but
-    # it lies in memory all the same.
-    peak = (
-        max(memory.argument_size_in_bytes, held)
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    return _Compiled(peak <= topology.capacity, peak, text, time.perf_counter() - began)
-
-
-def _executable(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
-    try:
-        return lowered.compile(compiler_options=options or None)
-    except jax.errors.JaxRuntimeError as error:
-        if "output tile sizes" not in str(error):
-            raise
-        # Without a GPU to time tiles on, XLA guesses those of Triton's products, and for CLIP
-        # L/14's [19712, 768] x [768, 768] finds none. cuBLAS is as good in a plan.
-        return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
-
-
-def _text(compiled: jax.stages.Compiled, folder: pathlib.Path) -> str | None:
-    """The program as jaxlib prints it, else as libtpu has dumped it into `folder`, else None.
-
-    A dump has the collectives but not the estimated cycles.
-    """
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError:
-        dumped = sorted(folder.glob("*.after_optimizations.txt"))
-        return dumped[-1].read_text() if dumped else None
 
 
 def _notes(config: ConfigDict, mesh: jax.sharding.Mesh) -> list[str]:

@@ -1,7 +1,7 @@
 """Which config fits: the nearest to one that does not, and the best of many.
 
-Both compile (`plan.weigh`). A program that is too large is refused early, so that trying costs less
-than knowing: at 12B on a busy core 20 to 30 seconds against a few minutes.
+Both compile (`plan.weigh`). Whether a program fits is known before its code is made, so that
+looking for a neighbour costs less than a plan.
 """
 
 import dataclasses
@@ -44,6 +44,7 @@ def nearest(
 
     In order: all of the forward pass recomputed; more of the mesh over fsdp; the same batch in more
     micro-batches (the same update where the loss is a mean over examples); a smaller batch.
+    Its plan is a quick one.
 
     Args:
       config: the one that does not fit.
@@ -53,7 +54,7 @@ def nearest(
     """
     for changes in list(_neighbours(config, failed))[:_TRIES]:
         changed = cfg.override(config, changes)
-        found = plan.weigh(changed, make(changed), topology)
+        found = plan.weigh(changed, make(changed), topology, is_quick=True)
         if found.fits:
             return Candidate(changes, found)
     return None
@@ -67,11 +68,12 @@ def search(
     meshes: Sequence[tuple[int, int, int]],
     batches: Sequence[int],
     remats: Sequence[str],
+    is_quick: bool = False,
 ) -> Iterator[Candidate]:
     """Every combination, each as soon as it is compiled.
 
     Batches are tried from small to large; what is larger than one that does not fit is left out,
-    and so is what the mesh does not divide.
+    and so is what the mesh does not divide. Quick plans are compared by their floors.
     """
     for mesh in meshes:
         for remat in remats or ("",):
@@ -80,7 +82,7 @@ def search(
                 changes |= {"data.batch": batch} | (remat_override(config, remat) if remat else {})
                 changed = cfg.override(config, changes)
                 try:
-                    found = plan.weigh(changed, make(changed), topology)
+                    found = plan.weigh(changed, make(changed), topology, is_quick=is_quick)
                 except UsageError:
                     continue
                 yield Candidate(changes, found)

@@ -83,8 +83,6 @@ class Topology:
       chip: peaks of one device; None for a CPU.
       capacity: bytes of one device's memory that a program can have.
       slices: TPU slices, joined by a slower network.
-      has_text: whether jaxlib can print whatever its compiler made. jaxlib 0.10.2 cannot read the
-        asynchronous operations that libtpu 0.0.52 writes for v5p.
     """
 
     name: str
@@ -92,7 +90,6 @@ class Topology:
     chip: chips.Chip | None
     capacity: int
     slices: int = 1
-    has_text: bool = True
 
 
 def known() -> list[str]:
@@ -202,7 +199,6 @@ def _tpu(name: str, slices: int, kind: str, sizes: list[int]) -> Topology:
         chips.CHIPS[_TPUS[kind][0]],
         capacity=int(_TPU_MEMORY[kind] * 2**30),
         slices=slices,
-        has_text=kind != "v5p",
     )
 
 

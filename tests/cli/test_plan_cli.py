@@ -45,6 +45,11 @@ def test_json_has_what_the_documents_promise(capsys):
     assert record["hardware_tflop_per_sample"] >= record["model_tflop_per_sample"] > 0
 
 
+def test_a_quick_plan_is_marked(capsys):
+    assert plan(*TINY, "--topology=cpu:1", "--quick") == 0
+    assert "note: --quick: times are the floor" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_would(capsys, monkeypatch):
     get = topology.get
 
@@ -141,7 +146,7 @@ def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(plan_docs, "CASES", cases)
     made = []
 
-    def weigh(config, name):
+    def weigh(config, name, is_quick):
         if name == "cpu:2" and not made.count("again"):
             raise cfg.UsageError("no compiler here")
         made.append((config, name))
@@ -153,11 +158,15 @@ def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
         from dalle_jax.engine import plan as engine_plan
 
         task = tasks.TASKS["dalle"](loaded, by_shape=True)
-        return engine_plan.weigh(loaded, task, topology.get(name))
+        return engine_plan.weigh(loaded, task, topology.get(name), is_quick=is_quick)
 
     monkeypatch.setattr(plan_docs, "_weigh", weigh)
     page = tmp_path / "plans.md"
-    assert plan("--docs", str(page)) == 1
+    assert plan("--docs", str(page), "--quick") == 1
+    assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
+    made.clear()
+    assert plan("--docs", str(page), "--quick") == 1 and not made
+    assert plan("--docs", str(page)) == 1  # what was quick is made in full
     assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
     assert "| cpu:2 | not compiled yet |" in page.read_text()
     assert "no compiler here" in capsys.readouterr().err
@@ -183,7 +192,7 @@ def test_records_are_rounded_at_any_depth():
 
 # Needs the `plan` extra (libtpu, 484 MB), which the test extra leaves out; half a minute each.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2", "v4:2x2x1", "2*v5e:2x2"])
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2", "v4:2x2x1", "v5p:2x2x1", "2*v5e:2x2"])
 def test_a_tpu_slice_that_is_not_there(name, capsys):
     """The smoke DALL-E: time by the compiler, gradients over the data axis and nothing else."""
     assert plan("--config=configs/dalle.py:size=smoke", f"--topology={name}", "--json") == 0
@@ -191,3 +200,8 @@ def test_a_tpu_slice_that_is_not_there(name, capsys):
     assert record["estimated_s_per_sample"] > record["floor_s_per_sample"] > 0
     assert 0 < record["mfu_bound"] < 1
     assert {row["axis"] for row in record["collectives"]} == {"data"}
+    args = ("--config=configs/dalle.py:size=smoke", f"--topology={name}", "--json", "--quick")
+    assert plan(*args) == 0
+    quick = json.loads(capsys.readouterr().out)
+    assert quick["collectives"] == record["collectives"]
+    assert 0.5 * record["peak_gib"] < quick["peak_gib"] < record["peak_gib"]  # code: 5 MiB

@@ -28,11 +28,11 @@ def make(config):
     return lt.make_task(config.data.batch)
 
 
-def weigh(topology, **overrides):
+def weigh(topology, *, is_quick=False, **overrides):
     made = config(**overrides)
     with made.unlocked():
         made.model = cfg.ConfigDict()  # a linear task has none
-    return plan.weigh(made, make(made), topology)
+    return plan.weigh(made, make(made), topology, is_quick=is_quick)
 
 
 def test_the_record_holds_together(toy):
@@ -115,36 +115,13 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
         weigh(toy)
 
 
-def test_products_that_triton_cannot_tile_are_left_to_cublas():
-    tried = []
-
-    class Lowered:
-        def compile(self, compiler_options):
-            tried.append(compiler_options)
-            if len(tried) == 1:
-                raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that …")
-            return "compiled"
-
-    assert plan._executable(Lowered(), {"xla_dump_to": "x"}) == "compiled"
-    assert tried == [
-        {"xla_dump_to": "x"},
-        {"xla_dump_to": "x", "xla_gpu_enable_triton_gemm": False},
-    ]
-
-
-@pytest.mark.parametrize(
-    "message, needed",
-    [
-        (
-            "total memory required for HLO temporaries (512.00M) exceeds available HBM (15.75G)",
-            512 * 2**20,
-        ),
-        ("Used 28.44G of 15.75G hbm. Exceeded hbm capacity by 12.69G.", 28.44 * 2**30),
-        ("out of cheese", None),
-    ],
-)
-def test_the_need_is_read_from_the_message(message, needed):
-    assert plan.needed_bytes(message) == needed
+def test_a_quick_plan_has_the_same_memory_and_traffic(toy):
+    """But for the code (0 on a CPU, whose compiler does not tell) and the call that ends it."""
+    quick, full = weigh(toy, is_quick=True), weigh(toy)
+    assert quick.is_quick and not full.is_quick
+    assert quick.peak_gib == pytest.approx(full.peak_gib, abs=4096 / plan.GIB)
+    assert quick.collectives == full.collectives != []
+    assert quick.basis == "floor" and "--quick" in quick.notes[0]
 
 
 def test_a_batch_that_does_not_divide_is_bad_input(toy):
@@ -163,7 +140,7 @@ def fake_weigh(monkeypatch, peak):
     """`plan.weigh` of a world that needs `peak(config)` of 10 GiB; returns the list it has seen."""
     seen = []
 
-    def weigh(config, task, topology):
+    def weigh(config, task, topology, is_quick=False):
         seen.append(config)
         needs = peak(config)
         values = {field.name: 0 for field in dataclasses.fields(plan.Plan)} | dict(
