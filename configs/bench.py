@@ -16,6 +16,14 @@ Cases (`case=`), all in float32, without dropout, weight average or gradient cli
     clip_train    64 px in patches of 8, 32 text ids of 49,408; both towers 6 layers of width 192,
                   3 heads of 64; joint width 192, batch 64.
     clip_score    ViT-B/32 as released: 224 px, 77 text ids, batch 16.
+    prior_train   the diffusion prior: 36 positions (32 text ids), 6 layers of width 256, 8 heads of
+                  32, embeddings of 256, batch 64.
+    prior_sample  the same network.
+    unet_train    a decoder on pixels: 32 px, widths 64, 128, 256, two residual blocks a level,
+                  attention at 16 and 8 px with the 4 tokens of an embedding, no caption, batch 8.
+
+The last three have a CLIP of one patch and one layer of width 16 in front (case=clip_stub): less
+than 1 % of the work.
 
 dvae_train is compared with a dVAE of three 4x4 convolutions of stride 2 and 64 channels
 (`DiscreteVAE` of lucidrains/DALLE-pytorch). The `patch` trunk has the same code grid, codebook and
@@ -42,6 +50,10 @@ _BATCH = {
     "dvae_codec": 2,
     "clip_train": 64,
     "clip_score": 16,
+    "prior_train": 64,
+    "prior_sample": 8,
+    "unet_train": 8,
+    "clip_stub": 8,
 }
 
 
@@ -55,6 +67,10 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         "dvae_codec": _dvae_codec,
         "clip_train": _clip,
         "clip_score": _clip_score,
+        "prior_train": _prior,
+        "prior_sample": _prior,
+        "unet_train": _unet,
+        "clip_stub": _clip_stub,
     }
     known = {"case": makers, "size": ("bench", "smoke"), "attention": ("", *_ATTENTION)}
     for name, values in known.items():
@@ -133,4 +149,39 @@ def _clip_score(args: cfg.ConfigDict) -> cfg.ConfigDict:
     if args.size == "bench":
         c.model.eos_id = 49407
         c.model.scan_layers, c.model.remat = False, "none"
+    return c
+
+
+def _clip_stub(args: cfg.ConfigDict) -> cfg.ConfigDict:
+    c = cfg.sibling(__file__, "clip").get_config("size=smoke")
+    c.data.image_px = c.model.patch_px = 16 if args.size == "smoke" else 32
+    c.data.text_len, c.data.vocab_size = 8 if args.size == "smoke" else 32, 1024
+    c.model.image_width, c.model.image_layers, c.model.image_heads = 16, 1, 1
+    c.model.text_width, c.model.text_layers, c.model.text_heads = 16, 1, 1
+    c.model.joint_width = 32 if args.size == "smoke" else 256
+    return c
+
+
+def _behind_the_stub(args: cfg.ConfigDict, name: str) -> cfg.ConfigDict:
+    c, stub = cfg.sibling(__file__, name).get_config("size=smoke"), _clip_stub(args)
+    c.stages.clip_config = f"configs/bench.py:case=clip_stub,size={args.size}"
+    for field in ("image_px", "text_len", "vocab_size", "add_bos_eos"):
+        c.data[field] = stub.data[field]
+    return c
+
+
+def _prior(args: cfg.ConfigDict) -> cfg.ConfigDict:
+    c = _behind_the_stub(args, "prior_diffusion")
+    c.model.norm, c.model.use_bias, c.model.embed_std = "layer", True, 0.02
+    if args.size == "bench":
+        c.model.width, c.model.num_layers, c.model.num_heads = 256, 6, 8
+    return c
+
+
+def _unet(args: cfg.ConfigDict) -> cfg.ConfigDict:
+    c = _behind_the_stub(args, "decoder")
+    c.model.text_layers, c.model.attention_px = 0, (4, 2)
+    if args.size == "bench":
+        c.model.patch_px, c.model.width, c.model.channel_mults = 1, 64, (1, 2, 4)
+        c.model.num_blocks, c.model.attention_px, c.model.head_width = 2, (16, 8), 64
     return c

@@ -20,11 +20,13 @@ from dalle_jax.benchmarks.measure import Case
 from dalle_jax.data import pipeline, tokenizer
 from dalle_jax.engine import flops, program, sharding
 from dalle_jax.engine.task import Task
-from dalle_jax.sampling import abstract, networks
+from dalle_jax.sampling import abstract, networks, unclip_stages
 from dalle_jax.sampling import dalle as sampling
+from dalle_jax.sampling import prior as prior_sampling
 from dalle_jax.types import Array, Params, UsageError
 
 CONFIGS = abstract.CHECKOUT / "configs"
+PRIOR_STEPS = 50
 
 
 def config_of(
@@ -69,6 +71,7 @@ def train(config: cfg.ConfigDict) -> Case:
     key = jax.device_put(jax.random.key(config.seed), made.whole)
     state = made.init(key)
     batch = jax.device_put(_batch(config, task), made.batch_where)
+    frozen = _noise(made.arguments[1], config.seed)
 
     def compile():
         with made.use():
@@ -76,7 +79,7 @@ def train(config: cfg.ConfigDict) -> Case:
 
         def call() -> float:
             nonlocal state
-            state, metrics = jax.block_until_ready(step(state, None, batch, key))
+            state, metrics = jax.block_until_ready(step(state, frozen, batch, key))
             loss = float(metrics["loss"])
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss of {config.task} is {loss}.")
@@ -148,6 +151,31 @@ def score(config: cfg.ConfigDict) -> Case:
     return _compiled(similarity, params, images, jax.device_put(text), params=_count(params))
 
 
+def prior(config: cfg.ConfigDict) -> Case:
+    """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
+    task = tasks.TASKS[config.task](config, by_shape=True)
+    clip = abstract.clip(config)
+    model = unclip_stages.make_prior(config, clip, None)
+    params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])
+    data, rng = config.data, np.random.default_rng(config.seed)
+    text = jax.device_put(_ids(rng, (data.batch, data.text_len), data.vocab_size))
+    z_t = rng.normal(size=(data.batch, model.config.joint_width)).astype(np.float32)
+    z_t = jax.device_put(z_t / np.linalg.norm(z_t, axis=1, keepdims=True))
+    key = jax.random.key(config.seed)
+
+    def draw(params: Params, text: Array, z_t: Array) -> Array:
+        return prior_sampling.sample_diffusion(
+            model, params, text, z_t, key=key, steps=PRIOR_STEPS, num_draws=1
+        )
+
+    return Case(
+        lambda: lambda: np.asarray(draw(params, text, z_t)),
+        images=data.batch,
+        params=_count(params),
+        flops=lambda: flops.hardware(draw, params, text, z_t),
+    )
+
+
 NETWORKS: dict[str, Callable[[cfg.ConfigDict], Case]] = {
     "dalle_train": train,
     "dalle_sample": sample,
@@ -155,6 +183,9 @@ NETWORKS: dict[str, Callable[[cfg.ConfigDict], Case]] = {
     "dvae_codec": codec,
     "clip_train": train,
     "clip_score": score,
+    "prior_train": train,
+    "prior_sample": prior,
+    "unet_train": train,
 }
 
 
@@ -212,6 +243,17 @@ def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
 
     work = functools.partial(flops.hardware, function, *arguments)
     return Case(compile, images=len(arguments[1]), params=params, flops=work)
+
+
+def _noise(shapes: Any, seed: int) -> Any:
+    """Random weights in the place of trained ones; None for None."""
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: jax.ShapeDtypeStruct) -> Array:
+        values = 0.02 * rng.standard_normal(spec.shape)
+        return jax.device_put(values.astype(spec.dtype), spec.sharding)
+
+    return jax.tree.map(draw, shapes)
 
 
 def _init(model: Any, *inputs: Array) -> Params:

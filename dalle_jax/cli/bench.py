@@ -14,6 +14,9 @@ Cases (sizes: configs/bench.py; a step is forward, backward, optimiser and the l
   dvae_codec    pictures to codes and back: the released dVAE with 64 hidden channels, 2 of 256 px
   clip_train    a step on 64 pictures of 64 px with captions of 32 ids
   clip_score    similarities of 16 pictures and captions: ViT-B/32, 224 px
+  prior_train   a step of the diffusion prior on 64 embeddings
+  prior_sample  8 embeddings drawn by it in 50 steps
+  unet_train    a step of a decoder on 8 pictures of 32 px
   input         batches of a prepared set (--source, --data_dir): reading, decoding, tokenising
   all           every case, each in a process of its own; input on a set of 1,000 generated scenes
                 unless --source names one
@@ -47,7 +50,8 @@ from dalle_jax.cli import bench_page, common
 SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
 
 CASES = (
-    "dalle_train", "dalle_sample", "dvae_train", "dvae_codec", "clip_train", "clip_score", "input",
+    "dalle_train", "dalle_sample", "dvae_train", "dvae_codec", "clip_train", "clip_score",
+    "prior_train", "prior_sample", "unet_train", "input",
 )  # fmt: skip
 # What `all` runs; input comes after them.
 RUNS = (
@@ -62,6 +66,9 @@ RUNS = (
     ("dvae_codec",),
     ("clip_train",),
     ("clip_score",),
+    ("prior_train",),
+    ("prior_sample",),
+    ("unet_train",),
 )
 # Flag -> the cases that take it.
 _BELONGS = {

@@ -16,8 +16,9 @@ from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
 from dalle_jax.cli import bench, bench_page
 from dalle_jax.data.builders import shapes
-from dalle_jax.models import dvae
-from dalle_jax.sampling import networks
+from dalle_jax.models import clip as clip_model
+from dalle_jax.models import dvae, prior_diffusion, unet_plan
+from dalle_jax.sampling import abstract, networks, unclip_stages
 from dalle_jax.types import UsageError
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -77,7 +78,7 @@ def test_every_case_compiles_once_and_then_only_runs(name, compilations):
     del compilations[:]
     call = case.compile()
     call()
-    if name == "dalle_sample":
+    if name.endswith("_sample"):
         assert compilations
     else:
         assert len(compilations) == 1
@@ -151,12 +152,32 @@ def test_the_dvae_does_the_work_of_three_strided_convolutions():
 @pytest.mark.parametrize(
     "name, batch",
     [("dalle_train", 8), ("dalle_sample", 1), ("dvae_train", 16), ("dvae_codec", 2),
-     ("clip_train", 64), ("clip_score", 16)],
+     ("clip_train", 64), ("clip_score", 16), ("prior_train", 64), ("prior_sample", 8),
+     ("unet_train", 8)],
 )  # fmt: skip
 def test_the_batch_of_a_case(name, batch):
     config = cases.config_of(name)
     assert config.data.batch == batch and config.dtype.compute == "float32"
     assert not config.optim.ema_decay and config.optim.name == "adamw"
+
+
+def test_the_prior_and_the_unet_are_the_stated_ones():
+    """Multiply-adds by hand; the CLIP in front is less than 1 % of either."""
+    d, positions = 256, 36
+    config = cases.config_of("prior_train")
+    clip = abstract.clip(config)
+    made = unclip_stages.make_prior(config, clip, None).config
+    layer = positions * 12 * d * d + d * positions * (positions + 1)
+    last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
+    ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output
+    assert (made.length, made.num_layers, made.num_heads) == (positions, 6, 8)
+    assert prior_diffusion.flops(made) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
+    assert clip_model.flops(clip.model.config) < 0.01 * prior_diffusion.flops(made)
+
+    made = networks.unet(cases.config_of("unet_train"), 256).config
+    assert (made.width, made.channel_mults, made.num_blocks) == (64, (1, 2, 4), 2)
+    assert made.clip_tokens == 4 and not made.text_layers and made.patch_px == 1
+    assert clip_model.flops(clip.model.config) < 0.01 * unet_plan.flops(made, 32)
 
 
 def test_json_of_a_network(tiny, capsys):
