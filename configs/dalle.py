@@ -53,7 +53,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             embed_std=0.5,
             scan_layers=False,  # unrolled is 22 % faster on a CPU core
             remat="none",
-            attention_impl="auto",  # dense | structured | splash, see nn/attention.py
+            attention_impl="auto",  # dense | structured | splash | cudnn, see nn/attention.py
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required

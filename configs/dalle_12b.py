@@ -13,7 +13,8 @@ parameters. Paper: 430,000 updates of batch 1024 on 1024 V100-16GB; zero-shot MS
 of 128 fsdp shards.
 
 3968 = 2**7 * 31: fsdp divides it up to 128 ways (256 chips = data 2 x fsdp 128), and the heads
-divide by 2 or 31 only, so tensor parallelism is off.
+divide by 2 or 31 only, so tensor parallelism is off. On v4 and v5p, `--config.mesh.fsdp=32`: along
+an axis over a whole 4x4x8 torus their compiler makes all-reduces of all gathers and scatters.
 """
 
 from dalle_jax import config as cfg
@@ -51,7 +52,7 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             embed_std=0.002,  # 0.125 / sqrt(width)
             scan_layers=True,
             remat="full",
-            attention_impl="auto",  # dense | structured | splash, see nn/attention.py
+            attention_impl="auto",  # dense | structured | splash | cudnn, see nn/attention.py
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required

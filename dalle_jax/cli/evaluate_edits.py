@@ -180,7 +180,7 @@ def _write_pictures(page, out: pathlib.Path, result: dict, shown: dict) -> None:
     from dalle_jax.cli import evaluate_page
 
     rows = [
-        (f"{item.title} — {title}", item.images, item.labels)
+        (f"{item.title}: {title}", item.images, item.labels)
         for some in zip(*shown.values(), strict=True)
         for title, item in zip(shown, some, strict=True)
     ]

@@ -304,7 +304,7 @@ def write(out: pathlib.Path, result: dict, examples: dict) -> None:
     table(page.section("Success"), runs)
     guidance_chart(page, runs)
     rows = [
-        (f"{example.prompt.scene.caption} — {way}, guidance {scale:g}", example.images, labels)
+        (f"{example.prompt.scene.caption}: {way}, guidance {scale:g}", example.images, labels)
         for parts in zip(*examples.values(), strict=True)
         for (way, scale), example in zip(examples, parts, strict=True)
         for labels in [example.labels]

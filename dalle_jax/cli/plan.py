@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention",
         nargs="+",
         metavar="NAME",
-        help="dense, structured, splash: model.attention_impl; several are compared in a table",
+        help="model.attention_impl: dense, structured, splash, cudnn; several are compared",
     )
     parser.add_argument(
         "--quick",

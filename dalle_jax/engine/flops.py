@@ -13,6 +13,9 @@ from typing import Any
 import jax
 import jax.extend.core
 
+# Attention in one of cuDNN's kernels: products of T x S x K; the gradient makes the scores anew.
+_FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 def hardware(fn: Callable, *arguments: Any) -> float:
     """FLOPs of one call on all devices together.
@@ -21,7 +24,7 @@ def hardware(fn: Callable, *arguments: Any) -> float:
       fn: jax-traceable; the arguments are arrays or ShapeDtypeStructs.
 
     Of the branches of a conditional the dearest counts, and a loop without a known length once. A
-    Pallas kernel counts for every step of its grid.
+    Pallas kernel counts for every step of its grid, one of cuDNN's for every score.
     """
     return count(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
@@ -65,6 +68,9 @@ def _equation(eqn, lanes: int) -> float:
         return _dot(eqn, lanes)
     if name == "conv_general_dilated":
         return _convolution(eqn)
+    if name in _FUSED:
+        b, t, h, k = eqn.invars[0].aval.shape
+        return 2.0 * _FUSED[name] * b * h * t * eqn.invars[1].aval.shape[1] * k
     inside = [count(jaxpr, lanes) for jaxpr in inner(eqn)]
     if name == "cond":
         return max(inside)

@@ -111,7 +111,7 @@ def shapes_suite(
     judge = checked_judge(image_px, num_oracle, report)
     prompts = make_prompts(prompts_per_skill, seed)
     rebuilt = _judge_reconstructions(prompts, image_px, reconstruct, max_pictures)
-    report(f"codec: {rebuilt.mean():.1%} of {len(prompts)} ground-truth pictures right after it")
+    report(f"ceiling: {rebuilt.mean():.1%} of {len(prompts)} rendered scenes right, there and back")
     result = {"judge": judge, "skills": {}}
     drawn, examples, seconds = None, [], {}
     if generate is not None:

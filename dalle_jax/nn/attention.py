@@ -7,6 +7,7 @@
               No T x S array; what neither text nor image mask is (CLIP's towers), and `full`
               layers are dense.
   splash      on a TPU the kernel of `nn.splash` for every static mask; elsewhere structured.
+  cudnn       on an NVIDIA GPU that of `nn.cudnn` for every static mask; elsewhere structured.
 
 All are the same function of their inputs, gradients too, up to rounding. Decoding has its own
 counterpart in `nn.cache`.
@@ -16,16 +17,16 @@ in flash attention (arXiv:2205.14135, appendix B.2).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import masks, partition, splash
+from dalle_jax.nn import cudnn, masks, partition, splash
 from dalle_jax.types import Array
 
-IMPLEMENTATIONS = ("auto", "dense", "structured", "splash")
+IMPLEMENTATIONS = ("auto", "dense", "structured", "splash", "cudnn")
 
 # Positions from which on `auto` takes a kernel whose smallest block is 128.
 LONG = 512
@@ -57,9 +58,9 @@ def attention(
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"attention impl {impl!r} is unknown; use one of {IMPLEMENTATIONS}.")
     q = q * q.shape[-1] ** -0.5
-    if _has_kernel(mask, impl):
+    if run := _kernel(mask, impl):
         names = (axes.ACT_BATCH, None, axes.ACT_HEADS, None)
-        kernel = functools.partial(splash.attention, mask=mask)
+        kernel = functools.partial(run, mask=mask)
         return partition.by_device(kernel, names, q.shape)(q, k, v)
     if impl != "dense" and _is_sparse(mask):
         return _structured(q, k, v, mask)
@@ -67,10 +68,16 @@ def attention(
     return _dense(q, k, v, allowed)
 
 
-def _has_kernel(mask: masks.Mask | Array | None, impl: str) -> bool:
-    if impl not in ("auto", "splash") or not isinstance(mask, masks.Mask):
-        return False
-    return partition.platform() == "tpu" and (impl == "splash" or mask.length >= LONG)
+def _kernel(mask: masks.Mask | Array | None, impl: str) -> Callable[..., Array] | None:
+    """The kernel that runs on this platform, if one does."""
+    if not isinstance(mask, masks.Mask):
+        return None
+    platform = partition.platform()
+    if platform == "tpu" and (impl == "splash" or (impl == "auto" and mask.length >= LONG)):
+        return splash.attention
+    if platform in ("gpu", "cuda") and impl == "cudnn":
+        return cudnn.attention
+    return None
 
 
 def _is_sparse(mask: masks.Mask | Array | None) -> bool:
