@@ -4,8 +4,8 @@
         --config.stages.clip=runs/clip --workdir=runs/decoder
 
 Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 10 minutes of two
-cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; not run to its
-end), single_gpu (64 px, half the paper's width; not run here). `width=`, `patch=` and `steps=`
+cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; half of its steps
+were run, an hour of one core), single_gpu (64 px, half the paper's width; not run here). `width=`, `patch=` and `steps=`
 change a size; 0 keeps its own.
 
 The CPU sizes begin on patches: at 32 px the first level of one on pixels costs most of the step.
@@ -23,7 +23,7 @@ _SIZES = {
     "smoke": (32, 16, (1, 2), 1, 4, (32, 1, 2), 16, 60),
     "demo": (32, 48, (1, 2), 1, 2, (96, 2, 2), 16, 2000),
     "shapes": (32, 48, (1, 2), 1, 2, (128, 2, 2), 16, 7000),
-    "emoji": (64, 96, (1, 2), 2, 4, (128, 2, 2), 32, 6000),
+    "emoji": (64, 64, (1, 2, 3), 1, 4, (128, 2, 2), 16, 5600),
     "single_gpu": (64, 256, (1, 2, 3, 4), 3, 1, (1024, 12, 16), 128, 400_000),
 }
 

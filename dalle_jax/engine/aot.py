@@ -110,12 +110,13 @@ def allocated_bytes(assignment: str, held: int = 0) -> int:
     """The device memory that a buffer assignment takes.
 
     Args:
-      assignment: as XLA dumps it: a line per allocation; a colour is another memory (VMEM, …).
+      assignment: as XLA dumps it: a line per allocation. A colour is another memory (VMEM, …);
+        what is thread-local (a reduction's operands) is a compiler's fiction.
       held: at least that much is counted for the program's parameters.
     """
     parameters = others = 0
     for size, rest in _ALLOCATION.findall(assignment):
-        if " color " in rest:
+        if " color " in rest or "thread-local" in rest:
             continue
         if " parameter " in rest:
             parameters += int(size)

@@ -16,6 +16,8 @@ allocation 2: size 8192, page 0, parameter 0, shape |f32[16,128]| at ShapeIndex 
  value: <95 w.1 @0> (size=8192,offset=0): f32[16,128]{1,0:T(8,128)}
 allocation 6: size 65536, page 0, preallocated-temp:
  value: <103 fusion.14 @0> (size=65536,offset=0): f32[128,128]{1,0:T(8,128)}
+allocation 3: size 268435456, page 0, thread-local:
+ value: <41 add.3 @0> (size=268435456,offset=0): bf16[134217728]{0:T(1024)}
 allocation 7: size 1000000, color 1, page 0, preallocated-temp:
  value: <116 custom-call @1> (size=1000000,offset=0): f32[1,250000]{1,0:T(8,128)S(1)}
 """
