@@ -191,7 +191,7 @@ def test_evaluate_puts_a_dalle_beside_them(root, dalle, drawn, tmp_path, capsys)
     ]  # fmt: skip
     assert result["runs"][-1]["temperature"] == 0.9 and result["networks"]["dalle"] == dalle
     page = (tmp_path / "index.html").read_text()
-    for said in ("DALL-E 1 and 2", "— dalle, guidance 1", "— none, guidance 2", "temperature 0.9"):
+    for said in ("DALL-E 1 and 2", ": dalle, guidance 1", ": none, guidance 2", "temperature 0.9"):
         assert said in page, said
     evaluate(capsys, *flags)  # the same pictures as by itself
     np.testing.assert_array_equal(drawn[-1], drawn[-2])

@@ -115,7 +115,8 @@ def test_eta_says_whether_variations_differ(stages, pictures):
     latent = manipulate.invert(stages, pictures, FEW)
     one = manipulate.Latent(latent.z[:1], latent.x_t[:1])
     still = manipulate.vary(stages, one, 2, FEW, key=KEY)
-    np.testing.assert_array_equal(still[0], still[1])
+    # Bit for bit on Intel's cores; on AMD's EPYC the rows of a batch differ by 2e-6.
+    np.testing.assert_allclose(still[0], still[1], atol=1e-5)
     moved = manipulate.vary(stages, one, 2, dataclasses.replace(FEW, eta=1.0), key=KEY)
     assert np.abs(moved[0] - moved[1]).max() > 0.1
 
