@@ -141,6 +141,7 @@ def _row(name: str, record: dict[str, Any] | None) -> tuple[str, ...]:
     kind = " est." if record["estimated_s_per_sample"] else " fl." if seconds else ""
     number = plan_page.number
     does = "" if record["fits"] else ", **does not fit**"
+    does += " (quick)" if record.get("is_quick") else ""
     return (
         name,
         " x ".join(str(size) for size in record["mesh"].values()),

@@ -166,6 +166,7 @@ def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
     assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
     made.clear()
     assert plan("--docs", str(page), "--quick") == 1 and not made
+    assert page.read_text().count(" (quick) |") == 2
     assert plan("--docs", str(page)) == 1  # what was quick is made in full
     assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
     assert "| cpu:2 | not compiled yet |" in page.read_text()
@@ -173,7 +174,7 @@ def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
     made[:] = ["again"]
     assert plan("--docs", str(page)) == 0
     assert made == ["again", ("configs/a.py", "cpu:2")]
-    assert "not compiled yet" not in page.read_text()
+    assert "not compiled yet" not in page.read_text() and "quick" not in page.read_text()
 
 
 def test_the_page_has_every_config_on_five_topologies():
