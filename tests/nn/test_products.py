@@ -1,0 +1,91 @@
+"""nn.products: the gradients that differentiation finds, by other means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.engine import flops
+from dalle_jax.nn import partition, products
+
+MATMULS = [((4, 6, 8), 32), ((4, 6, 32), 8), ((10, 8), 8), ((2, 3, 5, 4), 16)]  # x, F
+CONVS = [(3, 16, 8), (3, 8, 16), (1, 16, 16), (5, 16, 4), (3, 32, 64)]  # k, C, F
+
+
+def draw(*shapes, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
+
+
+def check(made, plain, x, w, g, tolerance=1e-5):
+    """Values and both gradients of `made` are those of `plain`."""
+    got, back = jax.vjp(jax.jit(made), x, w)
+    want, plain_back = jax.vjp(plain, x, w)
+    for a, b in zip((got, *back(g)), (want, *plain_back(g)), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        scale = np.abs(np.asarray(b, np.float32)).max()
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=tolerance * scale
+        )
+
+
+def plain_conv(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+
+@pytest.mark.parametrize(("shape", "features"), MATMULS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_matmul(shape, features, dtype):
+    x, w, g = draw(shape, (shape[-1], features), (*shape[:-1], features), dtype=dtype)
+    check(products.matmul, jnp.matmul, x, w, g, 1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_a_wider_result_is_asked_for():
+    x, w = draw((4, 8), (8, 6), dtype="bfloat16")
+    y = products.matmul(x, w, jnp.float32)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, np.float32(x) @ np.float32(w), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("k", "channels", "features"), CONVS)
+@pytest.mark.parametrize("size", [(6, 6), (4, 7), (1, 3)])
+def test_conv(k, channels, features, size):
+    shapes = (3, *size, channels), (k, k, channels, features), (3, *size, features)
+    check(products.conv, plain_conv, *draw(*shapes))
+
+
+def test_split_over_devices_it_is_the_same():
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    x, w, g = draw((16, 5, 5, 16), (3, 3, 16, 8), (16, 5, 5, 8))
+    check(products.conv, plain_conv, jax.device_put(x, split), w, jax.device_put(g, split))
+    x, w, g = draw((16, 5, 16), (16, 8), (16, 5, 8))
+    check(products.matmul, jnp.matmul, jax.device_put(x, split), w, jax.device_put(g, split))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_elsewhere_nothing_differs(platform, monkeypatch):
+    x, w, kernel, image = draw((4, 16), (16, 8), (3, 3, 16, 8), (2, 4, 4, 16))
+
+    def text(matmul, conv):
+        loss = jax.grad(lambda w, k: matmul(x, w).sum() + conv(image, k).sum(), argnums=(0, 1))
+        return jax.jit(loss).lower(w, kernel).as_text()
+
+    assert "optimization_barrier" in text(products.matmul, products.conv)
+    monkeypatch.setattr(partition, "platform", lambda: platform)
+    assert "optimization_barrier" not in text(products.matmul, products.conv)
+    assert text(products.matmul, products.conv) == text(jnp.matmul, plain_conv)
+
+
+def test_the_work_is_counted_alike():
+    x, w, image, kernel = draw((4, 6, 8), (8, 32), (2, 8, 8, 16), (3, 3, 16, 32))
+
+    def work(matmul, conv):
+        def loss(x, w, image, kernel):
+            return (matmul(x, w) ** 2).sum() + (conv(image, kernel) ** 2).sum()
+
+        return flops.hardware(jax.grad(loss, argnums=(0, 1, 2, 3)), x, w, image, kernel)
+
+    assert work(products.matmul, products.conv) == work(jnp.matmul, plain_conv)
