@@ -4,8 +4,8 @@
         --config.stages.clip=runs/clip --workdir=runs/decoder
 
 Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 10 minutes of two
-cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; half of its
-steps were run, an hour of one core), single_gpu (64 px, half the paper's width; not run here).
+cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; 114
+minutes of one core), single_gpu (64 px, half the paper's width; not run here).
 `width=`, `patch=` and `steps=` change a size; 0 keeps its own.
 
 The CPU sizes begin on patches: at 32 px the first level of one on pixels costs most of the step.
