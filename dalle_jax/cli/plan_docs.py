@@ -19,8 +19,9 @@ from dalle_jax.types import UsageError
 _FEW = ("v4:2x2x1", "v5e:2x2", "h100:1x1", "h100:1x8", "h100:2x8")
 _SOME = ("v4:2x4x4", "v5e:4x8", "v5p:2x4x4", "v6e:4x8", "h100:4x8")
 _MANY = ("v4:4x4x8", "v5e:16x16", "v5p:4x4x8", "v6e:16x16", "h100:16x8")
-# One core compiles a large U-Net in 10 minutes for a TPU, in 1 for a GPU.
-_NODES = ("v5e:16x16", "h100:1x8", "h100:4x8", "h100:8x8", "h100:16x8")
+# Multiples of 16 shards. One core compiles a large U-Net in 10 minutes for a TPU, in 1 for a GPU.
+_NODES = ("v5e:16x16", "h100:2x8", "h100:4x8", "h100:8x8", "h100:16x8")
+_SHARDS_OF_64 = ("v5e:8x8", "v5e:16x16", "h100:8x8", "h100:16x8", "h100:32x8")
 
 # Config -> where a person might run it.
 CASES = {
@@ -29,7 +30,7 @@ CASES = {
     "configs/clip.py:size=l14": _MANY,
     "configs/prior_diffusion.py:size=paper": _NODES,
     "configs/prior_ar.py:size=paper": _NODES,
-    "configs/decoder_paper.py": _NODES,
+    "configs/decoder_paper.py": _SHARDS_OF_64,
     "configs/upsampler.py:size=paper256": _NODES,
     "configs/upsampler.py:size=paper1024": _NODES,
     "configs/clip.py:size=b16": _NODES,
@@ -115,8 +116,11 @@ def text(records: dict[str, Any]) -> str:
         rows += [_row(name, record) for name, record in zip(names, made, strict=True)]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append(f"\n## {config}{what}\n\n" + "\n".join(lines) + "\n")
-        notes = {note for record in known for note in record["notes"]}
-        parts += [f"\n{note[0].upper()}{note[1:]}\n" for note in sorted(notes)]
+        notes: dict[str, list[str]] = {}
+        for name, record in zip(names, made, strict=True):
+            for note in record["notes"] if record else ():
+                notes.setdefault(note, []).append(name)
+        parts += [f"\n{', '.join(where)}: {note}\n" for note, where in notes.items()]
     if untouched:
         parts.append(f"\n## Not compiled yet\n\n{', '.join(untouched)}\n")
     return "".join(parts)
