@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -49,26 +49,42 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
       gflop of one call and gflop_per_cpu_s, where they are counted; params; peak_rss_mib of this
       process so far; first_call_s, wall seconds of compiling and the first call.
     """
-    began = time.perf_counter()
-    call = case.compile()
-    call()
-    first = time.perf_counter() - began
+    return alternate((case,), steps=steps, warmup=warmup)[0]
+
+
+def alternate(cases: Sequence[Case], *, steps: int, warmup: int) -> list[dict[str, Any]]:
+    """Times several cases in turns, a call of each at a time: what disturbs one disturbs all.
+
+    Returns:
+      What `measure` gives, for each; peak_rss_mib is that of all together.
+    """
+    calls, firsts = [], []
+    for case in cases:
+        began = time.perf_counter()
+        calls.append(case.compile())
+        calls[-1]()
+        firsts.append(time.perf_counter() - began)
     for _ in range(warmup):
-        call()
-    wall, cpu = [], []
+        for call in calls:
+            call()
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(steps):
-        began, began_cpu = time.perf_counter(), time.process_time()
-        call()
-        cpu.append(time.process_time() - began_cpu)
-        wall.append(time.perf_counter() - began)
-    median = statistics.median(wall)
-    result = {"median_s": median, "cpu_s": statistics.median(cpu)}
-    result["images_per_s"] = case.images / median
+        for call, found in zip(calls, times, strict=True):
+            began, began_cpu = time.perf_counter(), time.process_time()
+            call()
+            cpu = time.process_time() - began_cpu
+            found.append((time.perf_counter() - began, cpu))
+    return [_result(*one) for one in zip(cases, times, firsts, strict=True)]
+
+
+def _result(case: Case, times: list[tuple[float, float]], first: float) -> dict[str, Any]:
+    median, cpu_s = (statistics.median(column) for column in zip(*times, strict=True))
+    result = {"median_s": median, "cpu_s": cpu_s, "images_per_s": case.images / median}
     if case.tokens:
         result["tokens_per_s"] = case.tokens / median
     if case.flops:
         gflop = case.flops() / 1e9
-        result |= {"gflop": gflop, "gflop_per_cpu_s": gflop / result["cpu_s"]}
+        result |= {"gflop": gflop, "gflop_per_cpu_s": gflop / cpu_s}
     result |= {"params": case.params, "peak_rss_mib": peak_rss_mib(), "first_call_s": first}
     return {k: round(v, 5) if isinstance(v, float) else v for k, v in result.items()}
 
@@ -99,6 +115,12 @@ def device() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide how fast it is."""
-    return {"python": platform.python_version()} | {p: metadata.version(p) for p in PACKAGES}
+def versions(*others: str) -> dict[str, str]:
+    """Of Python and of the packages that decide how fast it is.
+
+    Args:
+      others: of `peers.NAMES`; PyTorch's version goes with them, and their own.
+    """
+    packages = [*PACKAGES, *(("torch", *others) if others else ())]
+    found = {name: metadata.version(name) for name in packages if name != "gpt"}
+    return {"python": platform.python_version()} | found

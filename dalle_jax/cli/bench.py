@@ -4,6 +4,7 @@
   python -m dalle_jax bench dalle_sample --batch=64 --shared_prompt --json
   python -m dalle_jax bench all --json > bench.jsonl
   python -m dalle_jax bench all --docs docs/performance.md
+  python -m dalle_jax bench clip_train --against=transformers
 
 Cases (sizes: configs/bench.py; a step is forward, backward, optimiser and the loss on the host):
 
@@ -32,6 +33,11 @@ float32, random weights, random inputs that stay the same. Fields of the JSON, o
   peak_rss_mib     memory of the process at its peak
   first_call_s     tracing, compiling and the first call; compiled programs are not cached
 
+--against=NAME times another project's version of the case in the same process, a call of each in
+turns; --against=all all of them, and `all --against=all` every case that has any. They are written
+in PyTorch and must be installed: gpt (a transformer by hand), dalle-pytorch, dalle2-pytorch,
+dall_e, diffusers, transformers. `ratio` is our cpu_s to theirs: below 1 we are faster.
+
 Processor seconds on one thread (the default) are what a busy machine disturbs least. Where the CPU
 computes, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does for training: large pages.
 """
@@ -45,6 +51,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from dalle_jax.benchmarks import peers
 from dalle_jax.cli import bench_page, common
 
 SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
@@ -75,6 +82,7 @@ _BELONGS = {
     "attention": ("dalle_train", "dalle_sample"),
     "attention_impl": ("dalle_train",),
     "shared_prompt": ("dalle_sample",),
+    "against": (*peers.NAMES, "all"),
     "batch": CASES,
     "docs": ("all",),
     "source": ("input", "all"),
@@ -113,6 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each core (default: 1)",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="examples of a step or call")
+    parser.add_argument(
+        "--against", metavar="NAME", help="also time another project's version, in turns; or all"
+    )
     group = parser.add_argument_group("dalle_train, dalle_sample")
     group.add_argument("--attention", metavar="KIND", help="full (default), axial or conv")
     group.add_argument(
@@ -153,10 +164,17 @@ def header() -> str:
 
 
 def row(result: dict[str, Any]) -> str:
-    """A result as a line of a table."""
+    """A result as a line of a table, and one for each of other projects beside it."""
+    lines = [_row(bench_page.name(result), result)]
+    for name, found in result.get("against", {}).items():
+        lines.append(_row(f"  {name}: ratio {found['ratio']:.2f}", found))
+    return "\n".join(lines)
+
+
+def _row(name: str, result: dict[str, Any]) -> str:
     tokens = result.get("tokens_per_s")
     return _columns(
-        bench_page.name(result),
+        name,
         f"{result['median_s']:.4g}",
         f"{result['cpu_s']:.4g}",
         f"{result['images_per_s']:.4g}",
@@ -186,6 +204,9 @@ def _check(args: argparse.Namespace) -> None:
         problem = f"--{alien[0]} goes with {takers}, not with {args.case}; leave it out."
     elif args.case == "all" and args.data_dir and not args.source:
         problem = f"--data_dir={args.data_dir} needs --source, the set that input is to read."
+    elif args.against and args.against not in (*_peers_of(args.case), "all"):
+        names = ", ".join(_peers_of(args.case))
+        problem = f"--against={args.against} is unknown for {args.case}; choose {names} or all."
     elif args.case == "input" and not args.source:
         problem = (
             "input times a prepared set: give it with --source=NAME, e.g. --source=shapes after "
@@ -255,9 +276,24 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
             result["attention_impl"] = args.attention_impl
         if args.case in _BELONGS["shared_prompt"]:
             result["shared_prompt"] = bool(args.shared_prompt)
-    result |= measure.measure(case, steps=args.steps, warmup=args.warmup)
+    timed = [case]
+    names = _peers_of(args.case) if args.against == "all" else (args.against,) * bool(args.against)
+    timed += [peers.build(args.case, name, config, args.threads) for name in names]
+    ours, *theirs = measure.alternate(timed, steps=args.steps, warmup=args.warmup)
+    result |= ours
+    if names:
+        result["against"] = dict(zip(names, theirs, strict=True))
+        for found in theirs:
+            found["ratio"] = round(ours["cpu_s"] / found["cpu_s"], 5)
     result |= dict(batch=batch, steps=args.steps, warmup=args.warmup, threads=args.threads)
-    return result | {"device": measure.device(), "versions": measure.versions()}
+    return result | {"device": measure.device(), "versions": measure.versions(*names)}
+
+
+def _peers_of(case: str) -> tuple[str, ...]:
+    """The projects that have a version of the case; "all" = of any case."""
+    if case != "all":
+        return peers.NAMES[case]
+    return tuple(dict.fromkeys(name for names in peers.NAMES.values() for name in names))
 
 
 def _all(args: argparse.Namespace) -> int:
@@ -265,7 +301,7 @@ def _all(args: argparse.Namespace) -> int:
     flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "warmup", "threads")]
     failed, results = [], []
     if args.docs:
-        bench_page.check(args.docs)
+        bench_page.check(args.docs, is_beside=bool(args.against))
     if not args.json:
         print(header(), flush=True)
     for words in _runs(args):
@@ -276,7 +312,7 @@ def _all(args: argparse.Namespace) -> int:
         results.append(json.loads(output))
         print(output.strip() if args.json else row(results[-1]), flush=True)
     if args.docs and not failed:
-        bench_page.write(args.docs, results)
+        bench_page.write(args.docs, results, is_beside=bool(args.against))
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0
@@ -284,6 +320,11 @@ def _all(args: argparse.Namespace) -> int:
 
 def _runs(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """The words after `bench` of every run; the generated set exists until the last one ends."""
+    if args.against:
+        for case, *words in RUNS:
+            if args.against in (*_peers_of(case), "all"):
+                yield case, *words, f"--against={args.against}"
+        return
     yield from RUNS
     px = args.image_px or _INPUT_PX
     if args.source:

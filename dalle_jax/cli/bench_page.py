@@ -1,15 +1,20 @@
-"""How a benchmark looks on a page: the ledger of `bench all --docs`."""
+"""How a benchmark looks on a page: the tables of `bench all --docs`, without and with --against."""
 
 import datetime
 import pathlib
 from typing import Any
 
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+# is_beside -> the comments that the table goes between.
+MARKS = {
+    False: ("<!-- bench: begin -->", "<!-- bench: end -->"),
+    True: ("<!-- peers: begin -->", "<!-- peers: end -->"),
+}
 
 _COLUMNS = (
     "case", "CPU s", "wall s", "images/s", "tokens/s", "GFLOP", "GFLOP / CPU s", "peak MiB",
     "first call s",
 )  # fmt: skip
+_BESIDE = ("case", "CPU s", "GFLOP", "beside", "CPU s", "GFLOP", "ratio")
 
 
 def name(result: dict[str, Any]) -> str:
@@ -21,14 +26,7 @@ def name(result: dict[str, Any]) -> str:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Results of one machine as Markdown: on what they were measured, and a row each."""
-    first = results[0]
-    versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
-    threads = f"{first['threads'] or 'all'} thread" + ("" if first["threads"] == 1 else "s")
-    head = (
-        f"{datetime.date.today()}, {first['device']}, {threads}; medians of {first['steps']}; "
-        f"{versions}.\n\n"
-    )
-    rows = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    rows = [_COLUMNS]
     for r in results:
         tokens, gflop = r.get("tokens_per_s"), r.get("gflop")
         rows.append(
@@ -44,26 +42,49 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"{r['first_call_s']:.1f}",
             )
         )
-    return head + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return _markdown(results, rows)
 
 
-def check(file: str) -> None:
+def beside(results: list[dict[str, Any]]) -> str:
+    """Results with their peers', a row for each pair."""
+    rows = [_BESIDE]
+    for r in results:
+        for peer, other in r["against"].items():
+            ours, theirs = ((f"{x['cpu_s']:.3g}", f"{x['gflop']:.3g}") for x in (r, other))
+            rows.append((name(r), *ours, peer, *theirs, f"{other['ratio']:.2f}"))
+    return _markdown(results, rows)
+
+
+def _markdown(results: list[dict[str, Any]], rows: list[tuple[str, ...]]) -> str:
+    first = results[0]
+    packages = {package: version for r in results for package, version in r["versions"].items()}
+    versions = ", ".join(f"{package} {version}" for package, version in packages.items())
+    threads = f"{first['threads'] or 'all'} thread" + ("" if first["threads"] == 1 else "s")
+    head = f"{datetime.date.today()}, {first['device']}, {threads}; medians of {first['steps']}; "
+    rows.insert(1, ("---",) * len(rows[0]))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return f"{head}{versions}.\n\n" + "\n".join(lines) + "\n"
+
+
+def check(file: str, *, is_beside: bool = False) -> None:
     """Raises UsageError if the page is not there or has no place for the table."""
+    begin, end = MARKS[is_beside]
     page = pathlib.Path(file)
     text = page.read_text() if page.is_file() else ""
-    if not 0 <= text.find(BEGIN) < text.find(END):
+    if not 0 <= text.find(begin) < text.find(end):
         from dalle_jax.types import UsageError  # imports jax, which --threads must precede
 
         raise UsageError(
-            f"--docs={file} has no place for the table; write a page with a line {BEGIN} and after "
-            f"it a line {END}."
+            f"--docs={file} has no place for the table; write a page with a line {begin} and after "
+            f"it a line {end}."
         )
 
 
-def write(file: str, results: list[dict[str, Any]]) -> None:
+def write(file: str, results: list[dict[str, Any]], *, is_beside: bool = False) -> None:
     """Puts the table of `results` between the two comments of the page."""
-    check(file)
+    check(file, is_beside=is_beside)
+    begin, end = MARKS[is_beside]
     page = pathlib.Path(file)
-    before, _, rest = page.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n{table(results)}{END}{after}")
+    before, _, rest = page.read_text().partition(begin)
+    made = (beside if is_beside else table)(results)
+    page.write_text(f"{before}{begin}\n{made}{end}{rest.partition(end)[2]}")

@@ -308,11 +308,12 @@ def test_all_writes_its_table_into_a_page(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(bench, "_start", start)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{bench_page.BEGIN}\nold\n{bench_page.END}\nafter\n")
+    begin, end = bench_page.MARKS[False]
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert __main__.main(["bench", "all", f"--docs={page}"]) == 0
     text = page.read_text()
-    assert text.startswith(f"before\n{bench_page.BEGIN}\n") and "old" not in text
-    assert text.endswith(f"{bench_page.END}\nafter\n") and "abacus" in text
+    assert text.startswith(f"before\n{begin}\n") and "old" not in text
+    assert text.endswith(f"{end}\nafter\n") and "abacus" in text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(bench.RUNS) + 1
     assert all(line.count("|") == 10 for line in rows)
