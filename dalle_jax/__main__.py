@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `… | head` closed the pipe
         sys.stderr.close()
         return 1
+    except ImportError as error:
+        # fsspec's words for gs://, s3:// and the like: the package is the extra's or the user's.
+        if "install" not in str(error) or not str(error).startswith("Please"):
+            raise
+        print(f"error: {error}: e.g. `pip install gcsfs` for gs://.", file=sys.stderr)
+        return 2
     except ValueError as error:
         from dalle_jax.types import UsageError  # imports jax
 

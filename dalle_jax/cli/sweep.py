@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="run failed units again")
     parser.add_argument(
-        "--dry_run", action="store_true", help="print commands or script; write and run nothing"
+        "--dry_run",
+        action="store_true",
+        help="print commands or script; write and run nothing, ask no bucket what it holds",
     )
     parser.add_argument(
         "--table", action="store_true", help="write the results of what is there; run nothing"
@@ -80,10 +82,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.jobs < 0:
         raise UsageError(f"--jobs={args.jobs}; expected 1 or more, or 0 for as many as fit.")
-    sweep = _sweep(args)
+    # A dry run works without a network: what a bucket holds is not asked.
+    is_blind = bool(args.dry_run and args.config and "://" in args.workdir)
+    sweep = _sweep(args, is_blind)
     if args.unit is not None:
         return _run_unit(sweep, args.unit)
-    wids = [] if args.table else units.to_run(sweep, retry=args.retry)
+    wids = [] if args.table else list(sweep.wids)
+    if wids and not is_blind:
+        wids = units.to_run(sweep, retry=args.retry)
     if args.dry_run:
         return _dry_run(args, sweep, wids)
     sweep.save()
@@ -99,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     return code or int(failed and args.runner == "local")
 
 
-def _sweep(args):
+def _sweep(args, is_blind: bool):
     """The sweep that the flags name: by its definition, or by --xid alone."""
     import dataclasses
 
@@ -112,9 +118,8 @@ def _sweep(args):
     if args.config:
         found = units.from_text(args.sweep) if args.sweep else cfg.load_hyper(args.config)
         metric, mode = args.metric or _METRIC, args.mode or _MODE
-        return units.define(
-            args.workdir, args.config, args.overrides, found, metric, mode, args.xid
-        )
+        defined = (args.workdir, args.config, args.overrides, found, metric, mode, args.xid)
+        return units.define(*defined, is_blind=is_blind)
     if not args.xid:
         raise UsageError("the sweep is not named: give --config=FILE, or the --xid of an old one.")
     if args.sweep or args.overrides:

@@ -106,6 +106,8 @@ def define(
     metric: str,
     mode: str,
     xid: str = "",
+    *,
+    is_blind: bool = False,
 ) -> Sweep:
     """The sweep of these runs: the one that WORKDIR already has, or a new one.
 
@@ -117,6 +119,7 @@ def define(
       metric: what ranks the units.
       mode: min or max.
       xid: name of the sweep; "" = that of an equal one, or the next number.
+      is_blind: WORKDIR is taken as empty without a look.
 
     Raises:
       UsageError: for no units, two equal units, a unit that the config refuses, or an xid that
@@ -135,7 +138,8 @@ def define(
                 "value, or seed, to repeat one."
             )
         seen[text] = wid
-    known = {path.parent.name: load(str(path.parent)) for path in folder.glob(f"*/{SWEEP}")}
+    files = () if is_blind else folder.glob(f"*/{SWEEP}")
+    known = {path.parent.name: load(str(path.parent)) for path in files}
     if xid:
         if xid in known and known[xid].defines() != made.defines():
             raise UsageError(

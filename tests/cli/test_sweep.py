@@ -83,6 +83,19 @@ def test_dry_runs_render_scripts_and_write_nothing(command, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_dry_run_asks_no_bucket(command, monkeypatch, capsys):
+    """gcsfs need not be there, nor a network; without --dry_run its absence is told."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    bucket = ("--workdir=gs://bucket/sweeps", "--runner=gke", "--image=i:1")
+    assert command(*AXES, *bucket, "--dry_run") == 0
+    manifest = yaml.safe_load(capsys.readouterr().out)
+    assert manifest["spec"]["completions"] == 4
+    assert "--workdir=gs://bucket/sweeps --xid=1 " in str(manifest)
+    assert command(*AXES, *bucket) == 2
+    err = capsys.readouterr().err
+    assert "gcsfs" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("runner", "program", "name"),
     [("slurm", "sbatch", "sweep.sbatch"), ("gke", "kubectl", "sweep.yaml")],
