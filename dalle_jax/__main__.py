@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ImportError as error:
         # fsspec's words for gs://, s3:// and the like: the package is the extra's or the user's.
-        if "install" not in str(error) or not str(error).startswith("Please"):
+        if not str(error).startswith("Please install"):
             raise
         print(f"error: {error}: e.g. `pip install gcsfs` for gs://.", file=sys.stderr)
         return 2

@@ -47,6 +47,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture
+def same_environment():
+    """Takes back what the test sets in os.environ."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
 def rng() -> np.random.Generator:
     """Seeded: a test that fails, fails again."""
     return np.random.default_rng(0)

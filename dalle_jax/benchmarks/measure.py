@@ -55,6 +55,11 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
 def alternate(cases: Sequence[Case], *, steps: int, warmup: int) -> list[dict[str, Any]]:
     """Times several cases in turns, a call of each at a time: what disturbs one disturbs all.
 
+    Args:
+      cases: compiled, and called a first time, in this order.
+      steps: timed calls of each.
+      warmup: calls of each before them, besides the first.
+
     Returns:
       What `measure` gives, for each; peak_rss_mib is that of all together.
     """

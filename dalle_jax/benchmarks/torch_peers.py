@@ -31,7 +31,7 @@ from dalle_jax.sampling import abstract, networks
 _LR, _DECAY = 3e-4, 0.01
 # Our kinds of attention -> DALLE-pytorch's.
 _KINDS = {"full": "full", "row": "axial_row", "column": "axial_col", "conv": "conv_like"}
-# 0.1 % of the VAE of DALLE-pytorch's transformer is used: it wants one for its sizes.
+# DALLE-pytorch's transformer asks a VAE for its sizes; given codes, it runs nothing of it.
 _TINY_VAE = dict(hidden_dim=8, codebook_dim=8, num_resnet_blocks=0)
 
 

@@ -19,7 +19,7 @@ from dalle_jax.types import UsageError
 _FEW = ("v4:2x2x1", "v5e:2x2", "h100:1x1", "h100:1x8", "h100:2x8")
 _SOME = ("v4:2x4x4", "v5e:4x8", "v5p:2x4x4", "v6e:4x8", "h100:4x8")
 _MANY = ("v4:4x4x8", "v5e:16x16", "v5p:4x4x8", "v6e:16x16", "h100:16x8")
-# Multiples of 16 shards. One core compiles a large U-Net in 10 minutes for a TPU, in 1 for a GPU.
+# Multiples of 16 devices, and of 64: the weights of the configs there are in so many shards.
 _NODES = ("v5e:16x16", "h100:2x8", "h100:4x8", "h100:8x8", "h100:16x8")
 _SHARDS_OF_64 = ("v5e:8x8", "v5e:16x16", "h100:8x8", "h100:16x8", "h100:32x8")
 

@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> int:
     sweep = _sweep(args, is_blind)
     if args.unit is not None:
         return _run_unit(sweep, args.unit)
-    wids = [] if args.table else list(sweep.wids)
-    if wids and not is_blind:
-        wids = units.to_run(sweep, retry=args.retry)
+    if args.table:
+        wids = []
+    else:
+        wids = list(sweep.wids) if is_blind else units.to_run(sweep, retry=args.retry)
     if args.dry_run:
         return _dry_run(args, sweep, wids)
     sweep.save()

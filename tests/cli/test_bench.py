@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -21,20 +20,14 @@ from dalle_jax.models import dvae, prior_diffusion, unet_plan
 from dalle_jax.sampling import abstract, networks, unclip_stages
 from dalle_jax.types import UsageError
 
+# What a command sets for its own process does not outlive a test.
+pytestmark = pytest.mark.usefixtures("same_environment")
+
 COMPILED = "/jax/core/compile/backend_compile_duration"
 FIELDS = {
     "case", "median_s", "cpu_s", "images_per_s", "params", "peak_rss_mib", "first_call_s", "batch",
     "steps", "warmup", "threads", "device", "versions",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def same_environment():
-    """What bench sets for its own process does not outlive a test."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

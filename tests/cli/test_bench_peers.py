@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import sys
 
 import pytest
@@ -11,14 +10,8 @@ from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure, peers
 from dalle_jax.cli import bench, bench_page
 
-
-@pytest.fixture(autouse=True)
-def same_environment():
-    """What bench sets for its own process does not outlive a test."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+# What a command sets for its own process does not outlive a test.
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 @pytest.fixture

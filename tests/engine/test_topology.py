@@ -10,14 +10,8 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import chips, meshes, no_tpu, topology
 from dalle_jax.types import UsageError
 
-
-@pytest.fixture(autouse=True)
-def environment():
-    """What `prepare` sets is taken back."""
-    saved = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(saved)
+# What a command sets for its own process does not outlive a test.
+pytestmark = pytest.mark.usefixtures("same_environment")
 
 
 @pytest.mark.parametrize(
