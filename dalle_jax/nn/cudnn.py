@@ -3,7 +3,8 @@
 One kernel over the whole stream: no score reaches memory, the mask comes as one bias [T, T] that
 all examples and heads share (`full` layers need none). It computes the scores that a sparse mask
 throws away, 5 % of a 12B step at 1,280 positions and 15 % at 4,352; what it saves is traffic.
-Chosen by name only, `auto` leaves it out: on no GPU has it been timed.
+Chosen by name only, `auto` leaves it out: on an H100 its numbers were right (docs/performance.md),
+but on no GPU has it been timed.
 
 Source: `jax.nn.dot_product_attention` with implementation="cudnn"; flash attention is
 arXiv:2205.14135.
