@@ -1,11 +1,13 @@
 """Changes a picture towards what a text says, with DALL-E 2.
 
   python -m dalle_jax edit --pretrained=shapes --image=picture.png \\
-      --from="a red cube on a white background" --to="a blue cube on a white background"
+      --from="a red cube on a white background" --to="a blue cube on a white background" \\
+      --guidance=3 --eta=1
 
 The picture is read as its CLIP embedding and the noise from which the decoder draws just this
 picture. The embedding is turned towards the difference of the two texts' embeddings by growing
-shares of the way, --thetas; the noise stays, and with it what the texts do not speak of. Without
+shares of the way, --thetas; the noise stays, and with it what the texts do not speak of. A decoder
+that reads much from the noise changes little then: --eta draws some of it anew. Without
 --from the embedding is turned towards --to itself.
 
 Written to --out: given.png (the picture as it was cut to the square that is used), 01.png, 02.png,
