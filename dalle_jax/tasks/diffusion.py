@@ -111,12 +111,13 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
         if loss_config.snr_cap:
             weight = gaussian.capped_weight(p.predicts, schedule, t, loss_config.snr_cap)
             found["loss"] += (weight - 1) * found["mse"]
-        return jnp.mean(found["loss"]), measured(found, t, schedule.num_steps)
+        power = loss_config.time_power if training else 1.0
+        return jnp.mean(found["loss"]), measured(found, t, schedule.num_steps, power)
 
     def loss(params, extra, frozen, batch, key, step):
         del step
         step_key, key = jax.random.split(key)
-        t = jax.random.randint(step_key, (len(batch["image"]),), 0, schedule.num_steps)
+        t = inputs.steps(loss_config, step_key, len(batch["image"]))
         total, metrics = losses(params, frozen, batch, t, key, training=True)
         return total, Output(metrics, extra)
 
@@ -175,21 +176,25 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
     )
 
 
-def measured(found: dict[str, Array], t: Array, num_steps: int) -> dict[str, Array]:
+def measured(
+    found: dict[str, Array], t: Array, num_steps: int, power: float = 1.0
+) -> dict[str, Array]:
     """Means of the losses of the examples, and of each quarter of the steps.
 
     Args:
       found: of `gaussian.losses`, [B] each.
       t: [B] steps.
       num_steps: of the process.
+      power: `loss.time_power` by which t was drawn.
 
-    A quarter's mean is 4 x the batch's mean of what lies in it: right on average, also where a
-    small batch has nothing of a quarter.
+    A quarter's mean is the batch's sum of what lies in it over the count that is expected there:
+    right on average, also where a small batch has nothing of a quarter.
     """
     metrics = {name: jnp.mean(value) for name, value in found.items()}
     quarter = t * QUARTERS // num_steps
     for q in range(QUARTERS):
-        metrics[f"mse_q{q + 1}"] = QUARTERS * jnp.mean(found["mse"] * (quarter == q))
+        share = ((q + 1) / QUARTERS) ** (1 / power) - (q / QUARTERS) ** (1 / power)
+        metrics[f"mse_q{q + 1}"] = jnp.mean(found["mse"] * (quarter == q)) / share
     return metrics
 
 

@@ -21,6 +21,11 @@ def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
             raise UsageError(f"loss.{name}={c[name]}; expected a share in [0, 1].")
     if c.snr_cap and not c.snr_cap >= 1:
         raise UsageError(f"loss.snr_cap={c.snr_cap}; expected 0 (no weights) or 1 and more.")
+    if not c.time_power > 0:
+        raise UsageError(
+            f"loss.time_power={c.time_power}; expected above 0: 1 draws all steps evenly, 0.5 the "
+            "noisier ones more often."
+        )
     if c.corruption not in corrupt.KINDS:
         raise UsageError(
             f"loss.corruption={c.corruption!r} is unknown; use one of {', '.join(corrupt.KINDS)}."
@@ -48,6 +53,24 @@ def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
             f"the {c.low_res_px} px picture, paper 0.25."
         )
     unet_plan.check_px(made, crop)
+
+
+def steps(c: cfg.ConfigDict, key: Key, count: int) -> Array:
+    """Steps t [count] int32 of a batch's examples, in 0 … `num_steps` - 1.
+
+    t / `num_steps` is u ** `time_power` of an even u: at 1 every step is as likely (the paper's),
+    at 0.5 one is the likelier the noisier it is, in proportion.
+
+    Args:
+      c: the config's `loss`.
+      key: of this step.
+      count: of examples.
+    """
+    if c.time_power == 1:
+        return jax.random.randint(key, (count,), 0, c.num_steps)
+    places = jax.random.uniform(key, (count,)) ** c.time_power
+    # float32 rounds the last places up to num_steps.
+    return jnp.minimum((places * c.num_steps).astype(jnp.int32), c.num_steps - 1)
 
 
 def image_tower(clip: stages.ClipStage) -> Params:

@@ -125,6 +125,19 @@ def test_quarters_are_right_on_average(rng):
         np.testing.assert_allclose(got[f"mse_q{q + 1}"], 4 * mse[inside].sum() / 400, rtol=1e-5)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_steps_come_as_often_as_the_power_says_and_quarters_know_it(power, key):
+    c = types.SimpleNamespace(time_power=power, num_steps=1000)
+    t = inputs.steps(c, key, 40_000)
+    assert t.dtype == jnp.int32 and t.min() >= 0 and t.max() == 999
+    shares = np.diff((np.arange(5) / 4) ** (1 / power))  # P(u^p < x) = x^(1/p)
+    np.testing.assert_allclose(np.bincount(t // 250) / len(t), shares, atol=0.01)
+    # An error that depends on the quarter alone is told as it is, however its steps were drawn.
+    mse = 1.0 + t // 250
+    got = diffusion.measured({"mse": mse}, t, 1000, power)
+    np.testing.assert_allclose([got[f"mse_q{q}"] for q in (1, 2, 3, 4)], [1, 2, 3, 4], rtol=0.05)
+
+
 def test_crops_are_cut_from_both_pictures_alike(root, rng, key):
     c = tiny(root, "upsampler", **{"loss.corruption": "none"}).loss
     pictures = rng.uniform(-1, 1, (16, PX, PX, 3)).astype(np.float32)
@@ -200,6 +213,7 @@ def test_values_that_do_not_fit_are_refused(root, name, overrides, says):
         ({"data.add_bos_eos": False}, "add_bos_eos=true"),
         ({"loss.crop": 0.5}, "whole pictures"),
         ({"loss.text_drop": 1.5}, "text_drop=1.5"),
+        ({"loss.time_power": 0.0}, "time_power=0.0; expected above 0"),
     ],
 )
 def test_a_decoder_reads_as_its_clip(root, clip, overrides, says):
