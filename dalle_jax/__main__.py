@@ -98,4 +98,8 @@ def _overview(known: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    # Here and not in `main`, which others call: it is for the whole process.
+    from dalle_jax.cli import heap
+
+    heap.keep_freed_memory()
     sys.exit(main())

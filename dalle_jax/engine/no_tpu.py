@@ -24,6 +24,11 @@ def set_environment() -> None:
     """Sets `ENVIRONMENT` where libtpu is installed and nothing shows a TPU."""
     if importlib.util.find_spec("libtpu") is None:
         return
-    device_files = [*pathlib.Path("/dev").glob("accel*"), *pathlib.Path("/dev/vfio").glob("[0-9]*")]
-    if not device_files and not any(name.startswith("TPU_") for name in os.environ):
+    if not has_device_files() and not any(name.startswith("TPU_") for name in os.environ):
         os.environ.update(ENVIRONMENT)
+
+
+def has_device_files() -> bool:
+    """Whether the system shows a TPU; others behind vfio are taken for one."""
+    dev = pathlib.Path("/dev")
+    return any(True for pattern in ("accel*", "vfio/[0-9]*") for _ in dev.glob(pattern))
