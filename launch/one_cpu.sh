@@ -20,7 +20,7 @@ read_flags core
 check_mesh 1 1
 export JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_cpu_multi_thread_eigen=false"
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # 15 to 20 % faster: see setup.sh
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1} # large pages: see setup.sh
 pin=()
 command -v taskset >/dev/null && pin=(taskset -c "$core")
 [[ $dry_run ]] && printf 'export %s\n' "$(quoted JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 \

@@ -5,9 +5,9 @@
 #   PYTHON=python3.13   which Python to use (default: python3, or the first of 3.13 … 3.11 that runs)
 #   VENV=DIR            where the environment lies (default: .venv-3.11, one per Python version)
 
-# Large pages for what glibc 2.35 or newer allocates; others ignore it. XLA allocates its buffers anew
-# in every step, and a fifth of the processor time went into clearing them page by page: 45 -> 52
-# pictures a second (DALL-E of the demo), 330 -> 400 (its CLIP), no difference for a codec.
+# Large pages for what glibc 2.35 or newer allocates; others ignore it: 2.1 -> 1.9 CPU seconds for a
+# step of `bench clip_train`, 2.7 -> 2.6 for unet_train. Where freed memory is not kept between steps
+# (the tests; `python -m dalle_jax` keeps it) more: 3.0 -> 2.1, 3.2 -> 2.7.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 # usage: setup_python EXTRAS   (a comma-separated list for pip, e.g. test,lint)

@@ -39,7 +39,8 @@ in PyTorch and must be installed: gpt (a transformer by hand), dalle-pytorch, da
 dall_e, diffusers, transformers. `ratio` is our cpu_s to theirs: below 1 we are faster.
 
 Processor seconds on one thread (the default) are what a busy machine disturbs least. Where the CPU
-computes, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does for training: large pages.
+computes, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does for training: large pages. All
+versions of a case, ours and others', run with the memory that is kept between calls.
 """
 
 import argparse
