@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import cudnn, masks, partition, splash
+from dalle_jax.nn import cudnn, masks, partition, products, splash
 from dalle_jax.types import Array
 
 IMPLEMENTATIONS = ("auto", "dense", "structured", "splash", "cudnn")
@@ -149,16 +149,13 @@ def _joint(q: Array, groups: Sequence[Group]) -> Array:
 def _joint_forward(q, groups):
     scores = []
     for k, _, allowed in groups:
-        s = _product("BNQHK,{}->BHNQS", q, k, jnp.float32)
+        s = _scores(q, k)
         scores.append(s if allowed is None else jnp.where(allowed, s, FORBIDDEN))
     peak = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
     weights = [jnp.exp(s - peak) for s in scores]
     total = _per_query(sum(jnp.sum(w, axis=-1) for w in weights))
     weights = [w.astype(v.dtype) for w, (_, v, _) in zip(weights, groups, strict=True)]
-    out = sum(
-        _product("BHNQS,{}->BNQHK", w, v, jnp.float32)
-        for w, (_, v, _) in zip(weights, groups, strict=True)
-    )
+    out = sum(_mixed(w, v) for w, (_, v, _) in zip(weights, groups, strict=True))
     out = (out / total).astype(q.dtype)
     return out, (q, groups, weights, total, out)
 
@@ -170,30 +167,44 @@ def _joint_backward(kept, gradient):
     gradient = gradient.astype(out.dtype)
     to_q, to_groups = 0.0, []
     for (k, v, _), w in zip(groups, weights, strict=True):
-        to_v = _transposed("BHNQS,BNQHK->{}", w, gradient, v)
-        scores = _product("BNQHK,{}->BHNQS", gradient, v, jnp.float32)
+        to_v = _gathered(w, gradient, v)
+        scores = _scores(gradient, v)
         scores = (w * (scores - shift)).astype(q.dtype)
-        to_q += _product("BHNQS,{}->BNQHK", scores, k, jnp.float32)
-        to_groups.append((_transposed("BHNQS,BNQHK->{}", scores, q, k), to_v, None))
+        to_q += _mixed(scores, k)
+        to_groups.append((_gathered(scores, q, k), to_v, None))
     return to_q.astype(q.dtype), tuple(to_groups)
 
 
 _joint.defvjp(_joint_forward, _joint_backward)
 
 
-def _product(subscripts: str, x: Array, keys: Array, dtype=None) -> Array:
-    """einsum of x and the keys or values of a group."""
-    subscripts = subscripts.format(_letters(keys))
-    return jnp.einsum(subscripts, x, keys, preferred_element_type=dtype)
+def _scores(x: Array, keys: Array) -> Array:
+    """[B, N, Q, H, K] times the keys or values of a group: [B, H, N, Q, S] in float32."""
+    n = _block(keys)
+    return products.einsum(
+        f"BNQHK,B{n}SHK->BHNQS", x, keys, jnp.float32, on_cpu=f"BHNQK,BH{n}SK->BHNQS"
+    )
 
 
-def _transposed(subscripts: str, x: Array, y: Array, like: Array) -> Array:
-    """einsum of x and y to the shape of a group's keys or values."""
-    return jnp.einsum(subscripts.format(_letters(like)), x, y)
+def _mixed(weights: Array, values: Array) -> Array:
+    """[B, H, N, Q, S] times the values or keys of a group: [B, N, Q, H, K] in float32."""
+    n = _block(values)
+    return products.einsum(
+        f"BHNQS,B{n}SHK->BNQHK", weights, values, jnp.float32, on_cpu=f"BHNQS,BH{n}SK->BHNQK"
+    )
 
 
-def _letters(keys: Array) -> str:
-    return "BSHK" if keys.ndim == 4 else "BNSHK"
+def _gathered(weights: Array, x: Array, like: Array) -> Array:
+    """[B, H, N, Q, S] times [B, N, Q, H, K], over queries: of the shape of a group's keys."""
+    n = _block(like)
+    # A CPU would turn the weights, the larger factor, to have the keys first.
+    on_cpu = f"BH{n}KQ,BHNQS->BH{n}KS" if n else "BHKNQ,BHNQS->BHKS"
+    return products.einsum(f"BHNQS,BNQHK->B{n}SHK", weights, x, on_cpu=on_cpu)
+
+
+def _block(keys: Array) -> str:
+    """The letter of the blocks of queries where each has keys of its own."""
+    return "" if keys.ndim == 4 else "N"
 
 
 def _per_query(x: Array) -> Array:

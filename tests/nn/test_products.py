@@ -1,5 +1,7 @@
 """nn.products: the gradients that differentiation finds, by other means."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,6 +58,29 @@ def test_conv(k, channels, features, size):
     check(products.conv, plain_conv, *draw(*shapes))
 
 
+EINSUMS = [
+    ("BNQHK,BSHK->BHNQS", "BHNQK,BHSK->BHNQS"),
+    ("BHNQS,BNSHK->BNQHK", "BHNQS,BHNSK->BHNQK"),
+    ("BHNQS,BNQHK->BSHK", "BHKNQ,BHNQS->BHKS"),  # the factors swapped
+    ("BHQS,BHSK->BHQK", "BHQS,BHSK->BHQK"),  # nothing to lay out anew
+]
+
+
+@pytest.mark.parametrize(("subscripts", "on_cpu"), EINSUMS)
+def test_einsum(subscripts, on_cpu):
+    sides = dict(B=2, H=3, N=4, Q=5, S=6, K=7)
+    terms = subscripts.replace("->", ",").split(",")
+    x, y, g = draw(*([sides[letter] for letter in term] for term in terms))
+    check(
+        lambda x, y: products.einsum(subscripts, x, y, on_cpu=on_cpu),
+        lambda x, y: jnp.einsum(subscripts, x, y), x, y, g,
+    )  # fmt: skip
+    wide = products.einsum(
+        subscripts, x.astype("bfloat16"), y.astype("bfloat16"), jnp.float32, on_cpu=on_cpu
+    )
+    assert wide.dtype == jnp.float32
+
+
 def test_split_over_devices_it_is_the_same():
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
@@ -68,15 +93,22 @@ def test_split_over_devices_it_is_the_same():
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_elsewhere_nothing_differs(platform, monkeypatch):
     x, w, kernel, image = draw((4, 16), (16, 8), (3, 3, 16, 8), (2, 4, 4, 16))
+    y, z = draw((2, 5, 3, 7), (2, 6, 3, 7))
+    subscripts, on_cpu = "BQHK,BSHK->BHQS", "BHQK,BHSK->BHQS"
 
-    def text(matmul, conv):
+    def text(matmul, conv, einsum):
         loss = jax.grad(lambda w, k: matmul(x, w).sum() + conv(image, k).sum(), argnums=(0, 1))
-        return jax.jit(loss).lower(w, kernel).as_text()
+        step = jax.jit(lambda w, k: (loss(w, k), einsum(y, z)))
+        return step.lower(w, kernel).as_text()
 
-    assert "optimization_barrier" in text(products.matmul, products.conv)
+    def ours():
+        einsum = functools.partial(products.einsum, subscripts, on_cpu=on_cpu)
+        return text(products.matmul, products.conv, einsum)
+
+    assert "optimization_barrier" in ours()
     monkeypatch.setattr(partition, "platform", lambda: platform)
-    assert "optimization_barrier" not in text(products.matmul, products.conv)
-    assert text(products.matmul, products.conv) == text(jnp.matmul, plain_conv)
+    assert "optimization_barrier" not in ours()
+    assert ours() == text(jnp.matmul, plain_conv, functools.partial(jnp.einsum, subscripts))
 
 
 def test_the_work_is_counted_alike():
