@@ -22,6 +22,8 @@ from dalle_jax.types import Array
 
 # Below this a product per tap of the window is too thin: the stem's 3 channels of a picture.
 _LEAST_CHANNELS = 16
+# Up to so many rows a large matrix is multiplied from the left.
+_FEW_ROWS, _LARGE = 32, 2**17
 
 
 def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
@@ -58,11 +60,23 @@ def conv(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def _matmul(x: Array, w: Array) -> Array:
+    if 1 < x.size // x.shape[-1] <= _FEW_ROWS and w.size >= _LARGE:
+        return _few_rows(x, w)
     return x @ w
 
 
+def _few_rows(x: Array, w: Array) -> Array:
+    """x @ w as (w.T @ x.T).T: what stands right is packed anew in every call, here 16 rows of x.
+
+    Drawing turns w once, before its loop. 16 rows times [256, 1024] 480 -> 260 microseconds, times
+    [1024, 256] 310 -> 200.
+    """
+    product = lax.optimization_barrier(w.T) @ _turned(x)
+    return lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
+
+
 def _matmul_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return x @ w, (x, w)
+    return _matmul(x, w), (x, w)
 
 
 def _matmul_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

@@ -11,7 +11,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from dalle_jax.engine import flops
 from dalle_jax.nn import partition, products
 
-MATMULS = [((4, 6, 8), 32), ((4, 6, 32), 8), ((10, 8), 8), ((2, 3, 5, 4), 16)]  # x, F
+MATMULS = [  # x, F; the last has few rows and a large matrix
+    ((4, 6, 8), 32), ((4, 6, 32), 8), ((10, 8), 8), ((2, 3, 5, 4), 16), ((2, 8, 256), 512),
+]  # fmt: skip
 CONVS = [(3, 16, 8), (3, 8, 16), (1, 16, 16), (5, 16, 4), (3, 32, 64)]  # k, C, F
 
 
