@@ -66,6 +66,7 @@ SUMMARY = "measure a model: judged pictures and edits, reconstructions, retrieva
 SUITES = ("shapes", "recon", "retrieval", "distribution", "variations", "inpainting")
 _CANDIDATES = {"shapes": 64, "distribution": 2, "variations": 4, "inpainting": 4}
 _ONLY = {  # flag -> the suite that it is for
+    "skills": "shapes",
     "features": "distribution",
     "etas": "variations",
     "inpainter": "inpainting",
@@ -96,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="n",
         help="suite shapes: seen prompts of each of the four skills, and as many held-out; "
         "variations: scenes of each; inpainting: pictures of each task (default: %(default)s)",
+    )
+    group.add_argument(
+        "--skills", metavar="S,S,…", help="suite shapes: which of single, count, binding, relation"
     )
     defaults = ", ".join(f"{suite} {n}" for suite, n in _CANDIDATES.items())
     group.add_argument(
@@ -150,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < lowest:
             raise UsageError(f"--{name} is {value}; expected at least {lowest}.")
+    parts.skills(args)
     if args.out and pathlib.Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
     if args.suite == "distribution":
@@ -296,6 +301,7 @@ def _shapes(args, folders):
         generate=generate and _shared(generate),
         score=score,
         prompts_per_skill=args.prompts_per_skill,
+        skills=parts.skills(args),
         candidates=args.candidates,
         seed=args.seed,
         max_pictures=args.batch,

@@ -9,6 +9,25 @@ from collections.abc import Callable
 BATCH = 64  # pictures at a time through codec and CLIP
 
 
+def skills(args: argparse.Namespace) -> tuple[str, ...]:
+    """Of --skills: all without it.
+
+    Raises:
+      UsageError: for a name that is none, or twice the same.
+    """
+    from dalle_jax.data import shapes
+    from dalle_jax.types import UsageError
+
+    if not args.skills:
+        return shapes.KINDS
+    names = tuple(args.skills.split(","))
+    if set(names) - set(shapes.KINDS) or len(set(names)) < len(names):
+        raise UsageError(
+            f"--skills={args.skills}; expected some of {', '.join(shapes.KINDS)}, each once."
+        )
+    return names
+
+
 def tokens(stage) -> Callable:
     """Captions to ids by the stage's own tokenizer."""
     from dalle_jax.data import tokenizer

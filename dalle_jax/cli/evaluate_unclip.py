@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from dalle_jax.cli import evaluate_parts as parts
 from dalle_jax.cli import unclip_options as options
 
 DALLE = "dalle"
@@ -253,6 +254,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
             generate=shared(generate),
             score=score,
             prompts_per_skill=args.prompts_per_skill,
+            skills=parts.skills(args),
             candidates=args.candidates,
             seed=args.seed,
             max_pictures=args.batch,
@@ -305,8 +307,8 @@ def write(out: pathlib.Path, result: dict, examples: dict) -> None:
     guidance_chart(page, runs)
     rows = [
         (f"{example.prompt.scene.caption}: {way}, guidance {scale:g}", example.images, labels)
-        for parts in zip(*examples.values(), strict=True)
-        for (way, scale), example in zip(examples, parts, strict=True)
+        for each in zip(*examples.values(), strict=True)
+        for (way, scale), example in zip(examples, each, strict=True)
         for labels in [example.labels]
     ]
     if rows:

@@ -49,14 +49,14 @@ class Example:
     labels: tuple[str, ...]
 
 
-def make_prompts(per_skill: int, seed: int) -> list[Prompt]:
-    """per_skill seen and as many held-out prompts of each kind, in that order.
+def make_prompts(per_skill: int, seed: int, skills: Sequence[str] = shapes.KINDS) -> list[Prompt]:
+    """per_skill seen and as many held-out prompts of each kind in `skills`, in that order.
 
     Distinct as far as the grammar goes: `single` has only 24 held-out captions, so that more than
     24 prompts repeat some (each with noise of its own).
     """
     prompts = []
-    for kind in shapes.KINDS:
+    for kind in skills:
         for half, rule in _HALVES.items():
             rng = shapes.example_rng(seed, f"prompts {kind} {half}", 0)
             chosen, spare, captions = [], [], set()
@@ -78,6 +78,7 @@ def shapes_suite(
     generate: Generate | None = None,
     score: Score | None = None,
     prompts_per_skill: int = 25,
+    skills: Sequence[str] = shapes.KINDS,
     candidates: int = 32,
     seed: int = 0,
     max_pictures: int = 256,
@@ -93,6 +94,7 @@ def shapes_suite(
         candidates. None measures judge and codec only.
       score: (uint8 [M, h, h, 3], M captions) -> [M], higher is better. None leaves out ranking.
       prompts_per_skill: n, of each half.
+      skills: some of `shapes.KINDS`; a skill's prompts are the same with or without the others.
       candidates: N per prompt.
       seed: of the prompts.
       max_pictures: drawn at a time.
@@ -109,7 +111,7 @@ def shapes_suite(
         if value < 1:
             raise UsageError(f"{name} is {value}; expected at least 1.")
     judge = checked_judge(image_px, num_oracle, report)
-    prompts = make_prompts(prompts_per_skill, seed)
+    prompts = make_prompts(prompts_per_skill, seed, skills)
     rebuilt = _judge_reconstructions(prompts, image_px, reconstruct, max_pictures)
     report(f"ceiling: {rebuilt.mean():.1%} of {len(prompts)} rendered scenes right, there and back")
     result = {"judge": judge, "skills": {}}
@@ -118,7 +120,7 @@ def shapes_suite(
         drawn, examples, seconds = _draw_and_judge(
             prompts, generate, score, candidates, max_pictures, report
         )
-    for kind in shapes.KINDS:
+    for kind in skills:
         of_half = {
             half: [i for i, p in enumerate(prompts) if (p.scene.kind, p.half) == (kind, half)]
             for half in _HALVES

@@ -178,6 +178,8 @@ def test_inpainting_leaves_what_is_known(tmp_path, capsys, more):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--suite=shapes", "--skills=single,triple"], "single, count, binding, relation"),
+        (["--suite=variations", "--skills=single"], "--skills is of --suite=shapes"),
         (["--suite=variations"], "add --pipeline=unclip"),
         (["--suite=distribution", "--num_examples=3"], "--num_examples=3 is too few"),
         (["--suite=shapes", "--features=clip"], "--features is of --suite=distribution"),

@@ -81,6 +81,9 @@ def test_prompts_are_halved_equal_in_number_and_seeded():
             distinct = len({scene.caption for scene in part})
             assert distinct == (24 if (kind, half) == ("single", "held_out") else 30)
     assert prompts == suites.make_prompts(30, seed=1) != suites.make_prompts(30, seed=2)
+    # A skill's prompts do not depend on which others are asked for.
+    binding = [p for p in prompts if p.scene.kind == "binding"]
+    assert suites.make_prompts(30, seed=1, skills=("binding",)) == binding
 
 
 def test_shapes_suite_counts_exactly(known_judge):
