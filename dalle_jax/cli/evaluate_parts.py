@@ -1,4 +1,4 @@
-"""What the suites of `evaluate` share: ids, chunks, batches of a split, how DALL-E draws.
+"""What the suites of `evaluate` share: skills, ids, chunks, batches of a split, how DALL-E draws.
 
 No command itself; it has no SUMMARY.
 """

@@ -1,15 +1,15 @@
-"""Products of activations with weights: matmul and convolution as everyone has them, and on a CPU
-gradients of the weights as it multiplies fast.
+"""Products as everyone writes them, on a CPU as it multiplies fast: matmul, convolution, einsum.
 
 The gradient of a weight contracts over positions, the slow axis of both its factors, and a CPU's
 library wants one of them the other way round. Left to differentiation XLA copies the wrong one, or
 calls a convolution whose window is the whole picture. One factor is therefore transposed here, into
 an array of its own (a barrier keeps XLA from folding that back). One thread of an AMD EPYC,
 float32, GFLOP/s: matmuls [2304, 256] x [256, 1024] 29 -> 61 and [2560, 256] x [256, 2048] 25 -> 62;
-3x3 convolutions of 128 channels at 32 px 21 -> 50, of 256 at 16 px 32 -> 59. Forward is 60 to 75.
+3x3 convolutions of 128 channels at 32 px 21 -> 50, of 256 at 16 px 32 -> 59. Forward is 60 to 75,
+but where there are few rows (`_few_rows`) or heads behind positions (`einsum`).
 
-Elsewhere, and for the gradient of the activations, nothing differs from `@` and from
-`lax.conv_general_dilated`.
+On other platforms nothing differs from `@`, `jnp.einsum` and `lax.conv_general_dilated`; on a CPU
+neither do convolutions forward nor gradients of activations.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""nn.products: the gradients that differentiation finds, by other means."""
+"""nn.products: the products and gradients that jax finds, by other means."""
 
 import functools
 
