@@ -21,7 +21,7 @@ from dalle_jax import config as cfg
 # px, width, channel mults, blocks, patch, text (width, layers, heads), batch, steps
 _SIZES = {
     "smoke": (32, 16, (1, 2), 1, 4, (32, 1, 2), 16, 60),
-    "demo": (32, 48, (1, 2), 1, 2, (96, 2, 2), 16, 2000),
+    "demo": (32, 48, (1, 2), 1, 2, (96, 2, 2), 16, 1700),
     "shapes": (32, 48, (1, 2), 1, 2, (128, 2, 2), 16, 7000),
     "emoji": (64, 64, (1, 2, 3), 1, 4, (128, 2, 2), 16, 5600),
     "single_gpu": (64, 256, (1, 2, 3, 4), 3, 1, (1024, 12, 16), 128, 400_000),
