@@ -152,7 +152,8 @@ unclip() {
   train inpainter 0 decoder "--config.stages.clip=$out/clip" "--config.init_from=$out/decoder" \
     --config.loss.inpaint=true --config.train.steps=150 --config.optim.lr=3e-4 \
     --config.optim.warmup_steps=20 --config.optim.ema_decay=0.99 \
-    --config.train.eval_every_steps=0 --config.train.preview_every_steps=0 --config.train.eval_batches=1
+    --config.train.eval_every_steps=0 --config.train.preview_every_steps=0 \
+    --config.train.eval_batches=1
   finish prior
 
   # ---- What have they learnt? --------------------------------------------------------------------
