@@ -3,7 +3,7 @@
     python -m dalle_jax train --config=configs/decoder.py:size=shapes \
         --config.stages.clip=runs/clip --workdir=runs/decoder
 
-Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 12 minutes of two
+Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 13 minutes of two
 cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; 114
 minutes of one core), single_gpu (64 px, half the paper's width; not run here).
 `width=`, `patch=` and `steps=` change a size; 0 keeps its own.
