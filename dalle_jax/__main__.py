@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dalle-jax {metadata.version('dalle-jax')}")
         return 0
     if name not in known:
-        from dalle_jax.cli import common
+        from dalle_jax.cli import _flags
 
-        near = common.nearest(name, known)
+        near = _flags.nearest(name, known)
         print(f"error: no command {name!r}{near}.\n\n{_overview(known)}", file=sys.stderr)
         return 2
     module = importlib.import_module(f"dalle_jax.cli.{name}")
@@ -57,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     try:
-        from dalle_jax.cli import common
+        from dalle_jax.cli import _flags
 
-        rest, overrides = common.split_overrides(rest)
+        rest, overrides = _flags.split_overrides(rest)
         args = parser.parse_args(rest)
         args.overrides = overrides
         if overrides and not hasattr(args, "config"):
             parser.error(f"{name} takes no --config, so no --config.* either")
-        common.quiet_libtpu()
+        _flags.quiet_libtpu()
         return module.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -99,7 +99,7 @@ def _overview(known: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     # Here and not in `main`, which others call: it is for the whole process.
-    from dalle_jax.cli import heap
+    from dalle_jax.cli import _malloc
 
-    heap.keep_freed_memory()
+    _malloc.keep_freed_memory()
     sys.exit(main())

@@ -10,8 +10,7 @@ import pytest
 
 from dalle_jax import config as cfg
 from dalle_jax import tasks
-from dalle_jax.models import unet_plan
-from dalle_jax.sampling import networks
+from dalle_jax.models import build, unet_plan
 from dalle_jax.types import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -92,18 +91,18 @@ def test_the_model_of_every_config_has_shapes(case):
     picture = jax.ShapeDtypeStruct((1, px, px, 3), "float32")
     text = jax.ShapeDtypeStruct((1, config.data.text_len), "int32")
     if config.task == "autoencode":
-        variables = jax.eval_shape(networks.autoencoder(config).init, key, picture)
+        variables = jax.eval_shape(build.autoencoder(config).init, key, picture)
     elif config.task == "clip":
-        variables = jax.eval_shape(networks.clip(config).init, key, picture, text)
+        variables = jax.eval_shape(build.clip(config).init, key, picture, text)
     elif config.task == "diffusion":
         # Tracing the paper's takes seconds; tests/models/test_unet.py counts them.
-        made = networks.unet(config, 0 if config.loss.low_res_px else 64).config
+        made = build.unet(config, 0 if config.loss.low_res_px else 64).config
         assert unet_plan.flops(made, px) > 1e6
         return
     else:
         grid = {32: 8, 64: 16, 256: 32}[px]
         codes = jax.ShapeDtypeStruct((1, grid * grid), "int32")
-        model = networks.dalle(config, grid, 512)
+        model = build.dalle(config, grid, 512)
         variables = jax.eval_shape(model.init, key, text, codes)
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) > 10_000
 
@@ -151,7 +150,7 @@ def test_every_config_can_be_planned_without_weights_or_data(case, tmp_path, mon
     """`plan` and dry runs make the task by shape, from any folder."""
     monkeypatch.chdir(tmp_path)
     config = load(case)
-    task = tasks.TASKS[config.task](config, by_shape=True)
+    task = tasks.TASKS[config.task](config, shapes_only=True)
     assert all(spec.shape[0] == config.data.batch for spec in task.batch_spec.values())
     for leaf in jax.tree.leaves(task.frozen):
         assert isinstance(leaf, jax.ShapeDtypeStruct)

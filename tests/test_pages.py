@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from dalle_jax import charts
-from dalle_jax.pages import Page
+from dalle_jax.pages import charts
+from dalle_jax.pages.html import Page
 
 VOID = {"meta", "img"}
 

@@ -17,15 +17,17 @@ import numpy as np
 from dalle_jax import config as cfg
 from dalle_jax import tasks
 from dalle_jax.benchmarks.measure import Case
-from dalle_jax.data import pipeline, tokenizer
+from dalle_jax.data import pipeline, tokenizers
 from dalle_jax.engine import flops, program, sharding
 from dalle_jax.engine.task import Task
-from dalle_jax.sampling import abstract, networks, unclip_stages
+from dalle_jax.models import build as model_build
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import prior as prior_sampling
+from dalle_jax.stages import by_shape
+from dalle_jax.stages import prior as prior_stage
 from dalle_jax.types import Array, Params, UsageError
 
-CONFIGS = abstract.CHECKOUT / "configs"
+CONFIGS = by_shape.CHECKOUT / "configs"
 PRIOR_STEPS = 50
 
 
@@ -66,7 +68,7 @@ def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> 
 
 def train(config: cfg.ConfigDict) -> Case:
     """The training step of a config's task: forward, backward, optimiser, loss on the host."""
-    task = tasks.TASKS[config.task](config, by_shape=True)
+    task = tasks.TASKS[config.task](config, shapes_only=True)
     made = program.build(config, task, jax.devices()[:1])
     key = jax.device_put(jax.random.key(config.seed), made.whole)
     state = made.init(key)
@@ -100,8 +102,8 @@ def train(config: cfg.ConfigDict) -> Case:
 
 def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     """Drawing data.batch pictures' codes, for as many prompts or as candidates of one."""
-    codec = abstract.codec(config)
-    model = networks.dalle(config, codec.grid, codec.num_codes)
+    codec = by_shape.codec(config)
+    model = model_build.dalle(config, codec.grid, codec.num_codes)
     made, size, rng = model.config, config.data.batch, np.random.default_rng(config.seed)
     prompts, candidates = (1, size) if shared_prompt else (size, 1)
     text = jax.device_put(_ids(rng, (prompts, made.text_len), made.vocab_size))
@@ -123,7 +125,7 @@ def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
 
 def codec(config: cfg.ConfigDict) -> Case:
     """Pictures to the likeliest codes and back."""
-    model = networks.autoencoder(config)
+    model = model_build.autoencoder(config)
     images = _pictures(config)
     variables = _init(model, images[:1])
 
@@ -137,7 +139,7 @@ def codec(config: cfg.ConfigDict) -> Case:
 
 def score(config: cfg.ConfigDict) -> Case:
     """CLIP's embeddings of pictures and captions, and the similarity of each with each."""
-    model = networks.clip(config)
+    model = model_build.clip(config)
     data, rng = config.data, np.random.default_rng(config.seed)
     images = _pictures(config)
     text = _ids(rng, (data.batch, data.text_len), data.vocab_size)
@@ -153,9 +155,9 @@ def score(config: cfg.ConfigDict) -> Case:
 
 def prior(config: cfg.ConfigDict) -> Case:
     """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
-    task = tasks.TASKS[config.task](config, by_shape=True)
-    clip = abstract.clip(config)
-    model = unclip_stages.make_prior(config, clip, None)
+    task = tasks.TASKS[config.task](config, shapes_only=True)
+    clip = by_shape.clip(config)
+    model = prior_stage.make_prior(config, clip, None)
     params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])
     data, rng = config.data, np.random.default_rng(config.seed)
     text = jax.device_put(_ids(rng, (data.batch, data.text_len), data.vocab_size))
@@ -208,7 +210,7 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     changes = {f"data.{key}": value for key, value in given.items()}
     changes |= {"data.cache_mib": 0, "data.threads": threads}
     wanted = {"image"}
-    for path in sorted(tokenizer.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
+    for path in sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
         wanted.add("text")
         changes["data.vocab_size"] = int(path.stem.partition("-")[2])
     config = cfg.override(_load("base"), changes)
@@ -284,7 +286,7 @@ def _batch(config: cfg.ConfigDict, task: Task) -> dict[str, np.ndarray]:
         if name == "image":
             batch[name] = rng.integers(0, 256, spec.shape, np.uint8)
         else:
-            num = config.data.vocab_size if name == "text" else abstract.codec(config).num_codes
+            num = config.data.vocab_size if name == "text" else by_shape.codec(config).num_codes
             batch[name] = _ids(rng, spec.shape, num)
     if "eos_id" in config.model:
         batch["text"][:, -1] = config.model.eos_id

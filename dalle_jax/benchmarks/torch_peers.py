@@ -25,8 +25,9 @@ from torch.utils import flop_counter
 from dalle_jax.benchmarks import torch_gpt
 from dalle_jax.benchmarks.measure import Case
 from dalle_jax.config import ConfigDict
+from dalle_jax.models import build
 from dalle_jax.models.dalle import DalleConfig
-from dalle_jax.sampling import abstract, networks
+from dalle_jax.stages import by_shape
 
 _LR, _DECAY = 3e-4, 0.01
 # Our kinds of attention -> DALLE-pytorch's.
@@ -292,8 +293,8 @@ def _dalle_pytorch() -> types.ModuleType:
 
 
 def _dalle(config: ConfigDict) -> DalleConfig:
-    codec = abstract.codec(config)
-    return networks.dalle(config, codec.grid, codec.num_codes).config
+    codec = by_shape.codec(config)
+    return build.dalle(config, codec.grid, codec.num_codes).config
 
 
 def _clip(config: ConfigDict) -> nn.Module:

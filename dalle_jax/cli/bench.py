@@ -53,7 +53,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dalle_jax.benchmarks import peers
-from dalle_jax.cli import bench_page, common
+from dalle_jax.cli import _flags, bench_page
 
 SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
 
@@ -197,7 +197,7 @@ def _check(args: argparse.Namespace) -> None:
     least = dict(steps=1, warmup=0, threads=0, batch=1, image_px=1)
     belonging = [name for name in _BELONGS if getattr(args, name) is not None]
     if args.case not in (*CASES, "all"):
-        near = common.nearest(args.case, (*CASES, "all"))
+        near = _flags.nearest(args.case, (*CASES, "all"))
         problem = f"no case {args.case!r}{near}; choose {', '.join(CASES)} or all."
     elif alien := [name for name in belonging if args.case not in _BELONGS[name]]:
         takers = " and ".join(name for name in _BELONGS[alien[0]] if name != "all") or "all"

@@ -21,15 +21,14 @@ import pathlib
 import sys
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 SUMMARY = "change a picture towards a text (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    options.add_networks(parser)
+    _unclip.add_networks(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument("--image", required=True, metavar="FILE", help="picture")
     group.add_argument("--to", required=True, metavar="TEXT", help="what it is to become")
@@ -44,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "0.5 at the most)",
     )
     group = parser.add_argument_group("how to draw")
-    options.add_guidance(group, 1.0)
-    options.add_drawing(group)
-    options.add_output(parser, "edits")
+    _unclip.add_guidance(group, 1.0)
+    _unclip.add_drawing(group)
+    _unclip.add_output(parser, "edits")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,26 +54,26 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.cli import common, gallery
+    from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import embed, manipulate, unclip
 
-    options.check(args)
-    thetas = options.numbers(
+    _unclip.check(args)
+    thetas = _unclip.numbers(
         args.thetas, "thetas", float, lambda t: 0 <= t <= 1, "numbers in [0, 1]"
     )
-    texts = [prompts_lib.checked(t) for t in (args.to, args.from_) if t is not None]
-    common.use_cache(args)
-    stages, drawing, mesh = options.load(args), options.drawing(args), meshes.local()
-    tokens = prompts_lib.tokens(stages.clip, texts, "CLIP")
+    texts = [_prompts.checked(t) for t in (args.to, args.from_) if t is not None]
+    _flags.use_cache(args)
+    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
+    tokens = _prompts.tokens(stages.clip, texts, "CLIP")
     old = tokens[1] if len(tokens) > 1 else None
     manipulate.check_captions(tokens[0], old)
-    picture, _, notes = options.read_picture(args.image, stages.image_px)
+    picture, _, notes = _unclip.read_picture(args.image, stages.image_px)
     start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
     one = images.to_float(picture)[None]
     latent = manipulate.invert(stages, one, drawing)
     way = manipulate.edited(stages, latent, tokens[0], old, thetas)
-    tell = functools.partial(prompts_lib.progress, "edit", start, len(thetas))
+    tell = functools.partial(_prompts.progress, "edit", start, len(thetas))
     indices = np.zeros(len(thetas), int)  # the same noise for all
     small = manipulate.draw(
         stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
@@ -82,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)
     shown = np.concatenate([one, drawn])
     embedded = embed.texts(stages.clip, tokens)
-    near = [options.cosines(stages.clip, shown, z[None]) for z in embedded]
+    near = [_unclip.cosines(stages.clip, shown, z[None]) for z in embedded]
     gallery.clear(out)
     labels = [" ".join(f"{x:.3f}" for x in some) for some in zip(*near, strict=True)]
     names = ["given", *(f"theta {t:g}" for t in thetas)]

@@ -10,14 +10,14 @@ pictures would see. All local devices work on a batch together.
 
 import argparse
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "store the codes of a set's pictures for faster DALL-E training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_workdir(parser, "a trained dVAE or VQ-VAE: a run's folder or an exported one")
+    _flags.add_workdir(parser, "a trained dVAE or VQ-VAE: a run's folder or an exported one")
     parser.add_argument("--name", required=True, metavar="SET", help="name of the set to write")
     parser.add_argument("--source", metavar="SET", help="set to encode (default: the codec's own)")
     parser.add_argument(
@@ -46,21 +46,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a set of that name made otherwise"
     )
-    common.add_cache(parser)
+    _flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Encodes."""
     import jax
 
-    common.use_cache(args)
+    _flags.use_cache(args)
 
     from dalle_jax import images
     from dalle_jax.config import ConfigDict
     from dalle_jax.data import sources
     from dalle_jax.data.builders import codes, store
     from dalle_jax.engine import meshes, metrics, sharding
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
     from dalle_jax.types import UsageError
 
     for flag in ("batch", "threads"):
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             "it in one (it uses all devices of that machine)."
         )
 
-    codec = stages.load_codec(args.workdir)
+    codec = run.load_codec(args.workdir)
     config = ConfigDict(codec.config.data.to_dict())
     for key in ("source", "data_dir", "image_key", "caption_key", "label_template"):
         if getattr(args, key) is not None:

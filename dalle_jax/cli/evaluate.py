@@ -44,7 +44,7 @@ scene (`chance`), and how much has changed (`moved`, `pixel_change`).
 --suite=inpainting masks a rectangle of rendered scenes and asks for another object in it (task
 `replace`) or one more (`add`): `right`, and `baseline` with the old prompt; `untouched` must be 1.
 Drawn with --inpainter where there is one and finished by the upsamplers, unless --no_upsample; the
-other suites judge the decoder's own small pictures. Fields: evaluation/unclip_suites.py.
+other suites judge the decoder's own small pictures. Fields: evaluation/edits.py.
 
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
 
@@ -58,7 +58,7 @@ import json
 import pathlib
 import sys
 
-from dalle_jax.cli import common, evaluate_distribution, evaluate_edits, evaluate_unclip, prompts
+from dalle_jax.cli import _flags, _prompts, evaluate_distribution, evaluate_edits, evaluate_unclip
 from dalle_jax.cli import evaluate_parts as parts
 
 SUMMARY = "measure a model: judged pictures and edits, reconstructions, retrieval, distributions"
@@ -134,8 +134,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     group.add_argument("--json", action="store_true", help="print only JSON on stdout")
     group.add_argument("--out", metavar="DIR", help="write metrics.json, sheet.png and index.html")
-    common.add_distributed(parser)
-    common.add_cache(parser)
+    _flags.add_distributed(parser)
+    _flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -161,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
         evaluate_distribution.check(args)
     if args.pipeline == "unclip":
         evaluate_unclip.check(args)
-    common.use_cache(args)
-    with common.job(args):
+    _flags.use_cache(args)
+    with _flags.job(args):
         return _run(args)
 
 
@@ -171,7 +171,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from dalle_jax.engine import distributed
 
-    distributed.agree({"the command": prompts.command("evaluate", add_arguments, args)})
+    distributed.agree({"the command": _prompts.command("evaluate", add_arguments, args)})
     is_unclip = args.pipeline == "unclip"
     folders = evaluate_unclip.folders(args) if is_unclip else _folders(args)
     if jax.process_index() == 0 or args.suite == "shapes":
@@ -202,7 +202,7 @@ def _measure(args, folders):
         "suite": args.suite,
         **result,
         "networks": folders,
-        "command": prompts.command("evaluate", add_arguments, args),
+        "command": _prompts.command("evaluate", add_arguments, args),
     }
     return _rounded(result), write_pictures
 
@@ -221,10 +221,10 @@ def _report(args, result, write_pictures) -> None:
 
 def _folders(args) -> dict[str, str]:
     """Stage name -> folder, for the stages that the suite uses."""
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
     from dalle_jax.types import UsageError
 
-    found = stages.pretrained(args.pretrained) if args.pretrained else {}
+    found = run.pretrained(args.pretrained) if args.pretrained else {}
     given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
     found |= {name: folder for name, folder in given.items() if folder}
     needed = {
@@ -250,18 +250,18 @@ def _folders(args) -> dict[str, str]:
 
 
 def _codec(folders):
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
     if "dvae" in folders:
-        return stages.load_codec(folders["dvae"])
-    return stages.load_dalle(folders["dalle"]).codec
+        return run.load_codec(folders["dvae"])
+    return run.load_dalle(folders["dalle"]).codec
 
 
 def _dalle(args, folders):
     """(image_px, generate, reconstruct) of a DALL-E, as `shapes_suite` takes them."""
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
-    dalle = stages.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
+    dalle = run.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
     draw, tokens = parts.dalle_generator(args, dalle), parts.tokens(dalle)
 
     def generate(captions, num_candidates, first_prompt):
@@ -279,12 +279,13 @@ def _there_and_back(codec):
 
 def _shapes(args, folders):
     from dalle_jax import images
-    from dalle_jax.evaluation import run as suites
-    from dalle_jax.sampling import rerank, stages
+    from dalle_jax.evaluation import shapes
+    from dalle_jax.sampling import rerank
+    from dalle_jax.stages import run
 
     generate = score = None
     if "dalle" in folders:
-        clip = stages.load_clip(folders["clip"]) if "clip" in folders else None
+        clip = run.load_clip(folders["clip"]) if "clip" in folders else None
         image_px, generate, reconstruct = _dalle(args, folders)
         if clip is not None:
             tokens = parts.tokens(clip)
@@ -295,7 +296,7 @@ def _shapes(args, folders):
     else:
         codec = _codec(folders)
         image_px, reconstruct = codec.image_px, _there_and_back(codec)
-    result, examples = suites.shapes_suite(
+    result, examples = shapes.shapes_suite(
         image_px=image_px,
         reconstruct=reconstruct,
         generate=generate and _shared(generate),
@@ -315,12 +316,12 @@ def _shapes(args, folders):
 def _recon(args, folders):
     from dalle_jax import images
     from dalle_jax.cli import evaluate_page
-    from dalle_jax.evaluation import run as suites
+    from dalle_jax.evaluation import shapes
 
     codec = _codec(folders)
     encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
     split, batches = parts.batches(args, codec.config, {"image"})
-    result, pairs = suites.recon_suite(
+    result, pairs = shapes.recon_suite(
         (batch["image"] for batch in batches),
         lambda pictures: encode(images.to_float(pictures)),
         lambda codes: images.to_uint8(decode(codes)),
@@ -336,11 +337,11 @@ def _retrieval(args, folders):
 
     from dalle_jax import images
     from dalle_jax.cli import evaluate_page
-    from dalle_jax.data import tokenizer
-    from dalle_jax.evaluation import run as suites
-    from dalle_jax.sampling import stages
+    from dalle_jax.data import tokenizers
+    from dalle_jax.evaluation import shapes
+    from dalle_jax.stages import run
 
-    clip = stages.load_clip(folders["clip"])
+    clip = run.load_clip(folders["clip"])
     params = jax.device_put({"params": clip.params})
 
     def embed(method):
@@ -348,9 +349,9 @@ def _retrieval(args, folders):
         return parts.batched(lambda x: apply(params, x))
 
     embed_image, embed_text = embed("encode_image"), embed("encode_text")
-    own = tokenizer.Tokenizer(clip.tokenizer_bytes)
+    own = tokenizers.Tokenizer(clip.tokenizer_bytes)
     split, batches = parts.batches(args, clip.config, {"image", "text"}, own)
-    result = suites.retrieval_suite(
+    result = shapes.retrieval_suite(
         ((batch["image"], batch["text"]) for batch in batches),
         lambda pictures: embed_image(images.to_float(pictures)),
         embed_text,

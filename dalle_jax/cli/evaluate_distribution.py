@@ -57,12 +57,12 @@ def check(args: argparse.Namespace) -> None:
 
 def of_dalle(args: argparse.Namespace, found: dict[str, str], *, report):
     """The figures of DALL-E, and a function of (folder, figures) that writes pictures and page."""
-    from dalle_jax.data import tokenizer
-    from dalle_jax.sampling import stages
+    from dalle_jax.data import tokenizers
+    from dalle_jax.stages import run
 
-    dalle = stages.load_dalle(found["dalle"], dvae=found.get("dvae", ""))
-    clip = stages.load_clip(found["clip"]) if "clip" in found else None
-    own = tokenizer.Tokenizer(dalle.tokenizer_bytes)
+    dalle = run.load_dalle(found["dalle"], dvae=found.get("dvae", ""))
+    clip = run.load_clip(found["clip"]) if "clip" in found else None
+    own = tokenizers.Tokenizer(dalle.tokenizer_bytes)
     settings = {"guidance": args.guidance, "temperature": args.temperature}
     draw = parts.dalle_generator(args, dalle)
     return _measure(args, dalle.config, own, clip, [(settings, draw)], report)
@@ -116,11 +116,11 @@ def _measure(args, config, own, clip, ways, report):
 
 def _write(out: pathlib.Path, result: dict, real, drawn: dict, captions: list[str]) -> None:
     """sheet.png and index.html: a table of the runs, and real pictures above drawn ones."""
-    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import html
 
     runs, name = result["runs"], result["features"]
-    page = pages.Page(
+    page = html.Page(
         "Drawn against real pictures",
         f"{runs[0]['n']:,} pictures of the {result['split']} split and as many drawn for their "
         "captions, as sets.",

@@ -7,8 +7,7 @@ import argparse
 import functools
 import pathlib
 
-from dalle_jax.cli import evaluate_unclip
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _unclip, evaluate_unclip
 
 
 def variations(args: argparse.Namespace, found: dict[str, str], *, report):
@@ -20,12 +19,11 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
       report: takes lines of progress.
     """
     from dalle_jax.cli import evaluate_page
-    from dalle_jax.evaluation import run as suites
-    from dalle_jax.evaluation import unclip_suites
+    from dalle_jax.evaluation import edits, shapes
 
     drawer = evaluate_unclip.prepare(args, found)
     stages = drawer.stages
-    judge = suites.checked_judge(stages.decoder.image_px, report=report)
+    judge = shapes.checked_judge(stages.decoder.image_px, report=report)
     size = max(1, args.batch // args.candidates)
     runs, shown = [], {}
     for scale in evaluate_unclip.scales(args):
@@ -36,7 +34,7 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
             report(title)
 
             num = args.candidates if eta else 1  # without noise all are one
-            figures, shown[title] = unclip_suites.variations(
+            figures, shown[title] = edits.variations(
                 functools.partial(_vary, drawer, latents, still, drawer.drawing(scale, eta)),
                 image_px=stages.decoder.image_px,
                 num=num,
@@ -52,12 +50,11 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
 def inpainting(args: argparse.Namespace, found: dict[str, str], *, report):
     """The figures of inpainting in each way and at each guidance; as `variations`."""
     from dalle_jax.cli import evaluate_page
-    from dalle_jax.evaluation import run as suites
-    from dalle_jax.evaluation import unclip_suites
+    from dalle_jax.evaluation import edits, shapes
 
     drawer = evaluate_unclip.prepare(args, found)
     stages = drawer.stages
-    judge = suites.checked_judge(stages.image_px, report=report)
+    judge = shapes.checked_judge(stages.image_px, report=report)
     runs, shown = [], {}
     for scale in evaluate_unclip.scales(args):
         for way in drawer.ways:
@@ -65,7 +62,7 @@ def inpainting(args: argparse.Namespace, found: dict[str, str], *, report):
             title = evaluate_page.run_title(settings)
             report(title)
 
-            figures, shown[title] = unclip_suites.inpainting(
+            figures, shown[title] = edits.inpainting(
                 functools.partial(_inpaint, drawer, way, drawer.drawing(scale)),
                 image_px=stages.image_px,
                 num=args.candidates,
@@ -112,16 +109,16 @@ def _inpaint(drawer, way: str, drawing, picture, known, caption: str, num: int, 
         first=index * unclip.MAX_CANDIDATES,
         known=(images.to_float(picture), known),
         mesh=drawer.mesh,
-        **options.prior_options(drawer.args, way),
+        **_unclip.prior_options(drawer.args, way),
     )
     return images.to_uint8(drawn.images)
 
 
 def _write_variations(out: pathlib.Path, result: dict, shown: dict) -> None:
-    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import html
 
-    page = pages.Page(
+    page = html.Page(
         "Variations, judged",
         f"{result['runs'][0]['n']} rendered scenes, and whether their variations still show "
         "number, colours, shapes, pairs and background.",
@@ -148,10 +145,10 @@ def _write_variations(out: pathlib.Path, result: dict, shown: dict) -> None:
 
 
 def _write_inpainting(out: pathlib.Path, result: dict, shown: dict) -> None:
-    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import html
 
-    page = pages.Page(
+    page = html.Page(
         "Inpainting, judged",
         f"Another object in a masked rectangle, or one more, drawn by the {result['by']}.",
     )

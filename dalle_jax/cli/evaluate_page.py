@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle_jax import images, pages
+from dalle_jax import images
+from dalle_jax.pages import html
 
 SETTINGS = ("prior", "guidance", "eta", "temperature")  # of a run, where it has them
 PICTURE_PX = 96  # pictures are enlarged to at least this
@@ -14,8 +15,8 @@ RANKED = "Best first by CLIP, each with its verdict and score."
 
 
 def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
-    """sheet.png and index.html of the shapes suite; examples: `evaluation.run.Example`s."""
-    page = pages.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
+    """sheet.png and index.html of the shapes suite; examples: `evaluation.shapes.Example`s."""
+    page = html.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
     judge = result["judge"]
     page.section("Success").facts(
         [
@@ -82,7 +83,7 @@ def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:
     sheet = images.grid(pairs, columns=half, scale=_scale(pairs))
     (out / "sheet.png").write_bytes(images.png_bytes(sheet))
     codebook = result["codebook"]
-    page = pages.Page("Reconstruction", f"{result['n']:,} pictures of the {result['split']} split")
+    page = html.Page("Reconstruction", f"{result['n']:,} pictures of the {result['split']} split")
     page.section("Figures").facts(
         [
             ("PSNR", f"{result['psnr']:.2f} dB", "mean over pictures"),
@@ -97,7 +98,7 @@ def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:
 
 def write_retrieval(out: pathlib.Path, result: dict) -> None:
     """index.html of the retrieval suite."""
-    page = pages.Page("Retrieval", f"{result['n']:,} pictures of the {result['split']} split")
+    page = html.Page("Retrieval", f"{result['n']:,} pictures of the {result['split']} split")
     page.section("Figures").table(
         retrieval_rows(result), f"{result['captions']:,} distinct captions"
     )

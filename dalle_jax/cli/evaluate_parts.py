@@ -15,24 +15,24 @@ def skills(args: argparse.Namespace) -> tuple[str, ...]:
     Raises:
       UsageError: for a name that is none, or twice the same.
     """
-    from dalle_jax.data import shapes
+    from dalle_jax.data import scenes
     from dalle_jax.types import UsageError
 
     if not args.skills:
-        return shapes.KINDS
+        return scenes.KINDS
     names = tuple(args.skills.split(","))
-    if set(names) - set(shapes.KINDS) or len(set(names)) < len(names):
+    if set(names) - set(scenes.KINDS) or len(set(names)) < len(names):
         raise UsageError(
-            f"--skills={args.skills}; expected some of {', '.join(shapes.KINDS)}, each once."
+            f"--skills={args.skills}; expected some of {', '.join(scenes.KINDS)}, each once."
         )
     return names
 
 
 def tokens(stage) -> Callable:
     """Captions to ids by the stage's own tokenizer."""
-    from dalle_jax.data import tokenizer
+    from dalle_jax.data import tokenizers
 
-    own, data = tokenizer.Tokenizer(stage.tokenizer_bytes), stage.config.data
+    own, data = tokenizers.Tokenizer(stage.tokenizer_bytes), stage.config.data
     return lambda captions: own.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
 
 
@@ -90,10 +90,12 @@ def dalle_generator(args: argparse.Namespace, dalle) -> Callable:
 
     from dalle_jax import images
     from dalle_jax.engine import meshes, sharding
+    from dalle_jax.sampling import categorical
     from dalle_jax.sampling import dalle as sampling
-    from dalle_jax.sampling import logits
 
-    logits.check(args.temperature, args.top_k, args.top_p, args.guidance, dalle.codec.num_codes)
+    categorical.check(
+        args.temperature, args.top_k, args.top_p, args.guidance, dalle.codec.num_codes
+    )
     mesh, decode = meshes.local(), batched(dalle.codec.decode)
 
     def generate(ids, num_candidates, first_prompt):

@@ -10,11 +10,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from dalle_jax.cli import _unclip
 from dalle_jax.cli import evaluate_parts as parts
-from dalle_jax.cli import unclip_options as options
 
 DALLE = "dalle"
-WAYS = (*options.WAYS, DALLE)
+WAYS = (*_unclip.WAYS, DALLE)
 SUITES = ("shapes", "distribution", "variations", "inpainting")
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pipeline unclip (DALL-E 2)",
         "--inpainter, --upsampler, --upsample_steps and --no_upsample are of suite inpainting",
     )
-    options.add_stages(group, "prior_diffusion", "prior_ar", "inpainter")
+    _unclip.add_stages(group, "prior_diffusion", "prior_ar", "inpainter")
     group.add_argument(
         "--ways",
         metavar="W,W,…",
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E,E,…",
         help="suite variations: shares of fresh noise in each step, each measured (default: 0,1)",
     )
-    options.add_prior_settings(group)
+    _unclip.add_prior_settings(group)
     group.add_argument(
         "--sampler",
         choices=("ddim", "ddpm", "dpmpp"),
         default="ddim",
         help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
-    options.add_drawing(group)
+    _unclip.add_drawing(group)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
         )
     scales(args)
     given = [way for way in (args.ways or "").split(",") if way]
-    known = WAYS if args.suite == "shapes" else options.WAYS
+    known = WAYS if args.suite == "shapes" else _unclip.WAYS
     if set(given) - set(known):
         raise UsageError(f"--ways={args.ways}; expected some of {', '.join(known)}.")
     for name in ("workdir", "dvae"):
@@ -91,20 +91,20 @@ def check(args: argparse.Namespace) -> None:
 def scales(args: argparse.Namespace) -> list[float]:
     """Of --guidances."""
     given = args.guidances or ("1" if args.suite == "variations" else "2")
-    return options.numbers(given, "guidances", float, lambda g: g >= 0, "scales >= 0")
+    return _unclip.numbers(given, "guidances", float, lambda g: g >= 0, "scales >= 0")
 
 
 def etas(args: argparse.Namespace) -> list[float]:
     """Of --etas."""
     good, expected = (lambda eta: 0 <= eta <= 1), "numbers in [0, 1]"
-    return options.numbers(args.etas or "0,1", "etas", float, good, expected)
+    return _unclip.numbers(args.etas or "0,1", "etas", float, good, expected)
 
 
 def folders(args: argparse.Namespace) -> dict[str, str]:
     """Stage -> folder, for what is measured."""
     from dalle_jax.types import UsageError
 
-    found, used = options.folders(args), ["clip", "decoder"]
+    found, used = _unclip.folders(args), ["clip", "decoder"]
     if args.suite != "variations":
         used += ["prior", "prior_ar"]
     if args.suite == "inpainting":
@@ -178,7 +178,7 @@ class Drawer:
         text = ids.repeat(num_candidates, axis=0)
         common = dict(key=self.key, indices=self.rows(first_prompt, len(ids), num_candidates))
         z, has_clip = unclip.image_embeddings(
-            self.stages, way, text, **common, **options.prior_options(self.args, way)
+            self.stages, way, text, **common, **_unclip.prior_options(self.args, way)
         )
         drawn = unclip.draw_base(
             self.stages.decoder, z, has_clip, text, drawing, mesh=self.mesh, **common
@@ -194,24 +194,25 @@ def prepare(args: argparse.Namespace, found: dict[str, str]) -> Drawer:
     """
     import jax
 
-    from dalle_jax.data import tokenizer
-    from dalle_jax.diffusion import schedule
+    from dalle_jax.data import tokenizers
+    from dalle_jax.diffusion import schedules
     from dalle_jax.engine import meshes
-    from dalle_jax.sampling import unclip, unclip_set
+    from dalle_jax.sampling import unclip
+    from dalle_jax.stages import unclip as unclip_stages
 
-    stages = unclip_set.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
+    stages = unclip_stages.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
     reads = bool(stages.decoder.model.config.text_layers)
     ways = [*stages.priors, "none", *(["caption"] if reads else [])]
     if args.ways:
         ways = [way for way in args.ways.split(",") if way and way != DALLE]
     for way in ways:
         unclip.check_way(stages, way)
-    own, key = tokenizer.Tokenizer(stages.clip.tokenizer_bytes), jax.random.key(args.seed)
+    own, key = tokenizers.Tokenizer(stages.clip.tokenizer_bytes), jax.random.key(args.seed)
     made = Drawer(args, stages, tuple(ways), own, key, meshes.local())
-    schedule.respace(stages.decoder.schedule, made.drawing(1.0).steps)
+    schedules.respace(stages.decoder.schedule, made.drawing(1.0).steps)
     for stage in stages.upsamplers:
         for steps in made.drawing(1.0).upsample_steps:
-            schedule.respace(stage.schedule, steps)
+            schedules.respace(stage.schedule, steps)
     return made
 
 
@@ -228,7 +229,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.evaluation import run as suites
+    from dalle_jax.evaluation import shapes
     from dalle_jax.sampling import embed, rerank, unclip
     from dalle_jax.types import UsageError
 
@@ -248,7 +249,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
     runs, examples = [], {}
 
     def add(way, scale, reconstruct, generate, **settings):
-        result, examples[way, scale] = suites.shapes_suite(
+        result, examples[way, scale] = shapes.shapes_suite(
             image_px=stages.decoder.image_px,
             reconstruct=reconstruct,
             generate=shared(generate),
@@ -294,12 +295,12 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
 
 def write(out: pathlib.Path, result: dict, examples: dict) -> None:
     """sheet.png and index.html: a table of all runs, curves of the sweep, pictures side by side."""
-    from dalle_jax import pages
     from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import html
 
     runs = result["runs"]
     models = "DALL-E 1 and 2" if any(run["prior"] == DALLE for run in runs) else "DALL-E 2"
-    page = pages.Page(
+    page = html.Page(
         f"Shapes by {models}, judged",
         "The same prompts in every way from caption to picture; a near miss is a miss.",
     )

@@ -8,14 +8,14 @@ not: the optimiser stays behind.
 
 import argparse
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "write a trained stage as a small folder (safetensors) to ship"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_workdir(parser, "what to export; its averaged weights when it kept an average")
+    _flags.add_workdir(parser, "what to export; its averaged weights when it kept an average")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype",
@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     import pathlib
 
     from dalle_jax.engine import checkpoint, metrics
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
     done = checkpoint.export(args.workdir, args.out, args.dtype)
     if checkpoint.load_config(args.workdir).task == "clip":
-        clip = stages.load_clip(args.workdir)
+        clip = run.load_clip(args.workdir)
         origin = clip.origin or clip.fingerprint
         (pathlib.Path(args.out) / checkpoint.ORIGIN).write_text(origin)
     metrics.say(

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle_jax import images, pages
-from dalle_jax.cli import prompts
+from dalle_jax import images
+from dalle_jax.cli import _prompts
+from dalle_jax.pages import html
 
 _SHEET_PX = 128  # small pictures are enlarged to about this on the contact sheet
 
@@ -66,7 +67,7 @@ def write(
       What results.json holds.
     """
     made, sheet = [], []
-    page = pages.Page(title, subtitle)
+    page = html.Page(title, subtitle)
     for block in blocks:
         folder = out / block.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def finish(
     name = module.__name__.rpartition(".")[2]
     out = pathlib.Path(args.out)
     subtitle = f"{args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
-    command = prompts.command(name, module.add_arguments, args)
+    command = _prompts.command(name, module.add_arguments, args)
     result = write(out, title, subtitle, blocks, command=command, stages=stages, notes=notes)
     report(result, out, args.json)
     return 0

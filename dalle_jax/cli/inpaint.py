@@ -21,8 +21,7 @@ import pathlib
 import sys
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 SUMMARY = "draw part of a picture anew, as a text says (DALL-E 2)"
 
@@ -32,7 +31,7 @@ _GREY = 128
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    options.add_networks(parser, "prior_diffusion", "prior_ar", "inpainter")
+    _unclip.add_networks(parser, "prior_diffusion", "prior_ar", "inpainter")
     group = parser.add_argument_group("what to draw")
     group.add_argument("--image", required=True, metavar="FILE", help="picture")
     group.add_argument(
@@ -48,10 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--keep", type=int, metavar="K", help=f"pictures kept (default: {KEEP})")
     group = parser.add_argument_group("how to draw")
-    options.add_prior(group)
-    options.add_guidance(group, GUIDANCE)
-    options.add_drawing(group)
-    options.add_output(parser, "inpainted")
+    _unclip.add_prior(group)
+    _unclip.add_guidance(group, GUIDANCE)
+    _unclip.add_drawing(group)
+    _unclip.add_output(parser, "inpainted")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,39 +59,39 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.cli import common, gallery, mask_files
+    from dalle_jax.cli import _flags, _masks, gallery
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import unclip
     from dalle_jax.types import UsageError
 
-    options.check(args)
-    prompt = prompts_lib.checked(args.prompt)
+    _unclip.check(args)
+    prompt = _prompts.checked(args.prompt)
     if bool(args.mask) == bool(args.rect):
         raise UsageError("give either --mask=FILE or --rect=x,y,w,h: what is to be drawn anew.")
     if args.keep and args.keep > args.candidates:
         raise UsageError(f"--keep={args.keep} is more than --candidates={args.candidates}.")
-    common.use_cache(args)
-    way, names = options.way(args)
-    stages = options.load(args, *names, "inpaint")
+    _flags.use_cache(args)
+    way, names = _unclip.way(args)
+    stages = _unclip.load(args, *names, "inpaint")
     unclip.check_way(stages, way)
-    text = prompts_lib.tokens(stages.clip, [prompt], "CLIP")[0]
-    picture, whole, notes = options.read_picture(args.image, stages.image_px)
-    read, given = (mask_files.read, args.mask) if args.mask else (mask_files.rectangle, args.rect)
+    text = _prompts.tokens(stages.clip, [prompt], "CLIP")[0]
+    picture, whole, notes = _unclip.read_picture(args.image, stages.image_px)
+    read, given = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
     known = read(given, whole.shape[:2], args.image)
-    known = mask_files.fit(~known if args.invert_mask else known, stages.image_px)
+    known = _masks.fit(~known if args.invert_mask else known, stages.image_px)
     start, out = time.monotonic(), pathlib.Path(args.out)
     drawn = unclip.draw_best(
         stages,
         way,
         text,
-        options.drawing(args),
+        _unclip.drawing(args),
         num_candidates=args.candidates,
         keep=args.keep or min(KEEP, args.candidates),
         key=jax.random.key(args.seed),
         known=(images.to_float(picture), known),
         mesh=meshes.local(),
-        progress=functools.partial(prompts_lib.progress, "inpaint", start, args.candidates),
-        **options.prior_options(args, way),
+        progress=functools.partial(_prompts.progress, "inpaint", start, args.candidates),
+        **_unclip.prior_options(args, way),
     )
     gallery.clear(out)
     masked = np.where(known, picture, np.uint8(_GREY))

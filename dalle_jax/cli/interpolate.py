@@ -18,15 +18,14 @@ import pathlib
 import sys
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 SUMMARY = "draw the pictures between two pictures (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    options.add_networks(parser)
+    _unclip.add_networks(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; give two"
@@ -45,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="from one picture's noise to the other's, or one for all (default: %(default)s)",
     )
     group = parser.add_argument_group("how to draw")
-    options.add_guidance(group, 1.0)
-    options.add_drawing(group)
-    options.add_output(parser, "interpolation")
+    _unclip.add_guidance(group, 1.0)
+    _unclip.add_drawing(group)
+    _unclip.add_output(parser, "interpolation")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,32 +55,32 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.cli import common, gallery
+    from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import manipulate, unclip
     from dalle_jax.types import UsageError
 
-    options.check(args)
+    _unclip.check(args)
     if len(args.image) != 2:
         raise UsageError(f"{len(args.image)} pictures; give --image=A --image=B, two.")
     if args.num < 2:
         raise UsageError(f"--num={args.num}; expected 2 (both ends) or more.")
-    common.use_cache(args)
-    stages, drawing, mesh = options.load(args), options.drawing(args), meshes.local()
-    given = [options.read_picture(path, stages.image_px) for path in args.image]
+    _flags.use_cache(args)
+    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
+    given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
     pair = np.stack([picture for picture, _, _ in given])
     start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
     ends = manipulate.invert(stages, images.to_float(pair), drawing)
     thetas = np.linspace(0, 1, args.num)
     way = manipulate.between(stages, ends, thetas, args.noise, key=key)
-    tell = functools.partial(prompts_lib.progress, "between", start, args.num)
+    tell = functools.partial(_prompts.progress, "between", start, args.num)
     indices = np.arange(args.num)
     small = manipulate.draw(
         stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
     )
     # One noise for the upsamplers, so that the way is as smooth as the decoder's.
     drawn = unclip.upsample(stages, small, drawing, key=key, indices=0 * indices, mesh=mesh)
-    near = [options.cosines(stages.clip, drawn, z[None]) for z in ends.z]
+    near = [_unclip.cosines(stages.clip, drawn, z[None]) for z in ends.z]
     gallery.clear(out)
     labels = [f"{t:.2f} · {a:.3f} {b:.3f}" for t, a, b in zip(thetas, *near, strict=True)]
     block = gallery.Block(

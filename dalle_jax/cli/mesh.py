@@ -8,14 +8,14 @@ The launchers ask this before they rent anything. Whether the model fits the chi
 
 import argparse
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "check that hosts x devices = mesh, and that the batch divides"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_config(parser)
+    _flags.add_config(parser)
     parser.add_argument("--hosts", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument(
         "--devices_per_host", type=int, required=True, metavar="N", help="chips or GPUs of each"
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("hosts", "devices_per_host"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name}={getattr(args, name)}; expected 1 or more.")
-    config = common.load_config(args)
+    config = _flags.load_config(args)
     sharding.rules(config.mesh)
     num_devices = args.hosts * args.devices_per_host
     sizes = meshes.mesh_sizes(config.mesh, num_devices)

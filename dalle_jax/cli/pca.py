@@ -10,7 +10,7 @@ quantised self.
 
 import argparse
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "fit the PCA of a CLIP's image embeddings, for the autoregressive prior"
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for key in ("image_key", "caption_key", "label_template"):
         parser.add_argument(f"--{key}", help=f"as data.{key} of a config")
-    common.add_cache(parser)
+    _flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import numpy as np
 
-    common.use_cache(args)
+    _flags.use_cache(args)
 
     from dalle_jax import images
     from dalle_jax.config import ConfigDict
-    from dalle_jax.data import pipeline, tokenizer
+    from dalle_jax.data import pipeline, tokenizers
     from dalle_jax.data.builders import store
     from dalle_jax.engine import meshes, metrics, sharding
-    from dalle_jax.sampling import pca, stages, unclip_stages
+    from dalle_jax.stages import pca, prior, run
     from dalle_jax.types import UsageError
 
     for flag, least in (("batch", 1), ("max_examples", 0), ("dims", 0), ("buckets", 2)):
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out).expanduser()
     if out.suffix != ".npz":
         raise UsageError(f"--out={args.out!r} must end in .npz.")
-    clip = stages.load_clip(args.clip)
+    clip = run.load_clip(args.clip)
     config = ConfigDict(clip.config.data.to_dict())
     for key in ("source", "data_dir", "image_key", "caption_key", "label_template"):
         if getattr(args, key) is not None:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         0,
         split=args.split,
         wanted={"image", "text"},
-        tokenizer=tokenizer.Tokenizer(clip.tokenizer_bytes),
+        tokenizer=tokenizers.Tokenizer(clip.tokenizer_bytes),
         training=False,
         batch=batch,
     )
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 
     @jax.jit
     def embed(params, pictures, text):
-        return unclip_stages.embeddings(clip, params, images.to_float(pictures), text)
+        return prior.embeddings(clip, params, images.to_float(pictures), text)
 
     progress = store.Progress(total, "pictures embedded", sys.stderr)
     found = []

@@ -24,14 +24,14 @@ import argparse
 import itertools
 import sys
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "compile a training step for a TPU or GPU cluster that is not there, and weigh it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_config(parser, required=False)
+    _flags.add_config(parser, required=False)
     parser.add_argument(
         "--topology", nargs="+", metavar="NAME", help="v5e:16x16, 2*v5e:16x16, h100:16x8, cpu:8, …"
     )
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     from dalle_jax.cli import plan_page
-    from dalle_jax.engine import plan, plan_search
+    from dalle_jax.planning import plan, search
 
     records, fits = [], True
     configs = {name: _config(args, name) for name in args.attention or ("",)}
@@ -128,7 +128,7 @@ def _plan(args: argparse.Namespace) -> int:
         near = None
         if not found.fits and not args.no_nearest:
             print("does not fit; looking for what does …", file=sys.stderr, flush=True)
-            near = plan_search.nearest(config, _task, topology, found)
+            near = search.nearest(config, _task, topology, found)
         fits &= found.fits
         records.append(plan_page.record(args.config, found, near))
         what = args.config
@@ -146,25 +146,25 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _search(args: argparse.Namespace) -> int:
     from dalle_jax.cli import plan_page
-    from dalle_jax.engine import plan_search
+    from dalle_jax.planning import search
 
     config = _config(args)
     records, fits = [], True
     for topology in _topologies(args):
         tried = []
-        candidates = plan_search.search(
+        candidates = search.search(
             config,
             _task,
             topology,
-            meshes=args.mesh or plan_search.default_meshes(config, len(topology.devices)),
-            batches=args.batch or plan_search.default_batches(config),
-            remats=args.remat or plan_search.default_remats(config),
+            meshes=args.mesh or search.default_meshes(config, len(topology.devices)),
+            batches=args.batch or search.default_batches(config),
+            remats=args.remat or search.default_remats(config),
             is_quick=args.quick,
         )
         for candidate in candidates:
             tried.append(candidate)
             print(plan_page.line(candidate), file=sys.stderr, flush=True)
-        best = plan_search.pareto(tried)
+        best = search.pareto(tried)
         fits &= bool(best)
         records += [plan_page.record(args.config, c.plan, changes=c.changes) for c in best]
         if not args.json:
@@ -176,7 +176,9 @@ def _search(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     from dalle_jax.cli import plan_page
-    from dalle_jax.sampling import abstract, budget, networks
+    from dalle_jax.models import build
+    from dalle_jax.planning import sampling_memory
+    from dalle_jax.stages import by_shape
     from dalle_jax.types import UsageError
 
     config = _config(args)
@@ -185,12 +187,12 @@ def _sample(args: argparse.Namespace) -> int:
             f"--sample weighs drawing from a DALL-E; {args.config} is a config of task "
             f"{config.task!r}."
         )
-    codec = abstract.codec(config)
-    model = networks.dalle(config, codec.grid, codec.num_codes)
+    codec = by_shape.codec(config)
+    model = build.dalle(config, codec.grid, codec.num_codes)
     records = []
     for topology in _topologies(args):
         for guidance in (False, True):
-            found = budget.budget(model, guidance=guidance)
+            found = sampling_memory.budget(model, guidance=guidance)
             records.append(plan_page.sampling_record(args.config, topology, guidance, found))
             if not args.json:
                 print(plan_page.sampling_table(records[-1]), flush=True)
@@ -208,7 +210,7 @@ def _mesh(text: str) -> tuple[int, int, int]:
 
 def _topologies(args: argparse.Namespace):
     """The topologies of --topology, one after the other; nothing compiles before all are known."""
-    from dalle_jax.engine import topology
+    from dalle_jax.planning import topology
 
     for name in args.topology:
         topology.prepare(name)
@@ -218,10 +220,10 @@ def _topologies(args: argparse.Namespace):
 def _config(args: argparse.Namespace, attention: str = ""):
     """The config with --batch, --mesh and --remat in it, unless a search varies them."""
     from dalle_jax import axes, config, tasks
-    from dalle_jax.engine import plan_search
+    from dalle_jax.planning import search
     from dalle_jax.types import UsageError
 
-    found = common.load_config(args)
+    found = _flags.load_config(args)
     if found.task not in tasks.TASKS:
         raise UsageError(
             f"task {found.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
@@ -232,14 +234,14 @@ def _config(args: argparse.Namespace, attention: str = ""):
     if args.mesh and not args.search:
         changes |= {f"mesh.{n}": size for n, size in zip(axes.MESH_AXES, args.mesh[0], strict=True)}
     if args.remat and not args.search:
-        changes |= plan_search.remat_override(found, args.remat[0])
+        changes |= search.remat_override(found, args.remat[0])
     return config.override(found, changes)
 
 
 def _task(config):
     from dalle_jax import tasks
 
-    return tasks.TASKS[config.task](config, by_shape=True)
+    return tasks.TASKS[config.task](config, shapes_only=True)
 
 
 def _print_json(records: list[dict], *, always_list: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from dalle_jax import config as cfg
 from dalle_jax import tasks
 from dalle_jax.cli import plan_page
-from dalle_jax.engine import plan, topology
+from dalle_jax.planning import plan, topology
 from dalle_jax.types import UsageError
 
 _FEW = ("v4:2x2x1", "v5e:2x2", "h100:1x1", "h100:1x8", "h100:2x8")
@@ -134,7 +134,7 @@ def _weigh(config: str, name: str, *, is_quick: bool) -> plan.Plan:
     found = topology.get(name)
     loaded = cfg.load(config)
     return plan.weigh(
-        loaded, tasks.TASKS[loaded.task](loaded, by_shape=True), found, is_quick=is_quick
+        loaded, tasks.TASKS[loaded.task](loaded, shapes_only=True), found, is_quick=is_quick
     )
 
 

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from dalle_jax.engine.plan import Plan
-from dalle_jax.engine.plan_search import Candidate
-from dalle_jax.engine.topology import Topology
+from dalle_jax.planning.plan import Plan
+from dalle_jax.planning.search import Candidate
+from dalle_jax.planning.topology import Topology
 
 GIB = 2**30
 

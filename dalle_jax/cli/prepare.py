@@ -119,10 +119,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepares; prints what was counted and the next command."""
-    from dalle_jax.data import tokenizer
+    from dalle_jax.data import tokenizers
 
     if args.vocab_size:  # a set takes minutes, and the tokenizer comes after it
-        tokenizer.check_vocab_size(args.vocab_size)
+        tokenizers.check_vocab_size(args.vocab_size)
     folder, summary = _PREPARE[args.kind](args)
     folder = pathlib.Path(folder)
     data = _data_section(args, folder)
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shapes(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
-    from dalle_jax.data import shapes as scenes
+    from dalle_jax.data import scenes
     from dalle_jax.data.builders import shapes
 
     folder = shapes.prepare(
@@ -203,7 +203,7 @@ def _data_section(args: argparse.Namespace, folder: pathlib.Path):
 
 def _finish(args: argparse.Namespace, folder: pathlib.Path, data: Any) -> None:
     """The tokenizer, the contact sheet and the next command."""
-    from dalle_jax.data import sources, tokenizer
+    from dalle_jax.data import sources, tokenizers
     from dalle_jax.types import UsageError
 
     try:
@@ -212,10 +212,10 @@ def _finish(args: argparse.Namespace, folder: pathlib.Path, data: Any) -> None:
         print(f"  {error}")
         return
     if "text" in source.fields and args.vocab_size:
-        path = tokenizer.model_path(data.data_dir, data.source, data.vocab_size)
+        path = tokenizers.model_path(data.data_dir, data.source, data.vocab_size)
         if getattr(args, "overwrite", False):
             path.unlink(missing_ok=True)  # of the captions that were replaced
-        found = tokenizer.find(data)
+        found = tokenizers.find(data)
         print(f"  tokenizer  {path} ({found.vocab_size:,} pieces)")
     if "image" in source.fields:
         sheet = contact_sheet(source)

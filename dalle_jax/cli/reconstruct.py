@@ -18,15 +18,14 @@ import pathlib
 import sys
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 SUMMARY = "draw pictures from part of their CLIP embedding (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    options.add_networks(parser, "prior_ar", "pca")
+    _unclip.add_networks(parser, "prior_ar", "pca")
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; repeatable"
@@ -38,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "20,30,40,80,120,160,200,320)",
     )
     group = parser.add_argument_group("how to draw")
-    options.add_guidance(group, 1.0)
-    options.add_drawing(group)
-    options.add_output(parser, "reconstructions")
+    _unclip.add_guidance(group, 1.0)
+    _unclip.add_drawing(group)
+    _unclip.add_output(parser, "reconstructions")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,26 +48,26 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.cli import common, gallery
+    from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import manipulate, unclip
 
-    options.check(args)
+    _unclip.check(args)
     dims = None
     if args.dims:
         expected = "whole numbers of 1 or more"
-        dims = options.numbers(args.dims, "dims", int, lambda d: d >= 1, expected)
-    common.use_cache(args)
+        dims = _unclip.numbers(args.dims, "dims", int, lambda d: d >= 1, expected)
+    _flags.use_cache(args)
     # The prior is only opened for its PCA.
-    stages = options.load(args, "pca", *(() if args.pca else ("prior_ar",)))
-    drawing, mesh = options.drawing(args), meshes.local()
+    stages = _unclip.load(args, "pca", *(() if args.pca else ("prior_ar",)))
+    drawing, mesh = _unclip.drawing(args), meshes.local()
     width = stages.clip.model.config.joint_width
     dims = dims or sorted({max(1, width // n) for n in (16, 8, 4, 2, 1)})
-    given = [options.read_picture(path, stages.image_px) for path in args.image]
+    given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
     pictures = np.stack([picture for picture, _, _ in given])
     start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
     latent, cosines = manipulate.truncated(stages, images.to_float(pictures), dims, key=key)
-    tell = functools.partial(prompts_lib.progress, "reconstruct", start, len(latent.z))
+    tell = functools.partial(_prompts.progress, "reconstruct", start, len(latent.z))
     indices = np.zeros(len(latent.z), int)  # the same noise for all
     small = manipulate.draw(
         stages, latent, drawing, key=key, indices=indices, mesh=mesh, progress=tell
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)
     drawn = images.to_uint8(drawn).reshape(len(pictures), len(dims), *pictures.shape[1:])
     blocks = []
-    folders = prompts_lib.folders(out, [pathlib.Path(path).stem for path in args.image])
+    folders = _prompts.folders(out, [pathlib.Path(path).stem for path in args.image])
     for i, folder in enumerate(folders):
         gallery.clear(folder)
         near = [round(float(x), 4) for x in cosines[i]]

@@ -101,10 +101,10 @@ def gather(demo: pathlib.Path) -> dict[str, Any]:
 
 def build(demo: pathlib.Path, found: dict[str, Any]):
     """The page of what `gather` found."""
-    from dalle_jax import pages
+    from dalle_jax.pages import html
 
     minutes = parts.minutes(found, ("prepare", "vqvae", "dvae", "dalle"))
-    page = pages.Page(
+    page = html.Page(
         "DALL·E, from nothing",
         "A discrete VAE, a CLIP and a DALL·E, trained here one after the other, and what they "
         f"draw after{minutes} training. Every number stands beside the command that made it.",

@@ -120,9 +120,9 @@ def gather(demo: pathlib.Path) -> dict[str, Any]:
 
 def build(demo: pathlib.Path, found: dict[str, Any]):
     """The page of what `gather` found."""
-    from dalle_jax import pages
+    from dalle_jax.pages import html
 
-    page = pages.Page(
+    page = html.Page(
         "DALL·E 2, from nothing",
         "A CLIP, a prior, a decoder, its inpainter and an upsampler, trained here one after the "
         f"other, and what they draw after{parts.minutes(found, ('prepare', *STAGES))} training. "
@@ -266,12 +266,12 @@ def _px(png: bytes) -> int:
 def _judged(caption: str, file: pathlib.Path | None) -> bool | None:
     """Whether a picture is what the caption says; None if the judge cannot tell."""
     from dalle_jax import images
-    from dalle_jax.evaluation import shapes_judge
+    from dalle_jax.evaluation import judge
     from dalle_jax.types import UsageError
 
     if file is None:
         return None
     try:
-        return bool(shapes_judge.judge(caption, images.read(file))["all"])
+        return bool(judge.judge(caption, images.read(file))["all"])
     except UsageError:  # no caption of the grammar, or too small a picture
         return None

@@ -21,9 +21,7 @@ import json
 import pathlib
 import time
 
-from dalle_jax.cli import common, sample_unclip
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _flags, _prompts, _unclip, sample_unclip
 
 SUMMARY = "draw pictures for captions and rank them with CLIP"
 
@@ -47,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dvae", metavar="DIR", help="codec, if it is no longer where the DALL-E's config says"
     )
     group = parser.add_argument_group("what to draw")
-    prompts_lib.add_arguments(group)
+    _prompts.add_arguments(group)
     group.add_argument("--image", metavar="FILE", help="complete this picture")
     group.add_argument(
         "--keep_rows",
@@ -83,21 +81,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="samples", metavar="DIR", help="default: %(default)s")
     group.add_argument("--json", action="store_true", help="print all scores as JSON")
-    common.add_distributed(parser)
-    common.add_cache(parser)
+    _flags.add_distributed(parser)
+    _flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Draws, ranks and writes; returns the exit code."""
-    prompts = prompts_lib.given(args)
+    prompts = _prompts.given(args)
     is_unclip = args.pipeline == "unclip"
     if args.guidance is None:
         args.guidance = sample_unclip.GUIDANCE if is_unclip else 1.0
     _check(args)
-    common.use_cache(args)
-    with common.job(args):
+    _flags.use_cache(args)
+    with _flags.job(args):
         if is_unclip:
-            command = prompts_lib.command("sample", add_arguments, args)
+            command = _prompts.command("sample", add_arguments, args)
             return sample_unclip.run(args, prompts, command)
         return _run(args, prompts)
 
@@ -107,32 +105,32 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
 
     from dalle_jax.cli import sample_page
     from dalle_jax.engine import distributed, meshes
-    from dalle_jax.sampling import logits, rerank
+    from dalle_jax.sampling import categorical, rerank
 
     distributed.agree(
-        {"the command": prompts_lib.command("sample", add_arguments, args), "prompts": prompts}
+        {"the command": _prompts.command("sample", add_arguments, args), "prompts": prompts}
     )
     dalle, clip = _stages(args)
     codec = dalle.codec
-    logits.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
+    categorical.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
     if args.guidance != 1 and not dalle.config.data.caption_drop:
-        prompts_lib.warn(
+        _prompts.warn(
             "--guidance has little meaning: this DALL-E was trained with data.caption_drop=0."
         )
     candidates, keep = _counts(args, clip is not None)
-    text = prompts_lib.tokens(dalle, prompts, "DALL-E")
-    clip_text = None if clip is None else prompts_lib.tokens(clip, prompts, "CLIP")
+    text = _prompts.tokens(dalle, prompts, "DALL-E")
+    clip_text = None if clip is None else _prompts.tokens(clip, prompts, "CLIP")
     given, prefix, rows = _prefix(args, codec)
 
     out = pathlib.Path(args.out)
     mesh = meshes.local()
     chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * mesh.size
     results: dict[int, dict] = {}
-    folders = prompts_lib.folders(out, prompts)
+    folders = _prompts.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
         prompt, folder = prompts[i], folders[i]
         start = time.monotonic()
-        label = f"{i + 1}/{len(prompts)} {prompts_lib.short(prompt)}"
+        label = f"{i + 1}/{len(prompts)} {_prompts.short(prompt)}"
         drawn = rerank.draw_best(
             dalle,
             clip,
@@ -142,7 +140,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
             keep=keep,
             chunk=chunk,
             key=jax.random.key(args.seed),
-            progress=functools.partial(prompts_lib.progress, label, start, candidates),
+            progress=functools.partial(_prompts.progress, label, start, candidates),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
@@ -164,7 +162,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
         given,
         dalle,
         clip,
-        prompts_lib.command("sample", add_arguments, args),
+        _prompts.command("sample", add_arguments, args),
     )
     report = [{k: v for k, v in result.items() if k != "pictures"} for result in everything]
     if args.json:
@@ -173,9 +171,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
         for result in report:
             best = result["kept"][0]
             score = "" if best["score"] is None else f", best score {best['score']:.3f}"
-            print(
-                f"{best['file']}  {prompts_lib.short(result['prompt'])} ({candidates} drawn{score})"
-            )
+            print(f"{best['file']}  {_prompts.short(result['prompt'])} ({candidates} drawn{score})")
         print(f"{out / 'index.html'}")
     return 0
 
@@ -222,19 +218,19 @@ def _check_pipeline(args) -> None:
                 "it out, or change the pipeline."
             )
     if args.pipeline == "unclip":
-        options.check(args)
+        _unclip.check(args)
 
 
 def _stages(args):
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
-    shipped = stages.pretrained(args.pretrained) if args.pretrained else {}
+    shipped = run.pretrained(args.pretrained) if args.pretrained else {}
     clip_dir = args.clip or shipped.get("clip")
     dvae_dir = args.dvae or shipped.get("dvae", "")
     # CLIP first: it is the quicker one to find wrong.
-    clip = stages.load_clip(clip_dir) if clip_dir else None
+    clip = run.load_clip(clip_dir) if clip_dir else None
     dalle_dir = args.workdir or shipped.get("dalle", f"{args.pretrained}/dalle")
-    return stages.load_dalle(dalle_dir, dvae=dvae_dir), clip
+    return run.load_dalle(dalle_dir, dvae=dvae_dir), clip
 
 
 def _counts(args, has_clip: bool) -> tuple[int, int]:
@@ -244,7 +240,7 @@ def _counts(args, has_clip: bool) -> tuple[int, int]:
         return candidates, args.keep or min(KEEP, candidates)
     keep = args.keep or min(KEEP, args.candidates or KEEP)
     if args.candidates and args.candidates > keep:
-        prompts_lib.warn(
+        _prompts.warn(
             f"nothing ranks without --clip: drawing only the {keep} pictures that are kept."
         )
     return keep, keep

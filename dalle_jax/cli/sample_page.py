@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dalle_jax import images, pages
-from dalle_jax.sampling import rerank, stages
+from dalle_jax import images
+from dalle_jax.pages import html
+from dalle_jax.sampling import rerank
+from dalle_jax.stages import run
 from dalle_jax.types import UsageError
 
 _SHEET_PX = 128  # small pictures are enlarged to about this on the contact sheet
@@ -20,8 +22,8 @@ def write(
     prompt: str,
     drawn: rerank.Ranked,
     seconds: float,
-    dalle: stages.DalleStage,
-    clip: stages.ClipStage | None,
+    dalle: run.DalleStage,
+    clip: run.ClipStage | None,
     rows: int,
 ) -> dict:
     """Pictures, codes and scores.json of one prompt.
@@ -89,8 +91,8 @@ def write_pages(
     out: pathlib.Path,
     results: Sequence[dict],
     given: np.ndarray | None,
-    dalle: stages.DalleStage,
-    clip: stages.ClipStage | None,
+    dalle: run.DalleStage,
+    clip: run.ClipStage | None,
     command: str,
 ) -> None:
     """sheet.png and index.html over all prompts.
@@ -110,7 +112,7 @@ def write_pages(
 
     first = [] if given is None else [given]
     blocks = []
-    page = pages.Page("Pictures from captions", f"Seed {args.seed}, temperature {args.temperature}")
+    page = html.Page("Pictures from captions", f"Seed {args.seed}, temperature {args.temperature}")
     for result in results:
         labels = (["given"] if first else []) + [label(kept) for kept in result["kept"]]
         pictures = np.stack(first + list(result["pictures"]))

@@ -9,8 +9,7 @@ import json
 import pathlib
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 CANDIDATES, KEEP, GUIDANCE = 8, 4, 2.0
 
@@ -18,15 +17,15 @@ CANDIDATES, KEEP, GUIDANCE = 8, 4, 2.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags that only this pipeline has."""
     group = parser.add_argument_group("pipeline unclip (DALL-E 2)")
-    options.add_stages(group, "prior_diffusion", "prior_ar")
-    options.add_prior(group)
+    _unclip.add_stages(group, "prior_diffusion", "prior_ar")
+    _unclip.add_prior(group)
     group.add_argument(
         "--sampler",
         choices=("ddim", "ddpm", "dpmpp"),
         default="ddim",
         help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
-    options.add_drawing(group)
+    _unclip.add_drawing(group)
 
 
 def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
@@ -39,17 +38,17 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
     from dalle_jax.sampling import unclip
 
     distributed.agree({"the command": command, "prompts": prompts})
-    way, names = options.way(args)
-    stages = options.load(args, *names)
+    way, names = _unclip.way(args)
+    stages = _unclip.load(args, *names)
     unclip.check_way(stages, way)
-    text = prompts_lib.tokens(stages.clip, prompts, "CLIP")
+    text = _prompts.tokens(stages.clip, prompts, "CLIP")
     candidates = args.candidates or max(CANDIDATES, args.keep or 0)
     keep = args.keep or min(KEEP, candidates)
-    drawing, mesh = options.drawing(args), meshes.local()
+    drawing, mesh = _unclip.drawing(args), meshes.local()
     out = pathlib.Path(args.out)
-    folders = prompts_lib.folders(out, prompts)
+    folders = _prompts.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
-        start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {prompts_lib.short(prompts[i])}"
+        start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {_prompts.short(prompts[i])}"
         drawn = unclip.draw_best(
             stages,
             way,
@@ -59,8 +58,8 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
             keep=keep,
             key=jax.random.key(args.seed),
             mesh=mesh,
-            progress=functools.partial(prompts_lib.progress, label, start, candidates),
-            **options.prior_options(args, way),
+            progress=functools.partial(_prompts.progress, label, start, candidates),
+            **_unclip.prior_options(args, way),
         )
         folders[i].mkdir(parents=True, exist_ok=True)
         np.save(folders[i] / "embeddings.npy", drawn.embeddings, allow_pickle=False)

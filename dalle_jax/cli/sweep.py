@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 _METRIC, _MODE = "eval/loss", "min"
 
@@ -26,8 +26,8 @@ SUMMARY = "train a config many times over: locally, on SLURM or GKE; rank the re
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_config(parser, required=False)
-    common.add_workdir(parser, "folder of sweeps: runs lie in DIR/XID/WID")
+    _flags.add_config(parser, required=False)
+    _flags.add_workdir(parser, "folder of sweeps: runs lie in DIR/XID/WID")
     parser.add_argument(
         "--sweep",
         action="append",

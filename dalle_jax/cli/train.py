@@ -17,15 +17,15 @@ docs/many_hosts.md.
 
 import argparse
 
-from dalle_jax.cli import common
+from dalle_jax.cli import _flags
 
 SUMMARY = "train a stage from a config, or continue a workdir"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    common.add_config(parser)
-    common.add_workdir(parser, "checkpoints, metrics and previews of this run")
+    _flags.add_config(parser)
+    _flags.add_workdir(parser, "checkpoints, metrics and previews of this run")
     parser.add_argument(
         "--dry_run",
         action="store_true",
@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue on whatever mesh today's devices make; without it, the same config.mesh on "
         "another number of devices than before is refused",
     )
-    common.add_distributed(parser)
-    common.add_cache(parser)
+    _flags.add_distributed(parser)
+    _flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit code."""
-    common.use_cache(args)
-    config = common.load_config(args)
-    with common.job(args, takes_notice=True):
+    _flags.use_cache(args)
+    config = _flags.load_config(args)
+    with _flags.job(args, takes_notice=True):
         return _train(args, config)
 
 
@@ -54,17 +54,17 @@ def _train(args: argparse.Namespace, config) -> int:
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import claim, distributed, loop, meshes, metrics, sharding
+    from dalle_jax.engine import distributed, loop, meshes, metrics, sharding, workdir
     from dalle_jax.types import UsageError
 
-    distributed.agree(claim.facts(args.workdir, config), ignore=claim.PER_HOST)
+    distributed.agree(workdir.facts(args.workdir, config), ignore=workdir.PER_HOST)
     if config.task not in tasks.TASKS:
         raise UsageError(
             f"task {config.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
         )
     if args.dry_run:
         # No data and no trained codec: shapes are enough.
-        task = tasks.TASKS[config.task](config, by_shape=True)
+        task = tasks.TASKS[config.task](config, shapes_only=True)
         metrics.say(loop.plan(config, task))
         return 0
     wanted = _wanted(config)
@@ -130,9 +130,9 @@ def _wanted(config) -> set[str]:
 def _check_codes(config) -> None:
     """Refuses stored codes of another codec than the one that will decode what is learnt."""
     from dalle_jax.data.builders import codes
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
-    fingerprint = stages.load_codec(config.stages.dvae).fingerprint
+    fingerprint = run.load_codec(config.stages.dvae).fingerprint
     codes.check_codec(config.data, fingerprint, config.stages.dvae)
 
 
@@ -144,14 +144,14 @@ def _tokenizer(config, workdir: str):
     """
     from etils import epath
 
-    from dalle_jax.data import tokenizer
+    from dalle_jax.data import tokenizers
     from dalle_jax.engine import checkpoint
-    from dalle_jax.sampling import stages
+    from dalle_jax.stages import run
 
     file = epath.Path(workdir) / checkpoint.TOKENIZER
     if file.exists() and checkpoint.steps(workdir):
-        return tokenizer.Tokenizer(file.read_bytes())
+        return tokenizers.Tokenizer(file.read_bytes())
     clip = config.get("stages", {}).get("clip", "")
     if clip:
-        return tokenizer.Tokenizer(stages.read_tokenizer(clip))
-    return tokenizer.find(config.data)
+        return tokenizers.Tokenizer(run.read_tokenizer(clip))
+    return tokenizers.find(config.data)

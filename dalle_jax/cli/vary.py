@@ -19,24 +19,23 @@ import pathlib
 import sys
 import time
 
-from dalle_jax.cli import prompts as prompts_lib
-from dalle_jax.cli import unclip_options as options
+from dalle_jax.cli import _prompts, _unclip
 
 SUMMARY = "draw variations of a picture (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    options.add_networks(parser)
+    _unclip.add_networks(parser)
     group = parser.add_argument_group("what to draw")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; repeatable"
     )
     group.add_argument("--n", type=int, default=8, help="variations of each (default: %(default)s)")
     group = parser.add_argument_group("how to draw")
-    options.add_guidance(group, 1.0)
-    options.add_drawing(group, eta=1.0)
-    options.add_output(parser, "variations")
+    _unclip.add_guidance(group, 1.0)
+    _unclip.add_drawing(group, eta=1.0)
+    _unclip.add_output(parser, "variations")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,32 +46,32 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from dalle_jax import images
-    from dalle_jax.cli import common, gallery
+    from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import embed, manipulate, unclip
 
-    options.check(args)
-    common.use_cache(args)
+    _unclip.check(args)
+    _flags.use_cache(args)
     if args.eta == 0 and args.n > 1:
-        prompts_lib.warn("at --eta=0 all variations are the picture itself: drawing one.")
+        _prompts.warn("at --eta=0 all variations are the picture itself: drawing one.")
     count = 1 if args.eta == 0 else args.n
-    stages, drawing, mesh = options.load(args), options.drawing(args), meshes.local()
-    given = [options.read_picture(path, stages.image_px) for path in args.image]
+    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
+    given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
     out, blocks = pathlib.Path(args.out), []
     still = dataclasses.replace(drawing, eta=0.0)
     key, draw = jax.random.key(args.seed), functools.partial(unclip.upsample, stages)
-    folders = prompts_lib.folders(out, [pathlib.Path(path).stem for path in args.image])
+    folders = _prompts.folders(out, [pathlib.Path(path).stem for path in args.image])
     for i, (folder, (picture, _, _)) in enumerate(zip(folders, given, strict=True), 1):
         start, label = time.monotonic(), f"{i}/{len(given)} {args.image[i - 1]}"
         one = images.to_float(picture)[None]
         latent = manipulate.invert(stages, one, still)
         again = manipulate.vary(stages, latent, 1, still, key=key, mesh=mesh)
-        tell = functools.partial(prompts_lib.progress, label, start, count)
+        tell = functools.partial(_prompts.progress, label, start, count)
         varied = manipulate.vary(stages, latent, count, drawing, key=key, mesh=mesh, progress=tell)
         small = np.concatenate([again, varied])
         indices = np.concatenate([[0], np.arange(count)])
         drawn = draw(small, drawing, key=key, indices=indices, mesh=mesh)
-        near = options.cosines(stages.clip, drawn, embed.images(stages.clip, one))
+        near = _unclip.cosines(stages.clip, drawn, embed.images(stages.clip, one))
         gallery.clear(folder)
         numbers = [f"{n:02d}" for n in range(count + 1)]
         labels = [f"eta 0 · {near[0]:.3f}"]

@@ -19,8 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dalle_jax.data import order, preprocess, sources
-from dalle_jax.data import tokenizer as tokenizers
+from dalle_jax.data import order, preprocess, sources, tokenizers
 from dalle_jax.types import UsageError
 
 _LOG = logging.getLogger(__name__)

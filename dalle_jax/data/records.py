@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data import stock
+from dalle_jax.data import catalogue
 from dalle_jax.types import UsageError
 
 # What the sets that `prepare` writes call their features; also the config's defaults.
@@ -67,8 +67,8 @@ class Layout:
         """
         import tensorflow_datasets as tfds
 
-        name = next((part for part in reversed(path.parts) if part in stock.STOCK), "")
-        known = stock.STOCK.get(name, stock.Stock(*_OWN_KEYS))
+        name = next((part for part in reversed(path.parts) if part in catalogue.STOCK), "")
+        known = catalogue.STOCK.get(name, catalogue.Stock(*_OWN_KEYS))
         extras = frozenset(key for key in ("id", "codes", "scene") if key in features)
 
         def key_of(field: str, wanted: str, default: str) -> list[str] | None:

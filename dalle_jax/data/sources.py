@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-from dalle_jax.data import records, stock
+from dalle_jax.data import catalogue, records
 from dalle_jax.data.records import Example
 from dalle_jax.types import UsageError
 
@@ -61,7 +61,7 @@ def prepare_command(data_config: Any) -> str:
     command, where = "python -m dalle_jax prepare", f"--data_dir={data_config.data_dir}"
     if name in ("shapes", "emoji"):
         return f"{command} {name} {where} --image_px={data_config.image_px}"
-    if name in stock.STOCK:
+    if name in catalogue.STOCK:
         return f"{command} tfds --name={name} {where}"
     name = name if re.fullmatch(r"[a-z]\w*", name) else "NAME"
     return f"{command} pairs --from=folder --input=YOUR_FOLDER --name={name} {where}"

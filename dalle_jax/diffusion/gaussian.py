@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy import special
 
-from dalle_jax.diffusion import schedule as tables
-from dalle_jax.diffusion.schedule import Schedule
+from dalle_jax.diffusion import schedules
+from dalle_jax.diffusion.schedules import Schedule
 from dalle_jax.types import Array, UsageError
 
 Predicts = Literal["eps", "x_0", "v"]
@@ -180,13 +180,13 @@ def log_variance(
         network is free to leave that range); None otherwise.
       like: [B, ...].
     """
-    small = tables.at(schedule.posterior_log_variance, t, like)
+    small = schedules.at(schedule.posterior_log_variance, t, like)
     if p.variance == "posterior":
         return small
     if p.variance == "beta":
-        return tables.at(schedule.beta_log_variance, t, like)
+        return schedules.at(schedule.beta_log_variance, t, like)
     share = (raw + 1) / 2
-    return share * tables.at(np.log(schedule.beta), t, like) + (1 - share) * small
+    return share * schedules.at(np.log(schedule.beta), t, like) + (1 - share) * small
 
 
 def posterior_mean(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> Array:
@@ -196,8 +196,8 @@ def posterior_mean(schedule: Schedule, x_0: Array, x_t: Array, t: Array) -> Arra
 
     Source: Ho et al. 2020 (arXiv:2006.11239) eq. 7.
     """
-    clean = tables.at(schedule.posterior_x_0, t, x_t)
-    return clean * x_0 + tables.at(schedule.posterior_x_t, t, x_t) * x_t
+    clean = schedules.at(schedule.posterior_x_0, t, x_t)
+    return clean * x_0 + schedules.at(schedule.posterior_x_t, t, x_t) * x_t
 
 
 def losses(
@@ -279,7 +279,7 @@ def vb_term(
     (`_vb_terms_bpd`).
     """
     true_mean = posterior_mean(schedule, x_0, x_t, t)
-    true_log_var = tables.at(schedule.posterior_log_variance, t, x_t)
+    true_log_var = schedules.at(schedule.posterior_log_variance, t, x_t)
     log_var = jnp.broadcast_to(log_var, mean.shape)
     kl = _mean(normal_kl(true_mean, true_log_var, mean, log_var))
     nll = -_mean(level_log_likelihood(x_0, mean, 0.5 * log_var))
@@ -325,8 +325,8 @@ def _normal_cdf(z: Array) -> Array:
 
 def _scales(schedule: Schedule, t: Array, like: Array) -> tuple[Array, Array]:
     """sqrt(alpha_bar) and sqrt(1 - alpha_bar), taken in float64."""
-    signal = tables.at(np.sqrt(schedule.alpha_bar), t, like)
-    return signal, tables.at(np.sqrt(1 - schedule.alpha_bar), t, like)
+    signal = schedules.at(np.sqrt(schedule.alpha_bar), t, like)
+    return signal, schedules.at(np.sqrt(1 - schedule.alpha_bar), t, like)
 
 
 def _mean(x: Array) -> Array:

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.diffusion import gaussian
-from dalle_jax.diffusion import schedule as tables
+from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.diffusion.gaussian import Parameterisation
-from dalle_jax.diffusion.schedule import Schedule
+from dalle_jax.diffusion.schedules import Schedule
 from dalle_jax.types import Array, Key, UsageError
 
 Predict = Callable[[Array, Array], Array]
@@ -130,14 +129,14 @@ def ddim(
 
     def step(x: Array, row: Array) -> Array:
         x_0, eps, _ = _estimate(predict, schedule, p, project, x, row)
-        x_0 = tables.at(signal, row, x) * x_0
+        x_0 = schedules.at(signal, row, x) * x_0
         if quiet:
-            return x_0 + tables.at(left, row, x) * eps
-        share = eta * tables.at(fresh, row, x)
+            return x_0 + schedules.at(left, row, x) * eps
+        share = eta * schedules.at(fresh, row, x)
         # The maximum: at eta 1 and beta 0.999 rounding must not make it a root of -1e-8.
         eps = jnp.sqrt(jnp.maximum(1 - share * share, 0)) * eps
         eps += share * noise(keys, _timestep(schedule, row), x.shape[1:])
-        return x_0 + tables.at(left, row, x) * eps
+        return x_0 + schedules.at(left, row, x) * eps
 
     return _scan(step, x_t, np.arange(schedule.num_steps)[::-1])
 
@@ -186,8 +185,8 @@ def dpmpp(
     def step(carry: tuple[Array, Array], row: Array) -> tuple[tuple[Array, Array], None]:
         x, before = carry
         x_0, _, _ = _estimate(predict, schedule, p, project, x, row)
-        line = x_0 + tables.at(bend, row, x) * (x_0 - before)
-        return (tables.at(stay, row, x) * x + tables.at(gain, row, x) * line, x_0), None
+        line = x_0 + schedules.at(bend, row, x) * (x_0 - before)
+        return (schedules.at(stay, row, x) * x + schedules.at(gain, row, x) * line, x_0), None
 
     x = jnp.asarray(x_t, jnp.float32)
     rows = jnp.arange(schedule.num_steps - 1, -1, -1, dtype=jnp.int32)
@@ -237,7 +236,7 @@ def ddim_invert(
             # First at x itself, whose row is the one below. A clean picture has none: row 0.
             at_row = jnp.where(time == 0, jnp.maximum(row - 1, 0), row)
             _, eps, _ = _estimate(predict, schedule, p, None, at_x, at_row)
-            return tables.at(keep, row, x) * x + tables.at(turn, row, x) * eps, None
+            return schedules.at(keep, row, x) * x + schedules.at(turn, row, x) * eps, None
 
         return jax.lax.scan(guess, x, jnp.arange(corrections + 1))[0]
 

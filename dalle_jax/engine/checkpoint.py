@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import distributed, sharding, shipped
-from dalle_jax.engine.state import TrainState
+from dalle_jax.engine import distributed, safetensors, sharding
+from dalle_jax.engine.train_state import TrainState
 from dalle_jax.types import UsageError
 
 # Orbax reports every save and every absent optional file; what a user should read is said here.
@@ -34,7 +34,7 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 logger = logging.getLogger(__name__)
 
 # Names of leaves, "a/b/c", as in an exported file.
-flatten, unflatten = shipped.flatten, shipped.unflatten
+flatten, unflatten = safetensors.flatten, safetensors.unflatten
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -265,7 +265,9 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
     folder = absolute(workdir)
     config = load_config(workdir)
     if (folder / WEIGHTS).exists():
-        return Variables(*shipped.decode((folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS)))
+        return Variables(
+            *safetensors.decode((folder / WEIGHTS).read_bytes(), str(folder / WEIGHTS))
+        )
     known = steps(workdir)
     if step is not None and step not in known:
         raise UsageError(f"{workdir} has no checkpoint of step {step}; it has {known}.")
@@ -307,11 +309,11 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
     Raises:
       UsageError: for an unknown dtype, or float16 and a weight that does not fit into it.
     """
-    if dtype not in shipped.DTYPES:
-        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(shipped.DTYPES)}.")
+    if dtype not in safetensors.DTYPES:
+        raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(safetensors.DTYPES)}.")
     config = load_config(workdir)
     variables = load_variables(workdir)
-    data = shipped.encode(variables.params, variables.extra, variables.step, dtype)
+    data = safetensors.encode(variables.params, variables.extra, variables.step, dtype)
     folder = absolute(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(data)

@@ -1,6 +1,6 @@
 """The training loop: one for every task, every size and every number of devices.
 
-`train` is linear and headed; read it from top to bottom. The same workdir continues: the order of
+`train` is linear and headed; read it from top to bottom. The same folder continues: the order of
 batches and every noise stream are functions of (seed, step), so an interrupted run ends with the
 same bits as an unbroken one on the same mesh.
 """
@@ -14,11 +14,18 @@ import jax
 import numpy as np
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint, claim, meshes, observe, program, sharding
-from dalle_jax.engine import feed as feed_lib
+from dalle_jax.engine import (
+    checkpoint,
+    interrupt,
+    meshes,
+    prefetch,
+    program,
+    sharding,
+    timing,
+    train_state,
+    workdir,
+)
 from dalle_jax.engine import metrics as metrics_lib
-from dalle_jax.engine import state as state_lib
-from dalle_jax.engine import stop as stop_lib
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Batch, UsageError
 
@@ -53,27 +60,27 @@ def train(
     task: Task,
     batches: Callable[[int], Batch],
     eval_batches: Callable[[int], Batch],
-    workdir: str,
+    folder: str,
     *,
     may_reshard: bool = False,
 ) -> dict[str, float]:
-    """Trains until `config.train.steps`, continuing what the workdir holds.
+    """Trains until `config.train.steps`, continuing what the folder holds.
 
     Args:
-      config: the run's config, stored in the workdir.
+      config: the run's config, stored in the folder.
       task: what to train.
       batches: step -> this process's rows of the global batch; `.ids(step)`, where it exists,
         names its examples in reports.
       eval_batches: likewise for held-out batches 0 .. train.eval_batches - 1.
-      workdir: a new folder or one of the same run.
-      may_reshard: continue even if the workdir's mesh is another than today's devices make.
+      folder: a new folder or one of the same run.
+      may_reshard: continue even if the folder's mesh is another than today's devices make.
 
     Returns:
       The last metrics: {"step", "loss", …, "eval/loss", …}. A finished run returns those stored.
 
     Raises:
       UsageError: before anything compiles, for a config that does not fit the devices, the data
-        or the workdir.
+        or the folder.
       NonFiniteError: at the first loss or gradient that is not finite; that state is not saved.
       Interrupted: after SIGTERM or SIGINT, with the current step saved.
     """
@@ -83,44 +90,44 @@ def train(
     check(config, task)
     made = program.build(config, task)
     task = made.task
-    claim.claim(workdir, config, task.keeps)
+    workdir.claim(folder, config, task.keeps)
     # Made under jit: an array over the devices of several processes cannot be put there from one.
     key = jax.jit(jax.random.key, static_argnums=0, out_shardings=made.whole)(config.seed)
     has_ema = made.target.ema is not None
 
     # ---- Where are we? -----------------------------------------------------------------------
-    checkpointer = checkpoint.Checkpointer(workdir, config, claim.describe(made.mesh, config))
+    checkpointer = checkpoint.Checkpointer(folder, config, workdir.describe(made.mesh, config))
     if (checkpointer.latest_step() or 0) >= steps:
         checkpointer.close()
         metrics_lib.say(
-            f"{workdir} has finished its {steps} steps; nothing to do (raise train.steps?)."
+            f"{folder} has finished its {steps} steps; nothing to do (raise train.steps?)."
         )
-        return stored_metrics(workdir)
+        return stored_metrics(folder)
     if checkpointer.latest_step() is None:
         state, start = made.init(jax.random.fold_in(key, _INIT)), 0
         if task.warm_start:
-            state = state_lib.warm_start(state, task, made.where)
+            state = train_state.warm_start(state, task, made.where)
     else:
-        claim.check_mesh(workdir, checkpointer.latest_meta(), made.mesh, config, may_reshard)
+        workdir.check_mesh(folder, checkpointer.latest_meta(), made.mesh, config, may_reshard)
         state, start = checkpointer.restore(made.saved.target)
         state = made.saved.back(state)
-        metrics_lib.say(f"continuing {workdir} from step {start}.")
+        metrics_lib.say(f"continuing {folder} from step {start}.")
     frozen = sharding.place(sharding.unbox(task.frozen), made.frozen_where)
-    metrics_lib.say(state_lib.describe(task, made.target, made.mesh, config))
+    metrics_lib.say(train_state.describe(task, made.target, made.mesh, config))
 
     # ---- Functions ---------------------------------------------------------------------------
     rows = len(sharding.local_rows(made.mesh, config.data.batch))
     eval_rows = len(sharding.local_rows(made.mesh, config.data.eval_batch))
 
     def read_train(step: int) -> Batch:
-        batch = feed_lib.fitting(batches(step), task, rows)
+        batch = prefetch.fitting(batches(step), task, rows)
         return sharding.to_global(batch, made.batch_where)
 
     def read_eval(i: int) -> Batch:
-        batch = feed_lib.fitting(eval_batches(i), task, eval_rows)
+        batch = prefetch.fitting(eval_batches(i), task, eval_rows)
         return sharding.to_global(batch, made.batch_where)
 
-    writer = metrics_lib.Writer(workdir, config, first_step=start)
+    writer = metrics_lib.Writer(folder, config, first_step=start)
     pending: list[tuple[int, dict[str, jax.Array]]] = []  # finished step count, device metrics
     untold: list[tuple[int, dict[str, float]]] = []  # fetched, not yet logged
     ringing: set[str] = set()  # alarms told and not yet over
@@ -128,12 +135,12 @@ def train(
 
     def fetch(entries: list[tuple[int, dict[str, jax.Array]]]) -> None:
         """Brings the metrics of these steps to the host and checks them."""
-        meter.spent(observe.HOST)
+        meter.spent(timing.HOST)
         got = jax.device_get(entries)
-        meter.spent(observe.COMPUTE)
+        meter.spent(timing.COMPUTE)
         for step, values in got:
             if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-                raise NonFiniteError(_explain(step, values, batches, checkpointer, workdir))
+                raise NonFiniteError(_explain(step, values, batches, checkpointer, folder))
             untold.append((step, {name: float(value) for name, value in values.items()}))
 
     def tell() -> None:
@@ -162,7 +169,7 @@ def train(
         params = state.ema if has_ema else state.params
         sums: dict[str, float] = {}
         count = config.train.eval_batches
-        with feed_lib.Prefetch(read_eval, range(count), config.data.prefetch) as feed:
+        with prefetch.Prefetch(read_eval, range(count), config.data.prefetch) as feed:
             for i, batch in feed:
                 watch.doing(f"evaluation batch {i + 1} after step {step}")
                 noise = jax.random.fold_in(jax.random.fold_in(key, _EVAL), i)
@@ -190,22 +197,22 @@ def train(
         stack.callback(writer.close)
         stack.enter_context(made.use())
         feed = stack.enter_context(
-            feed_lib.Prefetch(read_train, range(start, steps), config.data.prefetch)
+            prefetch.Prefetch(read_train, range(start, steps), config.data.prefetch)
         )
         feed.wait()  # what does not fit is said before minutes of compiling, not after
         began = time.perf_counter()
         step_fn = made.lower_step().compile()
         metrics_lib.say(f"compiled the training step in {time.perf_counter() - began:.1f} s.")
         if config.train.dump_hlo:
-            observe.dump_hlo(workdir, step_fn)
-        stop = stack.enter_context(stop_lib.Stop())
-        watch = stack.enter_context(stop_lib.Watchdog(config.train.hang_timeout_s))
-        profiler = stack.enter_context(observe.Profiler(workdir, config))
-        meter = observe.Meter(config.data.batch, task, jax.devices())
+            timing.dump_hlo(folder, step_fn)
+        stop = stack.enter_context(interrupt.Stop())
+        watch = stack.enter_context(interrupt.Watchdog(config.train.hang_timeout_s))
+        profiler = stack.enter_context(timing.Profiler(folder, config))
+        meter = timing.Meter(config.data.batch, task, jax.devices())
         watch.doing(f"reading the batch of step {start + 1}")
         for index, batch in feed:
             watch.doing(f"step {index + 1}")
-            meter.spent(observe.INPUT)
+            meter.spent(timing.INPUT)
             profiler.before(index - start, state, meter)
             with (
                 jax.transfer_guard("disallow"),
@@ -217,7 +224,7 @@ def train(
             meter.step(values["loss"])
             if len(pending) > _RUN_AHEAD:
                 jax.block_until_ready(pending[-1 - _RUN_AHEAD][1])
-                meter.spent(observe.COMPUTE)
+                meter.spent(timing.COMPUTE)
 
             if _due(done - 1, config.train.log_every_steps):
                 # One step late: the device works on this step while the host reads the last.
@@ -234,22 +241,22 @@ def train(
                 pending = []
                 if is_last or signum or _due(done, config.train.log_every_steps):
                     tell()
-                meter.spent(observe.HOST)
+                meter.spent(timing.HOST)
                 if evals and config.train.eval_batches:
                     evaluate(done)
                 if draws and task.preview:
                     watch.doing(f"the preview after step {done}")
                     preview(done)
-                meter.spent(observe.EVALUATION)
+                meter.spent(timing.EVALUATION)
                 if saves:
                     watch.doing(f"the checkpoint of step {done}")
                     checkpointer.save(done, made.saved.of(state), wait=bool(is_last or signum))
-                    meter.spent(observe.CHECKPOINT)
+                    meter.spent(timing.CHECKPOINT)
                 if is_last or signum:
-                    observe.conclude(meter, writer, done)
+                    timing.conclude(meter, writer, done)
             if signum and not is_last:
                 raise Interrupted(signum, done)
-            meter.spent(observe.HOST)
+            meter.spent(timing.HOST)
             watch.doing(f"reading the batch of step {done + 1}")
     return final
 
@@ -267,7 +274,7 @@ def check(config: cfg.ConfigDict, task: Task) -> None:
     for name in ("eval_every_steps", "preview_every_steps", "keep_every_steps", "eval_batches"):
         if train[name] < 0:
             raise UsageError(f"train.{name}={train[name]}; expected 0 (never) or more.")
-    observe.check(config)
+    timing.check(config)
     mesh = meshes.make_mesh(config.mesh)
     sharding.check_batch(config.data.batch, mesh, "data.batch", config.optim.accum_steps)
     sharding.check_batch(config.data.eval_batch, mesh, "data.eval_batch")
@@ -288,7 +295,7 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     check(config, task)
     steps = config.train.steps
     made = program.build(config, task)
-    lines = [state_lib.describe(task, made.target, made.mesh, config), "", "parameters:"]
+    lines = [train_state.describe(task, made.target, made.mesh, config), "", "parameters:"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(made.saved.target.params):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(f"  {name:<48} {str(leaf.shape):<20} {leaf.size:>12,}  {leaf.sharding.spec}")
@@ -304,10 +311,10 @@ def plan(config: cfg.ConfigDict, task: Task) -> str:
     return "\n".join(lines)
 
 
-def stored_metrics(workdir: str) -> dict[str, float]:
+def stored_metrics(folder: str) -> dict[str, float]:
     """What the last events of a run said, in the form that `train` returns."""
     final: dict[str, float] = {}
-    for event in metrics_lib.read(workdir):
+    for event in metrics_lib.read(folder):
         kind, prefix = event.pop("kind"), ""
         if kind == "eval":
             final["step"], prefix = event.pop("step"), "eval/"
@@ -319,14 +326,14 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _explain(step, values, batches, checkpointer, workdir) -> str:
+def _explain(step, values, batches, checkpointer, folder) -> str:
     bad = [name for name, value in values.items() if not np.isfinite(value)]
     ids = batches.ids(step - 1) if hasattr(batches, "ids") else []
     shown = ", ".join(ids[:16]) + (f" … ({len(ids)} in all)" if len(ids) > 16 else "")
     good = checkpointer.latest_step()
     return (
         f"step {step}: not finite: {', '.join(bad)}. Examples of its batch: {shown or 'unknown'}. "
-        f"Last good checkpoint: {'none' if good is None else f'step {good}'} in {workdir}; the "
+        f"Last good checkpoint: {'none' if good is None else f'step {good}'} in {folder}; the "
         "broken state was not saved. Usual cures: a lower optim.lr, a longer "
         "optim.warmup_steps, optim.clip_norm=1, dtype.compute=float32."
     )

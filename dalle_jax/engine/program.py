@@ -13,7 +13,7 @@ import jax
 import optax
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import meshes, optim, sharding, state, steps
+from dalle_jax.engine import meshes, optim, sharding, train_state, train_step
 from dalle_jax.engine.task import Task
 
 
@@ -46,9 +46,9 @@ class Program:
     reduce_dtype: Any
     tx: optax.GradientTransformation
     lr: optim.Schedule
-    target: state.TrainState
-    where: state.TrainState
-    saved: state.Saved
+    target: train_state.TrainState
+    where: train_state.TrainState
+    saved: train_state.Saved
     frozen_where: Any
     batch_where: jax.sharding.NamedSharding
     whole: jax.sharding.NamedSharding
@@ -86,16 +86,16 @@ def build(config: ConfigDict, task: Task, devices: Sequence[jax.Device] | None =
     rules = sharding.rules(config.mesh)
     whole = sharding.replicated(mesh)
     key = jax.eval_shape(jax.random.key, 0)
-    boxed = state.abstract(task, key)
+    boxed = train_state.abstract(task, key)
     storage = sharding.storage(boxed[0], mesh, rules)
     tx, lr = optim.make(config.optim, boxed[0], task.decay_mask, config.train.steps, storage)
     has_ema = config.optim.ema_decay > 0
-    target, where = state.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
-    task = state.seen_plain(task, storage)
+    target, where = train_state.shardings(boxed, tx, has_ema=has_ema, mesh=mesh, rules=rules)
+    task = train_state.seen_plain(task, storage)
     frozen_where = sharding.shardings(task.frozen, mesh, rules)
     batch_where = sharding.batch_sharding(mesh)
     step = jax.jit(
-        steps.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
+        train_step.make_step(task, tx, lr, config.optim.ema_decay, config.optim.accum_steps),
         in_shardings=(where, frozen_where, batch_where, whole),
         out_shardings=(where, whole),
         donate_argnums=0,  # the old state's memory becomes the new one's
@@ -119,12 +119,12 @@ def build(config: ConfigDict, task: Task, devices: Sequence[jax.Device] | None =
         lr=lr,
         target=target,
         where=where,
-        saved=state.Saved(target, storage),
+        saved=train_state.Saved(target, storage),
         frozen_where=frozen_where,
         batch_where=batch_where,
         whole=whole,
-        init=jax.jit(state.make_init(task, tx, has_ema=has_ema), out_shardings=where),
+        init=jax.jit(train_state.make_init(task, tx, has_ema=has_ema), out_shardings=where),
         step=step,
-        evaluate=jax.jit(steps.make_eval(task), out_shardings=whole),
+        evaluate=jax.jit(train_step.make_eval(task), out_shardings=whole),
         arguments=arguments,
     )

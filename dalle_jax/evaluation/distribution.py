@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from scipy.spatial import distance
 
-from dalle_jax.evaluation import clock
+from dalle_jax.evaluation import progress
 from dalle_jax.types import UsageError
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
@@ -143,7 +143,7 @@ class Real:
           UsageError: if they are fewer than MIN_PICTURES.
         """
         features, texts, shown = [], [], []
-        timer = clock.Clock("embed", None, report)
+        timer = progress.Clock("embed", None, report)
         for pictures, tokens in batches:
             features.append(np.asarray(embed(pictures), np.float64))
             texts.append(np.asarray(tokens))
@@ -226,7 +226,7 @@ def _draw(real, draw, embed, candidates, max_pictures, report):
     """Features float64 [n, N, F] of drawn pictures, and some of these."""
     n = len(real.texts)
     size = min(n, max(1, max_pictures // candidates))
-    timer = clock.Clock("draw", n * candidates, report)
+    timer = progress.Clock("draw", n * candidates, report)
     features, shown = [], []
     for start in range(0, n, size):
         # One shape for all chunks, one compilation: the last one is filled up.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import axes
-from dalle_jax.nn import masks, partition, products, transformer
+from dalle_jax.nn import cpu_products, masks, partition, transformer
 from dalle_jax.types import Array, DtypePolicy, Params, UsageError
 
 # Mean and standard deviation of WIT's pixels in [0, 1], per channel (openai/CLIP `clip.py`).
@@ -152,7 +152,7 @@ class ImageTower(nn.Module):
             partition.whole(weight.astype(dtype.compute))
             for weight in (patch_embed, class_embed, positions)
         )
-        x = products.matmul(x.astype(dtype.compute), patch_embed)  # [B, patches, D]
+        x = cpu_products.matmul(x.astype(dtype.compute), patch_embed)  # [B, patches, D]
         first = jnp.broadcast_to(class_embed, (x.shape[0], 1, width))
         x = jnp.concatenate([first, x], axis=1) + positions[None]
         x = transformer.Norm("layer", dtype, name="norm_pre")(x)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import embed, masks, partition, products, transformer
+from dalle_jax.nn import cpu_products, embed, masks, partition, transformer
 from dalle_jax.types import Array, DtypePolicy, Key, UsageError
 
 TEXT_WEIGHT = 1 / 8  # paper §2.2; the image gets the rest
@@ -193,7 +193,7 @@ class Dalle(nn.Module):
         return self._head(x, self.image_head)
 
     def _head(self, x: Array, w: Array) -> Array:
-        logits = products.matmul(x, w.astype(self.dtype.compute), self.dtype.accum)
+        logits = cpu_products.matmul(x, w.astype(self.dtype.compute), self.dtype.accum)
         return partition.constrain(logits, axes.ACT_BATCH, axes.ACT_LEN, axes.ACT_VOCAB)
 
 

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from dalle_jax import axes
 from dalle_jax.models import vqvae
-from dalle_jax.nn import conv, quantize, trunks
+from dalle_jax.nn import codec_bodies, conv, quantize
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
 # Pictures are squeezed into (eps, 1 - eps) so that their logits are finite.
@@ -29,7 +29,7 @@ LIKELIHOODS = ("logit_laplace", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
-class DvaeConfig(trunks.TrunkConfig):
+class DvaeConfig(codec_bodies.TrunkConfig):
     """A dVAE; sizes of the two bodies are `TrunkConfig`'s. Schedules are cosine, in steps.
 
     Attributes:
@@ -93,7 +93,7 @@ class Dvae(nn.Module):
         """Declares the layers."""
         c, p = self.config, self.policy
         n_init = c.n_init or c.width
-        self.encoder = trunks.make_encoder(c, p.compute, p.param)
+        self.encoder = codec_bodies.make_encoder(c, p.compute, p.param)
         # The two layers next to the relaxation are float32, as in the released model.
         self.encoder_head = conv.Conv(
             c.features,
@@ -112,7 +112,7 @@ class Dvae(nn.Module):
             param_dtype=p.param,
             names=(axes.CODES, None),
         )
-        self.decoder = trunks.make_decoder(c, n_init, c.channels, p.compute, p.param)
+        self.decoder = codec_bodies.make_decoder(c, n_init, c.channels, p.compute, p.param)
 
     def __call__(self, images: Array) -> Array:
         """The reconstruction [B, h, w, 3] through hard codes; used to initialise."""
@@ -230,7 +230,9 @@ def forward_macs(c: DvaeConfig) -> int:
     n_init = c.n_init or c.width
     bottleneck = c.features * c.num_codes + c.num_codes * n_init
     return (
-        trunks.encoder_macs(c) + c.grid**2 * bottleneck + trunks.decoder_macs(c, n_init, c.channels)
+        codec_bodies.encoder_macs(c)
+        + c.grid**2 * bottleneck
+        + codec_bodies.decoder_macs(c, n_init, c.channels)
     )
 
 

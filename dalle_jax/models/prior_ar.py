@@ -1,7 +1,7 @@
 """The autoregressive prior: a causal transformer over a CLIP image embedding in quantised numbers.
 
 The embedding is rotated by PCA, and its leading dimensions, each quantised to V buckets, are the
-tokens, the dimension of most variance first (sampling/pca.py). The stream: T caption tokens, the
+tokens, the dimension of most variance first (stages/pca.py). The stream: T caption tokens, the
 CLIP text embedding z_t, a token of the quantised dot product z_i . z_t, and the tokens of all
 dimensions but the last. Each of the last K positions predicts the dimension that follows.
 
@@ -93,7 +93,7 @@ class ArPriorConfig:
         return (masks.Mask("full", self.length, 0),) * self.num_layers
 
     def cache_mask(self) -> masks.Mask:
-        """The same for `nn.cache`, whose drawn positions are the rows of a square at least K."""
+        """The same for `nn.kv_cache`, whose drawn positions are the rows of a square at least K."""
         return masks.Mask("full", self.text_len + 1, math.isqrt(self.num_dims - 1) + 1)
 
     def stack(self, dtype: DtypePolicy) -> transformer.TransformerConfig:

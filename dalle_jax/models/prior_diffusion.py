@@ -45,7 +45,7 @@ class DiffusionPriorConfig:
       use_bias: biases on the blocks' matrices.
       dropout: on the branches' outputs while training.
       embed_std: deviation of the embedding tables at the start.
-      schedule: name of the noise schedule, see `diffusion.schedule`.
+      schedule: name of the noise schedule, see `diffusion.schedules`.
       num_steps: of that schedule.
       scan_layers: scan over the layers (pods) or an unrolled loop (CPU).
       remat: "none" | "names" | "dots" | "full", see `nn.transformer`.

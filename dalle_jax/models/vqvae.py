@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dalle_jax import axes
-from dalle_jax.nn import conv, partition, quantize, trunks
+from dalle_jax.nn import codec_bodies, conv, partition, quantize
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
-class VqvaeConfig(trunks.TrunkConfig):
+class VqvaeConfig(codec_bodies.TrunkConfig):
     """A VQ-VAE; sizes of the two bodies are `TrunkConfig`'s.
 
     Attributes:
@@ -77,7 +77,7 @@ class Vqvae(nn.Module):
         """Declares the layers."""
         c, p = self.config, self.policy
         n_init = c.n_init or c.width
-        self.encoder = trunks.make_encoder(c, p.compute, p.param)
+        self.encoder = codec_bodies.make_encoder(c, p.compute, p.param)
         # float32 next to the bottleneck, as in the released dVAE: distances are an island.
         self.encoder_head = conv.Conv(
             c.features, c.code_dim, dtype=p.accum, param_dtype=p.param, names=(axes.CONV_IN, None)
@@ -85,7 +85,7 @@ class Vqvae(nn.Module):
         self.decoder_stem = conv.Conv(
             c.code_dim, n_init, dtype=p.accum, param_dtype=p.param, names=(None, axes.CONV_OUT)
         )
-        self.decoder = trunks.make_decoder(c, n_init, 3, p.compute, p.param)
+        self.decoder = codec_bodies.make_decoder(c, n_init, 3, p.compute, p.param)
         if c.codebook == "ema":
             empty = quantize.empty_codebook(c.num_codes, c.code_dim)
             state = {k: self.variable("codebook", k, lambda v=v: v) for k, v in empty.items()}
@@ -214,7 +214,9 @@ def forward_macs(c: VqvaeConfig) -> int:
     n_init = c.n_init or c.width
     bottleneck = c.features * c.code_dim + c.code_dim * c.num_codes + c.code_dim * n_init
     return (
-        trunks.encoder_macs(c) + c.grid**2 * bottleneck + trunks.decoder_macs(c, n_init, channels=3)
+        codec_bodies.encoder_macs(c)
+        + c.grid**2 * bottleneck
+        + codec_bodies.decoder_macs(c, n_init, channels=3)
     )
 
 

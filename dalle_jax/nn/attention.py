@@ -10,7 +10,7 @@
   cudnn       on an NVIDIA GPU that of `nn.cudnn` for every static mask; elsewhere structured.
 
 All are the same function of their inputs, gradients too, up to rounding. Decoding has its own
-counterpart in `nn.cache`.
+counterpart in `nn.kv_cache`.
 
 Source: the sparse layers of Ramesh et al. 2021 (arXiv:2102.12092), appendix B.1; the gradient as
 in flash attention (arXiv:2205.14135, appendix B.2).
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import cudnn, masks, partition, products, splash
+from dalle_jax.nn import cpu_products, cudnn, masks, partition, splash
 from dalle_jax.types import Array
 
 IMPLEMENTATIONS = ("auto", "dense", "structured", "splash", "cudnn")
@@ -181,7 +181,7 @@ _joint.defvjp(_joint_forward, _joint_backward)
 def _scores(x: Array, keys: Array) -> Array:
     """[B, N, Q, H, K] times the keys or values of a group: [B, H, N, Q, S] in float32."""
     n = _block(keys)
-    return products.einsum(
+    return cpu_products.einsum(
         f"BNQHK,B{n}SHK->BHNQS", x, keys, jnp.float32, on_cpu=f"BHNQK,BH{n}SK->BHNQS"
     )
 
@@ -189,7 +189,7 @@ def _scores(x: Array, keys: Array) -> Array:
 def _mixed(weights: Array, values: Array) -> Array:
     """[B, H, N, Q, S] times the values or keys of a group: [B, N, Q, H, K] in float32."""
     n = _block(values)
-    return products.einsum(
+    return cpu_products.einsum(
         f"BHNQS,B{n}SHK->BNQHK", weights, values, jnp.float32, on_cpu=f"BHNQS,BH{n}SK->BHNQK"
     )
 
@@ -199,7 +199,7 @@ def _gathered(weights: Array, x: Array, like: Array) -> Array:
     n = _block(like)
     # A CPU would turn the weights, the larger factor, to have the keys first.
     on_cpu = f"BH{n}KQ,BHNQS->BH{n}KS" if n else "BHKNQ,BHNQS->BHKS"
-    return products.einsum(f"BHNQS,BNQHK->B{n}SHK", weights, x, on_cpu=on_cpu)
+    return cpu_products.einsum(f"BHNQS,BNQHK->B{n}SHK", weights, x, on_cpu=on_cpu)
 
 
 def _block(keys: Array) -> str:

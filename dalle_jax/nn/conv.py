@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dalle_jax import axes
-from dalle_jax.nn import partition, products
+from dalle_jax.nn import cpu_products, partition
 from dalle_jax.types import Array, Key
 
 
@@ -53,8 +53,8 @@ class Conv(nn.Module):
         bias = partition.whole(self.bias.astype(self.dtype))[None, None, None]
         x = x.astype(self.dtype)
         if self.kernel_size == 1:
-            return products.matmul(x, kernel[0, 0]) + bias
-        return products.conv(x, kernel) + bias
+            return cpu_products.matmul(x, kernel[0, 0]) + bias
+        return cpu_products.conv(x, kernel) + bias
 
     def lookup(self, indices: Array) -> Array:
         """The output of a 1 x 1 convolution for one-hot inputs: [...] ints -> [..., features].

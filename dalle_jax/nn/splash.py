@@ -2,7 +2,7 @@
 
 Splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`, a flash attention whose grid
 holds only the blocks of scores that are not wholly masked) for the masks of `nn.masks`. No score
-reaches memory. The kernel's own time no compiler estimates; `engine.kernels` does.
+reaches memory. The kernel's own time no compiler estimates; `planning.kernel_estimates` does.
 
 Column layers run on the transposed picture, as in the paper: on 32x32 codes after 256 slots of text
 9 of 25 blocks of 256 are computed instead of the 15 of a causal mask. Streams that are no whole

@@ -24,7 +24,7 @@ import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from dalle_jax import axes, layout
-from dalle_jax.nn import attention, masks, partition, products
+from dalle_jax.nn import attention, cpu_products, masks, partition
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
 REMAT = ("none", "names", "dots", "full")
@@ -374,7 +374,7 @@ def _linear(
     c = module.config
     init = partition.param_with_axes(nn.initializers.normal(std), names)
     w = module.param(name, init, (x.shape[-1], features), c.dtype.param)
-    y = products.matmul(x, w.astype(c.dtype.compute))
+    y = cpu_products.matmul(x, w.astype(c.dtype.compute))
     if c.use_bias:
         init = partition.param_with_axes(nn.initializers.zeros, names[1:])
         b = module.param(f"{name}_bias", init, (features,), c.dtype.param)

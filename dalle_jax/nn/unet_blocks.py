@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import attention, conv, partition, products
+from dalle_jax.nn import attention, conv, cpu_products, partition
 from dalle_jax.types import Array, DtypePolicy, Key
 
 NORM_GROUPS = 32
@@ -49,7 +49,7 @@ class Linear(nn.Module):
         zeros = partition.param_with_axes(nn.initializers.zeros, self.names[1:])
         bias = self.param("bias", zeros, shape[1:], self.param_dtype)
         kernel, bias = (partition.whole(w.astype(self.dtype)) for w in (kernel, bias))
-        y = products.matmul(x.astype(self.dtype), kernel)
+        y = cpu_products.matmul(x.astype(self.dtype), kernel)
         return y + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
 
 

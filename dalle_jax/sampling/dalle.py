@@ -23,9 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import axes
 from dalle_jax.models import dalle
-from dalle_jax.nn import attention, partition, transformer
-from dalle_jax.nn import cache as cache_lib
-from dalle_jax.sampling import logits as lg
+from dalle_jax.nn import attention, kv_cache, partition, transformer
+from dalle_jax.sampling import categorical
 from dalle_jax.types import Array, Key, Params, UsageError
 
 
@@ -74,7 +73,7 @@ def sample(
     """
     c = model.config
     text, prefix = _check(c, text, prefix, num_candidates)
-    lg.check(temperature, top_k, top_p, guidance, c.num_codes)
+    categorical.check(temperature, top_k, top_p, guidance, c.num_codes)
     shards = math.prod(mesh.shape[a] for a in _data_axes(mesh)) if mesh is not None else 1
     padded = -(-num_candidates // shards) * shards
     codes = _sample(
@@ -167,11 +166,13 @@ def _sample(model, params, text, prefix, key, options, *, num_candidates, use_ca
         """[N, R, V] -> [N, P] codes."""
         if guided:
             conditional, unconditional = jnp.split(logits, 2, axis=1)
-            logits = lg.guide(conditional, unconditional, options["guidance"])
+            logits = categorical.guide(conditional, unconditional, options["guidance"])
         noise = jax.vmap(
-            jax.vmap(lambda k: lg.gumbel(jax.random.fold_in(k, position), c.num_codes))
+            jax.vmap(lambda k: categorical.gumbel(jax.random.fold_in(k, position), c.num_codes))
         )
-        codes = lg.draw(logits, noise(keys), options["temperature"], options["k"], options["p"])
+        codes = categorical.draw(
+            logits, noise(keys), options["temperature"], options["k"], options["p"]
+        )
         return _spread(codes, mesh)
 
     with partition.unconstrained():
@@ -198,7 +199,7 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
     """Logits after the prefix, the caches, and a function that advances both by one code."""
     c = model.config
     stack = c.stack(model.dtype)
-    caches = [cache_lib.ImageCache(mask) for mask in c.layer_masks()]
+    caches = [kv_cache.ImageCache(mask) for mask in c.layer_masks()]
     # One slice per layer, cut and cast outside the loop over tokens; norms' gains stay float32.
     stacked = jax.tree.map(
         lambda w: w.astype(model.dtype.compute) if w.ndim == 3 else w,
@@ -239,7 +240,7 @@ def _cached_decoder(model, params, rows, prefix, n, mesh):
                     for old, new in zip(image_kv, (k, v), strict=True)
                 ]
                 seen = [cache.read(y, position) for y in written]
-                return cache_lib.cached(q, *text_kv, *seen, cache.allowed(position)), written
+                return kv_cache.cached(q, *text_kv, *seen, cache.allowed(position)), written
 
             x, written = transformer.apply_block(stack, params_, x, attend)
             new_state.append(written)

@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import axes
-from dalle_jax.diffusion import gaussian, guidance, samplers
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, guidance, samplers, schedules
 from dalle_jax.models import unet, unet_plan
 from dalle_jax.nn import partition
 from dalle_jax.types import Array, Batch, Key, Params, UsageError

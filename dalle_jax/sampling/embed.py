@@ -10,24 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.models import clip as clip_model
-from dalle_jax.sampling import stages
+from dalle_jax.stages import run
 from dalle_jax.types import Array
 
 MAX_CHUNK = 64
 
 
-def texts(clip: stages.ClipStage, text: Array) -> np.ndarray:
+def texts(clip: run.ClipStage, text: Array) -> np.ndarray:
     """CLIP text embeddings [B, E] of captions [B, T] int32; each distinct caption runs once."""
     captions, which = np.unique(np.asarray(text, np.int32), axis=0, return_inverse=True)
     return _apply(clip, "encode_text", captions)[which.reshape(-1)]
 
 
-def images(clip: stages.ClipStage, pictures: Array) -> np.ndarray:
+def images(clip: run.ClipStage, pictures: Array) -> np.ndarray:
     """CLIP image embeddings [B, E] of pictures [B, h, h, 3] in [-1, 1], resized to its size."""
     return _apply(clip, "encode_image", np.asarray(pictures, np.float32))
 
 
-def _apply(clip: stages.ClipStage, method: str, rows: np.ndarray) -> np.ndarray:
+def _apply(clip: run.ClipStage, method: str, rows: np.ndarray) -> np.ndarray:
     """A CLIP tower on rows, in chunks of one shape."""
     size = min(MAX_CHUNK, 1 << (len(rows) - 1).bit_length())
     parts = []

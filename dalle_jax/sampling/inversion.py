@@ -11,8 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.diffusion import gaussian, samplers
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, samplers, schedules
 from dalle_jax.models import unet
 from dalle_jax.sampling import diffusion
 from dalle_jax.types import Array, Batch, Params

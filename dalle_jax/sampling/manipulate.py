@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.diffusion import samplers
-from dalle_jax.diffusion import schedule as schedules
-from dalle_jax.sampling import embed, inversion, latents, pca, unclip
-from dalle_jax.sampling.unclip_set import Unclip
+from dalle_jax.diffusion import samplers, schedules
+from dalle_jax.sampling import embed, inversion, latents, unclip
+from dalle_jax.stages import pca
+from dalle_jax.stages.unclip import Unclip
 from dalle_jax.types import Array, Key, UsageError
 
 NOISES = ("slerp", "fixed")

@@ -19,13 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.diffusion import gaussian, guidance, samplers
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, guidance, samplers, schedules
 from dalle_jax.models import clip, prior_ar, prior_diffusion
-from dalle_jax.nn import attention, partition, transformer
-from dalle_jax.nn import cache as cache_lib
-from dalle_jax.sampling import logits as lg
-from dalle_jax.sampling import pca
+from dalle_jax.nn import attention, kv_cache, partition, transformer
+from dalle_jax.sampling import categorical
+from dalle_jax.stages import pca
 from dalle_jax.types import Array, Key, Params, UsageError
 
 SAMPLERS = ("ddpm", "ddim")
@@ -56,7 +54,7 @@ def sample_diffusion(
       text: [B, T] int32, as the CLIP reads captions.
       z_t: [B, E] float32, their CLIP embeddings of unit length.
       key: typed key.
-      steps: how many, or another spacing of `diffusion.schedule`.
+      steps: how many, or another spacing of `diffusion.schedules`.
       sampler: "ddpm" (ancestral), or "ddim" (deterministic after its first noise at eta 0).
       eta: of ddim.
       guidance_scale: of classifier-free guidance; 1 = off, 0 ignores the text.
@@ -141,7 +139,7 @@ def sample_ar(
     """
     c = model.config
     _check(guidance_scale, num_draws)
-    lg.check(temperature, top_k, top_p, guidance_scale, c.num_buckets)
+    categorical.check(temperature, top_k, top_p, guidance_scale, c.num_buckets)
     low, high = (round(share * c.num_buckets) for share in dot_range)
     if not 0 <= low < high <= c.num_buckets:
         raise UsageError(f"dot_range={dot_range}; expected two rising quantiles in [0, 1].")
@@ -230,9 +228,13 @@ def _sample_ar(model, params, tables, text, z_t, key, options, *, num_draws, use
         """[N, B or 2 B, V] -> [N, B] buckets of a dimension."""
         if guided:
             conditional, unconditional = logits[:, 0::2], logits[:, 1::2]
-            logits = lg.guide(conditional, unconditional, options["guidance"])
-        fold = jax.vmap(jax.vmap(lambda k: lg.gumbel(jax.random.fold_in(k, dim), c.num_buckets)))
-        return lg.draw(logits, fold(keys), options["temperature"], options["k"], options["p"])
+            logits = categorical.guide(conditional, unconditional, options["guidance"])
+        fold = jax.vmap(
+            jax.vmap(lambda k: categorical.gumbel(jax.random.fold_in(k, dim), c.num_buckets))
+        )
+        return categorical.draw(
+            logits, fold(keys), options["temperature"], options["k"], options["p"]
+        )
 
     with partition.unconstrained():
         first = c.num_buckets + jax.vmap(jax.vmap(dot))(keys)
@@ -254,7 +256,7 @@ def _sample_ar(model, params, tables, text, z_t, key, options, *, num_draws, use
 def _cached_decoder(model, params, text, z_t, n, guided):
     """The caches, and a function that adds a token to them and gives the logits after it."""
     c = model.config
-    stack, cache = c.stack(model.dtype), cache_lib.ImageCache(c.cache_mask())
+    stack, cache = c.stack(model.dtype), kv_cache.ImageCache(c.cache_mask())
     apply = functools.partial(model.apply, {"params": params})
     layers = _layers(model, params)
     stem = _run_stem(model, layers, apply(text, z_t, method="stem"))
@@ -271,7 +273,7 @@ def _cached_decoder(model, params, text, z_t, n, guided):
 
             def attend(q, k, v, stem_kv=stem_kv, own=own):
                 written = [cache.write(y, place, x) for y, x in zip(own, (k, v), strict=True)]
-                return cache_lib.cached(q, *stem_kv, *written, cache.allowed(place)), written
+                return kv_cache.cached(q, *stem_kv, *written, cache.allowed(place)), written
 
             x, written = transformer.apply_block(stack, params_, x, attend)
             new_state.append(written)

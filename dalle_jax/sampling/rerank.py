@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.models import clip
-from dalle_jax.nn import cache as cache_lib
+from dalle_jax.nn import kv_cache
 from dalle_jax.sampling import dalle as sampling
-from dalle_jax.sampling import stages
+from dalle_jax.stages import run
 from dalle_jax.types import Array, Key, Params
 
 MAX_CHUNK = 128  # candidates at a time and device; beyond it drawing gets no faster
@@ -59,7 +59,7 @@ def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> 
 
 
 def score(
-    stage: stages.ClipStage,
+    stage: run.ClipStage,
     images: Array,
     text: Array,
     batch: int = 64,
@@ -115,8 +115,8 @@ def score(
 
 
 def draw_best(
-    dalle: stages.DalleStage,
-    clip_stage: stages.ClipStage | None,
+    dalle: run.DalleStage,
+    clip_stage: run.ClipStage | None,
     text: Array,
     clip_text: Array | None,
     *,
@@ -181,11 +181,11 @@ def draw_best(
     return Ranked(best[0], best[2], best[3], everything)
 
 
-def fitting_chunk(dalle: stages.DalleStage, guidance: float = 1.0) -> int:
+def fitting_chunk(dalle: run.DalleStage, guidance: float = 1.0) -> int:
     """Candidates that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
     c, codec = dalle.model.config, dalle.codec
     streams = 1 if guidance == 1 else 2
-    slots = sum(cache_lib.ImageCache(mask).num_slots for mask in c.layer_masks())
+    slots = sum(kv_cache.ImageCache(mask).num_slots for mask in c.layer_masks())
     caches = 2 * slots * c.width * jnp.dtype(dalle.model.dtype.compute).itemsize * streams
     # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
     each = 2 * caches + codec.image_px**2 * 64 * 4

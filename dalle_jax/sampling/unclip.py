@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.diffusion import corrupt
-from dalle_jax.diffusion import schedule as schedules
-from dalle_jax.sampling import diffusion, embed, rerank, unclip_set, unet_stages
-from dalle_jax.sampling.unclip_set import Unclip
+from dalle_jax.diffusion import corrupt, schedules
+from dalle_jax.sampling import diffusion, embed, rerank
+from dalle_jax.stages import unclip, unet
+from dalle_jax.stages.unclip import Unclip
 from dalle_jax.types import Array, Batch, Key, UsageError
 
 # What the decoder is given of a caption, beside the caption: an embedding of a prior, the text
@@ -39,7 +39,7 @@ class Drawing:
     """How the decoder and the upsamplers draw.
 
     Attributes:
-      steps: of the decoder, a spacing of `diffusion.schedule`; paper 250.
+      steps: of the decoder, a spacing of `diffusion.schedules`; paper 250.
       sampler: of the decoder, "ddim" | "ddpm" | "dpmpp".
       eta: of its ddim.
       guidance: classifier-free guidance of the decoder; 1 = off and half the work.
@@ -82,7 +82,7 @@ class Drawn:
 
 
 def image_embeddings(
-    unclip: Unclip,
+    stages: Unclip,
     way: str,
     text: Array,
     *,
@@ -93,7 +93,7 @@ def image_embeddings(
     """What the decoder is given for captions.
 
     Args:
-      unclip: the stages.
+      stages: the stages.
       way: one of WAYS: a prior, "none" (the text embedding in the image embedding's place) or
         "caption" (no embedding: the decoder reads the caption only).
       text: [B, T] int32 by the CLIP's tokenizer.
@@ -107,31 +107,31 @@ def image_embeddings(
     Raises:
       UsageError: for an unknown way, or one that these stages cannot go.
     """
-    check_way(unclip, way)
+    check_way(stages, way)
     text, indices = np.asarray(text, np.int32), np.asarray(indices, np.int32)
-    z_t = embed.texts(unclip.clip, text)
+    z_t = embed.texts(stages.clip, text)
     if way in ("none", "caption"):
         return z_t, np.full(len(text), way == "none")
     # The prior numbers captions from `first` on; an array of firsts numbers them anyhow.
     first = indices - np.arange(len(indices), dtype=np.int32)
     stream = jax.random.fold_in(key, _PRIOR)
-    z = unclip.priors[way].sample(text, z_t, key=stream, first=jnp.asarray(first), **options)
+    z = stages.priors[way].sample(text, z_t, key=stream, first=jnp.asarray(first), **options)
     return np.asarray(z), np.ones(len(text), bool)
 
 
-def check_way(unclip: Unclip, way: str) -> None:
+def check_way(stages: Unclip, way: str) -> None:
     """Raises UsageError for an unknown way from caption to picture, or one without its stage."""
     if way not in WAYS:
         raise UsageError(f"prior {way!r} is unknown; use one of {', '.join(WAYS)}.")
-    if way in unclip_set.PRIORS.values() and way not in unclip.priors:
-        has = [*unclip.priors, "none", "caption"]
+    if way in unclip.PRIORS.values() and way not in stages.priors:
+        has = [*stages.priors, "none", "caption"]
         raise UsageError(f"there is no {way} prior among the stages; use one of {', '.join(has)}.")
-    if way == "caption" and not unclip.decoder.model.config.text_layers:
+    if way == "caption" and not stages.decoder.model.config.text_layers:
         raise UsageError("this decoder reads no captions; it cannot draw from one alone.")
 
 
 def draw_base(
-    stage: unet_stages.UnetStage,
+    stage: unet.UnetStage,
     z: Array,
     has_clip: Array,
     text: Array | None,
@@ -169,9 +169,7 @@ def draw_base(
     return _draw(stage, cond, drawing.steps, options, x_t=x_t, keep=keep, **common)
 
 
-def conditions(
-    stage: unet_stages.UnetStage, z: Array, has_clip: Array, text: Array | None
-) -> Batch:
+def conditions(stage: unet.UnetStage, z: Array, has_clip: Array, text: Array | None) -> Batch:
     """What a decoder is shown, `unet_plan.cond_spec` without masks; see `draw_base`."""
     c = stage.model.config
     cond = {"clip": np.asarray(z, np.float32), "has_clip": np.asarray(has_clip, bool)}
@@ -181,7 +179,7 @@ def conditions(
     return cond
 
 
-def nothing_known(stage: unet_stages.UnetStage, cond: Batch) -> Batch:
+def nothing_known(stage: unet.UnetStage, cond: Batch) -> Batch:
     """The conditions of whole pictures: an inpainting network is shown that nothing is known."""
     if not stage.model.config.inpaint:
         return cond
@@ -191,7 +189,7 @@ def nothing_known(stage: unet_stages.UnetStage, cond: Batch) -> Batch:
 
 
 def upsample(
-    unclip: Unclip,
+    stages: Unclip,
     pictures: Array,
     drawing: Drawing,
     *,
@@ -204,7 +202,7 @@ def upsample(
     """Finished pictures of small ones, through all upsamplers at full size.
 
     Args:
-      unclip: the stages; without upsamplers the pictures come back as they are.
+      stages: the stages; without upsamplers the pictures come back as they are.
       pictures: [B, s, s, 3] float in [-1, 1].
       drawing: how.
       key: see `draw_base`, as for all arguments not named here.
@@ -217,8 +215,8 @@ def upsample(
       [B, h, h, 3] float32 in [-1, 1].
     """
     pictures = np.asarray(pictures, np.float32)
-    for i, stage in enumerate(unclip.upsamplers):
-        is_last = i == len(unclip.upsamplers) - 1
+    for i, stage in enumerate(stages.upsamplers):
+        is_last = i == len(stages.upsamplers) - 1
         # Rounded as in training, where the small picture is one of a file.
         cond = {"low_res": np.asarray(corrupt.to_levels(pictures))}
         steps = drawing.upsample_steps[min(i, len(drawing.upsample_steps) - 1)]
@@ -238,7 +236,7 @@ def upsample(
 
 
 def draw_best(
-    unclip: Unclip,
+    stages: Unclip,
     way: str,
     text: Array,
     drawing: Drawing,
@@ -255,7 +253,7 @@ def draw_best(
     """Draws N candidates of one caption, ranks them by CLIP and finishes the best K.
 
     Args:
-      unclip: the stages.
+      stages: the stages.
       way: see `image_embeddings`.
       text: [T] int32 by the CLIP's tokenizer.
       drawing: how.
@@ -271,17 +269,17 @@ def draw_best(
     """
     if not 1 <= keep <= num_candidates <= MAX_CANDIDATES:
         raise UsageError(f"{keep} of {num_candidates} candidates; expected 1 to all of them.")
-    stage = unclip.decoder
-    if known is not None and unclip.inpainter is not None:
-        stage = unclip.inpainter
-    pyramid = [] if known is None else kept_parts(unclip, *known)
+    stage = stages.decoder
+    if known is not None and stages.inpainter is not None:
+        stage = stages.inpainter
+    pyramid = [] if known is None else kept_parts(stages, *known)
     chunk = drawing.chunk or fitting_chunk(stage, drawing.guidance != 1) * _shards(mesh)
     small, embedded, scores = [], [], []
     for start in range(0, num_candidates, chunk):
         # One shape for all chunks: the last one is filled up with candidates that are dropped.
         rows = np.arange(start, start + min(chunk, num_candidates)) + first
         texts = np.broadcast_to(text, (len(rows), len(text)))
-        z, has_clip = image_embeddings(unclip, way, texts, key=key, indices=rows, **options)
+        z, has_clip = image_embeddings(stages, way, texts, key=key, indices=rows, **options)
         part = [_repeated(x, len(rows)) for x in pyramid[0]] if pyramid else None
         drawn = draw_base(
             stage, z, has_clip, texts, drawing, key=key, indices=rows, keep=part, mesh=mesh
@@ -289,12 +287,12 @@ def draw_best(
         left = num_candidates - start
         small.append(drawn[:left])
         embedded.append((z * has_clip[:, None])[:left])
-        scores.append(rerank.score(unclip.clip, small[-1], texts[:left]))
+        scores.append(rerank.score(stages.clip, small[-1], texts[:left]))
         progress(min(start + chunk, num_candidates))
     small, embedded, scores = (np.concatenate(x) for x in (small, embedded, scores))
     best = rerank.order(scores)[:keep]
     finished = upsample(
-        unclip,
+        stages,
         small[best],
         drawing,
         key=key,
@@ -305,11 +303,11 @@ def draw_best(
     return Drawn(first + best, finished, small[best], embedded[best], scores)
 
 
-def kept_parts(unclip: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
+def kept_parts(stages: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
     """What is kept at each stage's size, decoder first: pictures, and where they are known.
 
     Args:
-      unclip: the stages.
+      stages: the stages.
       picture: [h, h, 3] float in [-1, 1], of the finished size.
       known: [h, h, 1] bool.
 
@@ -317,7 +315,7 @@ def kept_parts(unclip: Unclip, picture: Array, known: Array) -> list[tuple[Array
     anew shows through.
     """
     made = []
-    for stage in (unclip.decoder, *unclip.upsamplers):
+    for stage in (stages.decoder, *stages.upsamplers):
         px, times = stage.image_px, len(picture) // stage.image_px
         here, seen = picture, known
         if times > 1:
@@ -328,7 +326,7 @@ def kept_parts(unclip: Unclip, picture: Array, known: Array) -> list[tuple[Array
     return made
 
 
-def fitting_chunk(stage: unet_stages.UnetStage, is_guided: bool = False) -> int:
+def fitting_chunk(stage: unet.UnetStage, is_guided: bool = False) -> int:
     """Pictures that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
     c = stage.model.config
     # The maps that the way up takes from the way down, and a block's own: float32.

@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from dalle_jax import charts, pages
 from dalle_jax.engine import loop, metrics
+from dalle_jax.pages import charts, html
 from dalle_jax.sweeps import units
 from dalle_jax.sweeps.units import Sweep
 
@@ -147,12 +147,12 @@ def _best_config(sweep: Sweep, found: dict[str, Any]) -> str:
     )
 
 
-def _page(sweep: Sweep, found: dict[str, Any]) -> pages.Page:
+def _page(sweep: Sweep, found: dict[str, Any]) -> html.Page:
     rows = found["units"]
     done = sum(row["state"] == units.DONE for row in rows)
     failed = sum(row["state"] == units.FAILED for row in rows)
     better = "lower" if sweep.mode == "min" else "higher"
-    page = pages.Page(f"Sweep {sweep.xid}", f"{len(rows)} runs of {sweep.config}")
+    page = html.Page(f"Sweep {sweep.xid}", f"{len(rows)} runs of {sweep.config}")
     page.section("Results", f"Ranked by `{sweep.metric}`; {better} is better.")
     facts = [("done", f"{done} of {len(rows)}", f"{failed} failed" if failed else "none failed")]
     if found["best"] is not None:

@@ -2,7 +2,7 @@
 
 from dalle_jax.tasks import autoencode, clip, dalle, diffusion, prior
 
-# Name in config.task -> make(config, tokenizer=None, *, by_shape=False) -> engine.task.Task.
+# Name in config.task -> make(config, tokenizer=None, *, shapes_only=False) -> engine.task.Task.
 # The one list.
 TASKS = {
     "autoencode": autoencode.make,

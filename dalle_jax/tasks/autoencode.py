@@ -11,8 +11,7 @@ from dalle_jax import config as cfg
 from dalle_jax import images as pictures
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import dvae, vqvae
-from dalle_jax.sampling import networks
+from dalle_jax.models import build, dvae, vqvae
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
 NAME = "autoencode"
@@ -29,14 +28,14 @@ ALARMS = {
 }
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
-    """The task of a config whose model.kind is "dvae" or "vqvae"; `by_shape` changes nothing.
+def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+    """The task of a config whose model.kind is "dvae" or "vqvae"; `shapes_only` changes nothing.
 
     Raises:
       UsageError: for an unknown kind, or sizes that do not fit, before anything compiles.
     """
-    del tokenizer, by_shape  # pictures only, no frozen network
-    model = networks.autoencoder(config)
+    del tokenizer, shapes_only  # pictures only, no frozen network
+    model = build.autoencoder(config)
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px
     # Early codes are few in a healthy run too; a run has collapsed if they still are later.
@@ -117,7 +116,7 @@ def _warm_start(config: cfg.ConfigDict, made, params: Params, extra) -> tuple[Pa
         raise UsageError(
             f"init_from {source_dir!r} holds a {source.task!r} run; expected an {NAME!r} run."
         )
-    old = networks.autoencoder(source).config
+    old = build.autoencoder(source).config
     converts = (old.kind, made.kind) == ("vqvae", "dvae")
     if old.kind != made.kind and not converts:
         raise UsageError(

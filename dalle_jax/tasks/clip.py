@@ -20,9 +20,9 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import clip
+from dalle_jax.models import build, clip
 from dalle_jax.nn import partition
-from dalle_jax.sampling import abstract, networks, stages
+from dalle_jax.stages import by_shape, run
 from dalle_jax.types import Array, Params, UsageError
 
 # Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
@@ -36,21 +36,21 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a CLIP.
 
     Args:
       config: with the sections of configs/clip.py.
       tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
-      by_shape: for plans and dry runs: without a `stages.dvae` the codec is the one that
+      shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for values that do not fit together.
     """
-    _check(config, tokenizer, by_shape)
-    model = networks.clip(config)
-    codec = _codec(config, by_shape)
+    _check(config, tokenizer, shapes_only)
+    model = build.clip(config)
+    codec = _codec(config, shapes_only)
     data, batch = config.data, config.data.batch
     picture = jax.ShapeDtypeStruct((batch, data.image_px, data.image_px, 3), jnp.uint8)
     caption = jax.ShapeDtypeStruct((batch, data.text_len), jnp.int32)
@@ -100,7 +100,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> T
         flops=3 * (batch * clip.flops(model.config) + 2 * batch**2 * model.config.joint_width),
         decay_mask=decay_mask,
         warm_start=_warm_start(config, init),
-        keeps=stages.kept(tokenizer, codec),
+        keeps=run.kept(tokenizer, codec),
     )
 
 
@@ -176,7 +176,7 @@ def _clamp_backward(logit_scale, gradient):
 clamp.defvjp(_clamp_forward, _clamp_backward)
 
 
-def reconstruct_some(codec: stages.Codec, params: Params, pictures: Array, share: float) -> Array:
+def reconstruct_some(codec: run.Codec, params: Params, pictures: Array, share: float) -> Array:
     """`pictures` [B, h, w, 3] with a share of them replaced by the codec's reconstructions.
 
     Which ones is fixed, evenly spread over the batch (so also over devices): examples come in
@@ -223,7 +223,7 @@ def decay_mask(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
+def _check(config: cfg.ConfigDict, tokenizer, shapes_only: bool) -> None:
     data = config.data
     if not data.add_bos_eos:
         raise UsageError(
@@ -239,17 +239,17 @@ def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
         raise UsageError(f"data.batch={data.batch} leaves no negatives; use 32 or more.")
     if not 0 <= config.loss.recon_prob <= 1:
         raise UsageError(f"loss.recon_prob={config.loss.recon_prob} is not in [0, 1].")
-    if config.loss.recon_prob and not config.stages.dvae and not by_shape:
+    if config.loss.recon_prob and not config.stages.dvae and not shapes_only:
         raise UsageError(
             f"loss.recon_prob={config.loss.recon_prob} needs a codec; give its workdir with "
             "--config.stages.dvae=DIR, or set --config.loss.recon_prob=0."
         )
 
 
-def _codec(config: cfg.ConfigDict, by_shape: bool) -> stages.Codec | None:
+def _codec(config: cfg.ConfigDict, shapes_only: bool) -> run.Codec | None:
     if not config.loss.recon_prob:
         return None
-    codec = abstract.codec(config) if by_shape else stages.load_codec(config.stages.dvae)
+    codec = by_shape.codec(config) if shapes_only else run.load_codec(config.stages.dvae)
     if codec.image_px != config.data.image_px:
         name = config.stages.dvae or config.stages.dvae_config
         raise UsageError(
@@ -263,7 +263,7 @@ def _warm_start(config: cfg.ConfigDict, init):
     """`init_from`: the weights of another CLIP of the same shape; None without."""
     if not config.init_from:
         return None
-    loaded = stages.load_clip(config.init_from).params
+    loaded = run.load_clip(config.init_from).params
 
     def shapes(tree):
         return {k: tuple(v.shape) for k, v in checkpoint.flatten(tree).items()}

@@ -16,10 +16,10 @@ from dalle_jax import config as cfg
 from dalle_jax import images
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import dalle
+from dalle_jax.models import build, dalle
 from dalle_jax.nn import partition
-from dalle_jax.sampling import abstract, networks, stages
 from dalle_jax.sampling import dalle as sampling
+from dalle_jax.stages import by_shape, run
 from dalle_jax.types import Array, Key, Params, UsageError
 
 NAME = "dalle"
@@ -32,27 +32,27 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"codes", "text"} if config.stages.from_codes else {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a DALL-E on top of the codec in `config.stages.dvae`.
 
     Args:
       config: with the sections of configs/dalle.py.
       tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
-      by_shape: for plans and dry runs: without a `stages.dvae` the codec is the one that
+      shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for a missing codec, or values that do not fit together.
     """
-    _check(config, tokenizer, by_shape)
-    codec = abstract.codec(config) if by_shape else stages.load_codec(config.stages.dvae)
+    _check(config, tokenizer, shapes_only)
+    codec = by_shape.codec(config) if shapes_only else run.load_codec(config.stages.dvae)
     check_codec(config, codec)
-    return build(config, codec, tokenizer)
+    return assemble(config, codec, tokenizer)
 
 
-def build(config: cfg.ConfigDict, codec: stages.Codec, tokenizer=None) -> Task:
+def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
     """`make` for a codec that is already loaded."""
-    model = networks.dalle(config, codec.grid, codec.num_codes)
+    model = build.dalle(config, codec.grid, codec.num_codes)
     made, data = model.config, config.data
     text_spec = jax.ShapeDtypeStruct((data.batch, data.text_len), jnp.int32)
     if config.stages.from_codes:
@@ -116,13 +116,13 @@ def build(config: cfg.ConfigDict, codec: stages.Codec, tokenizer=None) -> Task:
         decay_mask=None,
         warm_start=_warm_start(config, init),
         unit=("tokens", made.length),
-        keeps=stages.kept(tokenizer, codec),
+        keeps=run.kept(tokenizer, codec),
     )
 
 
-def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
+def _check(config: cfg.ConfigDict, tokenizer, shapes_only: bool) -> None:
     data = config.data
-    if not config.stages.dvae and not by_shape:
+    if not config.stages.dvae and not shapes_only:
         raise UsageError(
             "stages.dvae is empty; a DALL-E needs a trained codec: give its workdir with "
             "--config.stages.dvae=DIR."
@@ -139,7 +139,7 @@ def _check(config: cfg.ConfigDict, tokenizer, by_shape: bool) -> None:
         )
 
 
-def check_codec(config: cfg.ConfigDict, codec: stages.Codec) -> None:
+def check_codec(config: cfg.ConfigDict, codec: run.Codec) -> None:
     """Raises UsageError if the codec takes pictures of another size than the data's."""
     if codec.image_px != config.data.image_px:
         name = config.stages.dvae or config.stages.dvae_config
@@ -153,7 +153,7 @@ def _warm_start(config: cfg.ConfigDict, init):
     """`init_from`: the weights of another DALL-E of the same shape; None without."""
     if not config.init_from:
         return None
-    loaded = stages.load_dalle(config.init_from, dvae=config.stages.dvae).params
+    loaded = run.load_dalle(config.init_from, dvae=config.stages.dvae).params
     fresh = jax.eval_shape(init, jax.random.key(0))[0]
     wanted_shapes = [x.shape for x in jax.tree.leaves(fresh)]
     if wanted_shapes != [x.shape for x in jax.tree.leaves(loaded)]:

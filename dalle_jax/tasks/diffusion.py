@@ -12,7 +12,7 @@ Timesteps are drawn for each example. Metrics are averages over examples and ste
 are of the quarters of the steps, q1 the least noisy one.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125) §2.1 and appendix C; the hybrid loss Nichol & Dhariwal
-2021 (arXiv:2102.09672). How an upsampler's input comes about: tasks/diffusion_inputs.py.
+2021 (arXiv:2102.09672). How an upsampler's input comes about: tasks/conditions.py.
 """
 
 import flax.linen as nn
@@ -22,14 +22,13 @@ import numpy as np
 
 from dalle_jax import config as cfg
 from dalle_jax import images
-from dalle_jax.diffusion import gaussian
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import unet, unet_plan
-from dalle_jax.sampling import abstract, networks, stages, unclip_stages
+from dalle_jax.models import build, unet, unet_plan
 from dalle_jax.sampling import diffusion as sampling
-from dalle_jax.tasks import diffusion_inputs as inputs
+from dalle_jax.stages import by_shape, prior, run
+from dalle_jax.tasks import conditions
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
 NAME = "diffusion"
@@ -43,36 +42,36 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"image"} if config.loss.low_res_px else {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a decoder on the embeddings of `config.stages.clip`, or an upsampler.
 
     Args:
       config: with the sections of configs/decoder.py or configs/upsampler.py.
       tokenizer: the run's tokenizer, which must be the CLIP's; None in dry runs.
-      by_shape: for plans and dry runs: without a `stages.clip` the CLIP is the one that
+      shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights.
 
     Raises:
       UsageError: for a missing CLIP, or values that do not fit together.
     """
     if config.loss.low_res_px:
-        return build(config)
-    if not config.stages.clip and not by_shape:
+        return assemble(config)
+    if not config.stages.clip and not shapes_only:
         raise UsageError(
             "stages.clip is empty; a decoder needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
-    clip = abstract.clip(config) if by_shape else stages.load_clip(config.stages.clip)
-    return build(config, clip, tokenizer)
+    clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
+    return assemble(config, clip, tokenizer)
 
 
-def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenizer=None) -> Task:
+def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenizer=None) -> Task:
     """`make` for a CLIP that is already loaded; None = an upsampler."""
     data, loss_config = config.data, config.loss
     if clip is not None:
-        unclip_stages.check_reading(config, clip, tokenizer)
-    model = networks.unet(config, 0 if clip is None else clip.model.config.joint_width)
-    inputs.check(config, model.config)
+        prior.check_reading(config, clip, tokenizer)
+    model = build.unet(config, 0 if clip is None else clip.model.config.joint_width)
+    conditions.check(config, model.config)
     made, px = model.config, data.image_px
     schedule = schedules.make(loss_config.schedule, loss_config.num_steps)
     p = sampling.parameterisation(made)
@@ -89,15 +88,15 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
         pictures = images.to_float(batch["image"])
         keys = jax.random.split(key, 3)
         if clip is None:
-            x_0, cond = inputs.upsampling(loss_config, pictures, crop, keys[0])
+            x_0, cond = conditions.upsampling(loss_config, pictures, crop, keys[0])
         else:
-            x_0, z = pictures, inputs.embed(clip, frozen, pictures)
+            x_0, z = pictures, conditions.embed(clip, frozen, pictures)
             has_clip, text = jnp.ones(len(z), bool), batch["text"]
             if training:
-                has_clip, text = inputs.drop(loss_config, has_clip, text, keys[1])
+                has_clip, text = conditions.drop(loss_config, has_clip, text, keys[1])
             cond = {"clip": z, "has_clip": has_clip}
             cond |= {"text": text} if made.text_layers else {}
-        return x_0, cond | (inputs.inpainting(x_0, keys[2]) if made.inpaint else {})
+        return x_0, cond | (conditions.inpainting(x_0, keys[2]) if made.inpaint else {})
 
     def losses(params, frozen, batch, t, key, *, training):
         cond_key, noise_key, dropout_key = jax.random.split(key, 3)
@@ -117,7 +116,7 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
     def loss(params, extra, frozen, batch, key, step):
         del step
         step_key, key = jax.random.split(key)
-        t = inputs.steps(loss_config, step_key, len(batch["image"]))
+        t = conditions.steps(loss_config, step_key, len(batch["image"]))
         total, metrics = losses(params, frozen, batch, t, key, training=True)
         return total, Output(metrics, extra)
 
@@ -167,12 +166,12 @@ def build(config: cfg.ConfigDict, clip: stages.ClipStage | None = None, tokenize
         batch_spec=spec,
         init=init,
         loss=loss,
-        frozen=None if clip is None else inputs.image_tower(clip),
+        frozen=None if clip is None else conditions.image_tower(clip),
         preview=preview,
         evaluate=evaluate,
         flops=3 * data.batch * unet_plan.flops(made, crop),
         warm_start=_warm_start(config, made, clip, init),
-        keeps={} if clip is None else unclip_stages.kept(tokenizer, clip),
+        keeps={} if clip is None else prior.kept(tokenizer, clip),
     )
 
 
@@ -210,12 +209,12 @@ def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
     """
     if not config.init_from:
         return None
-    stored, variables = stages.open_run(config.init_from, NAME, None)
+    stored, variables = run.open_run(config.init_from, NAME, None)
     # Learning to inpaint takes minutes; what the embeddings mean must be known. A whole run learns
     # the meaning of another CLIP's anew, and keeps what it knows of drawing.
     if clip is not None and made.inpaint:
-        unclip_stages.check_clip(config.init_from, clip)
-    loaded = stages.floats(variables.params, stored)
+        prior.check_clip(config.init_from, clip)
+    loaded = run.floats(variables.params, stored)
     fresh = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))[0])
     if made.inpaint and not stored.loss.inpaint:
         loaded = unet.widen(loaded, fresh)

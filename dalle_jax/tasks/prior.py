@@ -23,12 +23,11 @@ import numpy as np
 
 from dalle_jax import axes, images
 from dalle_jax import config as cfg
-from dalle_jax.diffusion import gaussian
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle, prior_ar, prior_diffusion
 from dalle_jax.nn import partition
-from dalle_jax.sampling import abstract, pca, stages, unclip_stages
+from dalle_jax.stages import by_shape, pca, prior, run
 from dalle_jax.tasks import clip as clip_task
 from dalle_jax.types import Array, Key, Params, UsageError
 
@@ -43,49 +42,49 @@ def wanted(config: cfg.ConfigDict) -> set[str]:
     return {"image", "text"}
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, by_shape: bool = False) -> Task:
+def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a prior on the embeddings of the CLIP in `config.stages.clip`.
 
     Args:
       config: with the sections of configs/prior_diffusion.py or configs/prior_ar.py.
       tokenizer: the run's tokenizer, which must be the CLIP's; None in dry runs.
-      by_shape: for plans and dry runs: without a `stages.clip` the CLIP is the one that
+      shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights; an AR prior then needs no PCA either.
 
     Raises:
       UsageError: for a missing CLIP or PCA, or values that do not fit together.
     """
-    if not config.stages.clip and not by_shape:
+    if not config.stages.clip and not shapes_only:
         raise UsageError(
             "stages.clip is empty; a prior needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
-    clip = abstract.clip(config) if by_shape else stages.load_clip(config.stages.clip)
-    return build(config, clip, tokenizer, _pca(config, clip, by_shape))
+    clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
+    return assemble(config, clip, tokenizer, _pca(config, clip, shapes_only))
 
 
-def build(
-    config: cfg.ConfigDict, clip: stages.ClipStage, tokenizer=None, fitted: pca.Pca | None = None
+def assemble(
+    config: cfg.ConfigDict, clip: run.ClipStage, tokenizer=None, fitted: pca.Pca | None = None
 ) -> Task:
     """`make` for a CLIP and a PCA that are already loaded."""
-    unclip_stages.check_reading(config, clip, tokenizer)
+    prior.check_reading(config, clip, tokenizer)
     drop = config.loss.text_drop
     if not 0 <= drop <= 1:
         raise UsageError(f"loss.text_drop={drop}; expected a share in [0, 1], paper 0.1.")
-    model = unclip_stages.make_prior(config, clip, fitted)
+    model = prior.make_prior(config, clip, fitted)
     made, data = model.config, config.data
     objective = _Ar(model) if made.kind == "ar" else _Diffusion(model)
-    frozen = {"clip": unclip_stages.boxed(clip)}
+    frozen = {"clip": prior.boxed(clip)}
     if made.kind == "ar":
         frozen["pca"] = _table_shapes(made) if fitted is None else fitted.tables(made.num_dims)
 
     def init(key: Key) -> tuple[Params, None]:
-        inputs = [jnp.zeros(x.shape, x.dtype) for x in unclip_stages.example_inputs(model)]
+        inputs = [jnp.zeros(x.shape, x.dtype) for x in prior.example_inputs(model)]
         return model.init(key, *inputs)["params"], None
 
     def embed(frozen, batch) -> tuple[Array, Array]:
         pictures = images.to_float(batch["image"])
-        return unclip_stages.embeddings(clip, frozen["clip"], pictures, batch["text"])
+        return prior.embeddings(clip, frozen["clip"], pictures, batch["text"])
 
     def loss(params, extra, frozen, batch, key, step):
         del step
@@ -106,7 +105,7 @@ def build(
         total, metrics = objective.loss(params, frozen, text, z_i, z_t, None, loss_key, None)
         options = {} if made.kind == "ar" else {"steps": config.loss.eval_steps}
         tables = frozen.get("pca")
-        drawn = unclip_stages.draw(model, params, tables, text, z_t, key=draw_key, **options)
+        drawn = prior.draw(model, params, tables, text, z_t, key=draw_key, **options)
         return {"loss": total, **metrics, **judge(drawn, z_i, z_t, text)}
 
     return Task(
@@ -121,7 +120,7 @@ def build(
         evaluate=evaluate,
         flops=3 * data.batch * objective.flops,
         warm_start=_warm_start(config, clip, init),
-        keeps=unclip_stages.kept(tokenizer, clip, fitted),
+        keeps=prior.kept(tokenizer, clip, fitted),
     )
 
 
@@ -196,9 +195,9 @@ def judge(drawn: Array, z_i: Array, z_t: Array, text: Array) -> dict[str, Array]
     }
 
 
-def _pca(config: cfg.ConfigDict, clip: stages.ClipStage, by_shape: bool) -> pca.Pca | None:
+def _pca(config: cfg.ConfigDict, clip: run.ClipStage, shapes_only: bool) -> pca.Pca | None:
     """The PCA of an AR prior; None for the other, and in dry runs that name none."""
-    if config.model.get("kind") != "ar" or (by_shape and not config.stages.pca):
+    if config.model.get("kind") != "ar" or (shapes_only and not config.stages.pca):
         return None
     if not config.stages.pca:
         raise UsageError(
@@ -226,11 +225,11 @@ def _table_shapes(c: prior_ar.ArPriorConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _warm_start(config: cfg.ConfigDict, clip: stages.ClipStage, init):
+def _warm_start(config: cfg.ConfigDict, clip: run.ClipStage, init):
     """`init_from`: the weights of another prior of the same shape and CLIP; None without."""
     if not config.init_from:
         return None
-    loaded = unclip_stages.load_prior(config.init_from, clip).params
+    loaded = prior.load_prior(config.init_from, clip).params
     fresh = jax.eval_shape(init, jax.random.key(0))[0]
     ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (nn.meta.unbox(fresh), loaded))
     if ours != theirs:

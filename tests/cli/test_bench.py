@@ -15,9 +15,9 @@ from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
 from dalle_jax.cli import bench, bench_page
 from dalle_jax.data.builders import shapes
+from dalle_jax.models import build, dvae, prior_diffusion, unet_plan
 from dalle_jax.models import clip as clip_model
-from dalle_jax.models import dvae, prior_diffusion, unet_plan
-from dalle_jax.sampling import abstract, networks, unclip_stages
+from dalle_jax.stages import by_shape, prior
 from dalle_jax.types import UsageError
 
 # What a command sets for its own process does not outlive a test.
@@ -110,7 +110,7 @@ def test_prompts_or_candidates_of_one(shared):
 @pytest.mark.parametrize("attention, kinds", [("axial", "rcrr"), ("conv", "cccc"), ("", "ffff")])
 def test_the_pattern_has_no_exception_at_the_end(attention, kinds):
     config = cases.config_of("dalle_train", attention=attention)
-    masks = networks.dalle(config, 16, 1024).config.layer_masks()
+    masks = build.dalle(config, 16, 1024).config.layer_masks()
     assert "".join(mask.kind[0] for mask in masks) == kinds * 2
     assert {mask.kernel for mask in masks} == {5}
 
@@ -124,7 +124,7 @@ def test_the_dalle_is_the_stated_one():
     expected = 8 * block + d * tables + 2 * d + 2 * d * v
     text = jax.ShapeDtypeStruct((1, 64), "int32")
     codes = jax.ShapeDtypeStruct((1, 256), "int32")
-    model = networks.dalle(config, 16, v)
+    model = build.dalle(config, 16, v)
     made = jax.eval_shape(model.init, jax.random.key(0), text, codes)
     assert sum(leaf.size for leaf in jax.tree.leaves(made)) == expected
 
@@ -137,7 +137,7 @@ def test_the_dvae_does_the_work_of_three_strided_convolutions():
     decoder = 8**2 * (v * e + e * d) + block
     decoder += (8**2 + 16**2 + 32**2) * 16 * d * d + 64**2 * d * 3  # transposed: per input
     config = cases.config_of("dvae_train")
-    made = networks.autoencoder(config).config
+    made = build.autoencoder(config).config
     assert made.grid == 8 and made.num_codes == v and made.num_blocks == 1
     assert dvae.forward_macs(made) / (encoder + decoder) == pytest.approx(1, abs=0.02)
 
@@ -158,8 +158,8 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     """Multiply-adds by hand; the CLIP in front is less than 1 % of either."""
     d, positions = 256, 36
     config = cases.config_of("prior_train")
-    clip = abstract.clip(config)
-    made = unclip_stages.make_prior(config, clip, None).config
+    clip = by_shape.clip(config)
+    made = prior.make_prior(config, clip, None).config
     layer = positions * 12 * d * d + d * positions * (positions + 1)
     last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
     ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output
@@ -167,7 +167,7 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     assert prior_diffusion.flops(made) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
     assert clip_model.flops(clip.model.config) < 0.01 * prior_diffusion.flops(made)
 
-    made = networks.unet(cases.config_of("unet_train"), 256).config
+    made = build.unet(cases.config_of("unet_train"), 256).config
     assert (made.width, made.channel_mults, made.num_blocks) == (64, (1, 2, 4), 2)
     assert made.clip_tokens == 4 and not made.text_layers and made.patch_px == 1
     assert clip_model.flops(clip.model.config) < 0.01 * unet_plan.flops(made, 32)

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from dalle_jax import __main__ as main
-from dalle_jax.data import pipeline, sources
-from dalle_jax.data import tokenizer as tok
+from dalle_jax.data import pipeline, sources, tokenizers
 from dalle_jax.data.builders import codes, store
-from dalle_jax.sampling import stages
+from dalle_jax.stages import run
 from dalle_jax.types import UsageError
 
 PX, GRID, NUM_CODES = 8, 2, 16
@@ -84,23 +83,23 @@ def prepared(tmp_path_factory):
         },
         description="test",
     )
-    tok.train(["picture number 12"], 400, tok.model_path(data_dir, "pictures", 400))
+    tokenizers.train(["picture number 12"], 400, tokenizers.model_path(data_dir, "pictures", 400))
     return data_dir
 
 
 @pytest.fixture
 def codec(prepared, monkeypatch):
     codec = FakeCodec(prepared)
-    monkeypatch.setattr(stages, "load_codec", lambda workdir: codec)
+    monkeypatch.setattr(run, "load_codec", lambda workdir: codec)
     return codec
 
 
-def run(*args):
+def encode(*args):
     return main.main(["encode", "--workdir=runs/fake", "--compilation_cache=", *args])
 
 
 def test_codes_stand_where_the_pictures_stood(prepared, codec, capfd):
-    assert run("--name=coded", "--batch=10") == 0
+    assert encode("--name=coded", "--batch=10") == 0
     assert len(codec.devices) == len(jax.local_devices())
     captured = capfd.readouterr()
     assert "46 pictures" in captured.out and "1 skipped" in captured.out
@@ -122,8 +121,8 @@ def test_codes_stand_where_the_pictures_stood(prepared, codec, capfd):
             pixels = np.asarray(Image.open(io.BytesIO(a.image))).astype(np.float32)
             expected = _encode(jnp.asarray(pixels / 127.5 - 1)[None])
             np.testing.assert_array_equal(b.codes, np.asarray(expected).reshape(-1))
-    copied = tok.model_path(prepared, "coded", 400)
-    assert copied.read_bytes() == tok.model_path(prepared, "pictures", 400).read_bytes()
+    copied = tokenizers.model_path(prepared, "coded", 400)
+    assert copied.read_bytes() == tokenizers.model_path(prepared, "pictures", 400).read_bytes()
     stored = codes.metadata(config)
     assert (stored["fingerprint"], stored["grid"], stored["crop"]) == (codec.fingerprint, 2, "none")
     codes.check_codec(config, codec.fingerprint)
@@ -133,7 +132,7 @@ def test_codes_stand_where_the_pictures_stood(prepared, codec, capfd):
 
 def test_training_on_codes_sees_the_batches_of_training_on_pictures(prepared, codec):
     """Same captions, same BPE-dropout, same order, and the damaged picture skipped alike."""
-    assert run("--name=coded_two", "--split=train") == 0
+    assert encode("--name=coded_two", "--split=train") == 0
     config = ml_collections.ConfigDict(codec.config.data.to_dict())
     batches = {}
     for source, wanted in (("pictures", "image"), ("coded_two", "codes")):
@@ -152,15 +151,15 @@ def test_training_on_codes_sees_the_batches_of_training_on_pictures(prepared, co
 
 
 def test_again_is_a_no_op_and_another_codec_is_refused(prepared, codec, capfd):
-    assert run("--name=coded_three", "--split=validation") == 0
+    assert encode("--name=coded_three", "--split=validation") == 0
     file = prepared / "coded_three" / store.VERSION / "features.json"
     written = file.stat().st_mtime_ns
-    assert run("--name=coded_three", "--split=validation") == 0
+    assert encode("--name=coded_three", "--split=validation") == 0
     assert file.stat().st_mtime_ns == written
     codec.fingerprint = "f" * 16
-    assert run("--name=coded_three", "--split=validation") == 2
+    assert encode("--name=coded_three", "--split=validation") == 2
     assert "--overwrite" in capfd.readouterr().err
-    assert run("--name=coded_three", "--split=validation", "--overwrite") == 0
+    assert encode("--name=coded_three", "--split=validation", "--overwrite") == 0
     assert file.stat().st_mtime_ns != written
 
 
@@ -177,7 +176,7 @@ def test_again_is_a_no_op_and_another_codec_is_refused(prepared, codec, capfd):
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(codec, capfd, args, says):
-    assert run(*args) == 2
+    assert encode(*args) == 2
     assert says in capfd.readouterr().err
 
 

@@ -15,12 +15,14 @@ import tiny_stages  # noqa: E402
 
 from dalle_jax.__main__ import main  # noqa: E402
 from dalle_jax.data.builders import store  # noqa: E402
-from dalle_jax.evaluation import shapes_judge  # noqa: E402
+from dalle_jax.evaluation import judge  # noqa: E402
 from dalle_jax.sampling import dalle as sampling  # noqa: E402
-from dalle_jax.sampling import inversion, stages, unclip, unclip_set  # noqa: E402
+from dalle_jax.sampling import inversion, unclip  # noqa: E402
+from dalle_jax.stages import run as run_stage  # noqa: E402
+from dalle_jax.stages import unclip as unclip_stages  # noqa: E402
 
 NUM = 10
-_LOADED, _LOAD = {}, unclip_set.load  # equal folders are read once
+_LOADED, _LOAD = {}, unclip_stages.load  # equal folders are read once
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +81,13 @@ def sets(root, monkeypatch):
             _LOADED[name] = _LOAD(folders)
         return _LOADED[name]
 
-    monkeypatch.setattr(unclip_set, "load", load)
+    monkeypatch.setattr(unclip_stages, "load", load)
     monkeypatch.setattr(unclip, "_draw", draw)
     monkeypatch.setattr(inversion, "invert", lambda model, params, cond, x, **options: x)
-    monkeypatch.setattr(stages, "PRETRAINED", root)
-    monkeypatch.setattr(shapes_judge, "oracle_accuracy", lambda n, px: 1.0)
-    nothing = shapes_judge.Reading("white", ())
-    monkeypatch.setattr(shapes_judge, "parse", lambda image: nothing)
+    monkeypatch.setattr(run_stage, "PRETRAINED", root)
+    monkeypatch.setattr(judge, "oracle_accuracy", lambda n, px: 1.0)
+    nothing = judge.Reading("white", ())
+    monkeypatch.setattr(judge, "parse", lambda image: nothing)
 
 
 def evaluate(*flags: str) -> int:
@@ -132,7 +134,7 @@ def test_dalle_draws_for_the_same_suite(data_dir, tmp_path, monkeypatch, capsys)
     stage = types.SimpleNamespace(
         codec=codec, model=None, on=lambda where: {}, config=config, tokenizer_bytes=words
     )
-    monkeypatch.setattr(stages, "load_dalle", lambda folder, dvae: stage)
+    monkeypatch.setattr(run_stage, "load_dalle", lambda folder, dvae: stage)
     monkeypatch.setattr(sampling, "sample", sample)
     flags = ("--suite=distribution", "--pretrained=old", "--features=pixels", "--batch=8")
     flags += ("--source=pictures", f"--data_dir={data_dir}", "--split=held_out", "--json")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dalle_jax import __main__ as main
 from dalle_jax.data.builders import store
-from dalle_jax.sampling import pca, stages
+from dalle_jax.stages import pca, run
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "sampling"))
 
@@ -49,17 +49,17 @@ def clip(prepared, tmp_path_factory):
         "data.source": "pictures", "data.data_dir": str(prepared),
     }  # fmt: skip
     path = tiny_stages.write_clip(tmp_path_factory.mktemp("stages") / "clip", **changes)
-    return stages.load_clip(path)
+    return run.load_clip(path)
 
 
-def run(*args):
+def fit(*args):
     return main.main(["pca", "--compilation_cache=", *args])
 
 
 def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):
     out = tmp_path / "made" / "pca.npz"
     args = [f"--clip={clip.workdir}", f"--out={out}", "--batch=16", "--buckets=5", "--dims=3"]
-    assert run(*args) == 0
+    assert fit(*args) == 0
     captured = capfd.readouterr()
     assert "3 of 6 components of 37 embeddings explain 0." in captured.out
     assert "37/37 pictures embedded" in captured.err
@@ -68,8 +68,8 @@ def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):
     assert fitted.clip == clip.fingerprint and fitted.joint_width == E
     np.testing.assert_allclose(np.linalg.norm(fitted.mean), 1, atol=0.5)
     bytes_ = out.read_bytes()
-    assert run(*args) == 0 and out.read_bytes() == bytes_
-    assert run(*args, "--max_examples=20") == 0
+    assert fit(*args) == 0 and out.read_bytes() == bytes_
+    assert fit(*args, "--max_examples=20") == 0
     assert pca.load(str(out)).num_examples == 20
 
 
@@ -86,5 +86,5 @@ def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(clip, tmp_path, capfd, args, says):
-    assert run(f"--clip={clip.workdir}", f"--out={tmp_path / 'pca.npz'}", *args) == 2
+    assert fit(f"--clip={clip.workdir}", f"--out={tmp_path / 'pca.npz'}", *args) == 2
     assert says in capfd.readouterr().err

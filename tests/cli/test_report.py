@@ -8,9 +8,8 @@ import pytest
 
 from dalle_jax import __main__ as program
 from dalle_jax import images
-from dalle_jax.data import shapes
-from dalle_jax.evaluation import run as suites
-from dalle_jax.evaluation import shapes_judge
+from dalle_jax.data import scenes
+from dalle_jax.evaluation import judge, shapes
 
 SKILL = {
     "n": 24, "seen": 0.5, "held_out": 0.25, "reconstruction": 0.9,
@@ -176,7 +175,7 @@ def test_a_missing_folder_is_named(tmp_path, capsys):
     assert "launch/demo.sh" in capsys.readouterr().err
 
 
-SCENE = suites.make_prompts(1, 0)[0].scene  # of the grammar: the judge can tell
+SCENE = shapes.make_prompts(1, 0)[0].scene  # of the grammar: the judge can tell
 
 
 def results(folder, names, rng, **figures):
@@ -185,7 +184,7 @@ def results(folder, names, rng, **figures):
     files = [folder / f"{name}.png" for name in names]
     for file in files:
         file.write_bytes(images.png_bytes(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)))
-    files[-1].write_bytes(images.png_bytes(shapes.render(SCENE, 32)))
+    files[-1].write_bytes(images.png_bytes(scenes.render(SCENE, 32)))
     labels = [f"{file.stem} · 0.777" for file in files]
     shown = dict(files=[str(file) for file in files], labels=labels, **figures)
     return dict(title=f"title of {folder.name}", text="In 2 seconds.", **shown)
@@ -227,7 +226,7 @@ def unclip(tmp_path, rng):
     place = folder / "samples" / "of-the-grammar"
     place.mkdir()
     for name, px in (("01_small", 16), ("01", 32)):
-        (place / f"{name}.png").write_bytes(images.png_bytes(shapes.render(SCENE, px)))
+        (place / f"{name}.png").write_bytes(images.png_bytes(scenes.render(SCENE, px)))
     kept = dict(rank=1, score=0.654, file=f"{place}/01.png", small=f"{place}/01_small.png")
     scores = dict(prompt=SCENE.caption, kept=[kept], scores=[0.654, 0.1])
     (place / "scores.json").write_text(json.dumps(scores))
@@ -283,7 +282,7 @@ def test_a_demo_of_dalle_2_shows_all_six_kinds_of_pictures(unclip):
     ],
 )
 def test_what_is_missing_of_dalle_2_is_said(unclip, monkeypatch, missing, sentence):
-    monkeypatch.setattr(shapes_judge, "judge", lambda caption, image: {"all": True})
+    monkeypatch.setattr(judge, "judge", lambda caption, image: {"all": True})
     (unclip / missing).rename(unclip / "elsewhere")
     assert sentence in report(unclip).text
 
@@ -297,6 +296,6 @@ def test_a_decoder_alone_makes_a_page_too(tmp_path, unclip):
 
 
 def test_a_moved_demo_of_dalle_2_still_finds_its_pictures(unclip, monkeypatch):
-    monkeypatch.setattr(shapes_judge, "judge", lambda caption, image: {"all": True})
+    monkeypatch.setattr(judge, "judge", lambda caption, image: {"all": True})
     there = unclip.rename(unclip.with_name("moved"))
     assert report(there).images == 4 + 2 + 3 + 4 + 3 + 3 + 3

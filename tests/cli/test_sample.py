@@ -17,9 +17,10 @@ import tiny_stages  # noqa: E402
 
 from dalle_jax import images  # noqa: E402
 from dalle_jax.__main__ import main  # noqa: E402
-from dalle_jax.cli import prompts  # noqa: E402
+from dalle_jax.cli import _prompts  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
-from dalle_jax.sampling import rerank, stages  # noqa: E402
+from dalle_jax.sampling import rerank
+from dalle_jax.stages import run  # noqa: E402
 
 PROMPT = "a red cube on a white background"
 
@@ -60,7 +61,7 @@ def test_writes_ranked_pictures_scores_codes_sheet_and_page(folders, tmp_path, c
     kept = [k["candidate"] for k in result["kept"]]
     np.testing.assert_array_equal(kept, rerank.order(scores)[:3])
     assert [k["score"] for k in result["kept"]] == [scores[i] for i in kept]
-    codec = stages.load_codec(folders["codec"])
+    codec = run.load_codec(folders["codec"])
     codes = np.load(folder / "codes.npy")
     assert codes.shape == (3, codec.grid**2)
     for rank in (1, 2, 3):
@@ -138,7 +139,7 @@ def test_completion_keeps_the_given_rows_bit_for_bit(folders, tmp_path, picture)
     flags = ("--candidates=8", "--keep=8", f"--image={picture}", "--keep_rows=1")
     assert draw(folders, out, *flags) == 0
     codes = np.load(next(out.glob("*/codes.npy")))
-    dalle = stages.load_dalle(folders["dalle"])
+    dalle = run.load_dalle(folders["dalle"])
     g = dalle.codec.grid
     seen = preprocess.crop_center(images.read(picture), dalle.codec.image_px)
     given = np.asarray(dalle.codec.encode(images.to_float(seen)[None]))[0, 0]
@@ -231,6 +232,6 @@ def test_nothing_to_draw_is_told(folders, tmp_path, capsys):
 
 def test_folders_are_distinct_and_never_leave_out():
     out = pathlib.Path("out")
-    names = prompts.folders(out, ["A cube!", "a cube", "../../etc", "Ж", "x" * 300])
+    names = _prompts.folders(out, ["A cube!", "a cube", "../../etc", "Ж", "x" * 300])
     assert [n.name for n in names[:4]] == ["a-cube", "a-cube-2", "etc", "prompt"]
     assert all(n.parent == out and len(n.name) <= 60 for n in names)

@@ -12,10 +12,9 @@ import jax
 import pytest
 
 from dalle_jax import __main__, tasks
-from dalle_jax.cli import common
-from dalle_jax.data import pipeline, tokenizer
+from dalle_jax.cli import _flags
+from dalle_jax.data import pipeline, tokenizers
 from dalle_jax.engine import checkpoint
-from dalle_jax.sampling import stages
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "engine"))
@@ -42,9 +41,9 @@ def command(monkeypatch, workdir, tmp_path):
     fake = types.ModuleType("linear")
     fake.wanted = lambda config: {"text"} if config.seed == 7 else {"image"}
 
-    def make(config, tokenizer=None, *, by_shape=False):
+    def make(config, tokenizer=None, *, shapes_only=False):
         fake.tokenizer = tokenizer
-        return lt.make_task(keeps=stages.kept(tokenizer))
+        return lt.make_task(keeps=run.kept(tokenizer))
 
     make.__module__ = "linear"
     fake.make = make
@@ -115,8 +114,8 @@ def test_the_12b_model_is_looked_at_without_codec_data_or_tokenizer(capsys, monk
 def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypatch):
     captions = ["a red square", "a blue circle on the left of a green square"] * 20
     path = workdir.parent / "set.model"
-    tokenizer.train(captions, 320, path)
-    monkeypatch.setattr(tokenizer, "find", lambda c: tokenizer.Tokenizer(path.read_bytes()))
+    tokenizers.train(captions, 320, path)
+    monkeypatch.setattr(tokenizers, "find", lambda c: tokenizers.Tokenizer(path.read_bytes()))
     text = ("--config.seed=7", "--config.train.steps=2")
     assert command(*text) == 0
     copied = (workdir / "tokenizer.model").read_bytes()
@@ -125,7 +124,7 @@ def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypa
     def lost(config):
         raise AssertionError("the prepared set must not be asked")
 
-    monkeypatch.setattr(tokenizer, "find", lost)
+    monkeypatch.setattr(tokenizers, "find", lost)
     assert command(*text, "--config.train.steps=3") == 0
     assert command.fake.tokenizer.model_bytes == copied
 
@@ -138,8 +137,8 @@ def test_a_refused_start_leaves_another_runs_workdir_as_it_was(
     other.task = "clip"  # the folder of another network
     checkpoint.save_config(str(workdir), other)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
-    found = tokenizer.train(["a red square", "a blue circle"] * 20, 320, None)
-    monkeypatch.setattr(tokenizer, "find", lambda config: found)
+    found = tokenizers.train(["a red square", "a blue circle"] * 20, 320, None)
+    monkeypatch.setattr(tokenizers, "find", lambda config: found)
     assert command("--config.seed=7") == 2  # a task with text
     assert "task: stored 'clip', given 'linear'" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
@@ -179,7 +178,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch):
     def interrupt(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "load_config", interrupt)
+    monkeypatch.setattr(_flags, "load_config", interrupt)
     argv = ["train", "--config=x", "--workdir=y", "--compilation_cache="]
     assert __main__.main(argv) == 130
 
@@ -212,7 +211,7 @@ def test_no_help_imports_jax():
 
 
 def test_overrides_are_split_from_flags():
-    rest, overrides = common.split_overrides(
+    rest, overrides = _flags.split_overrides(
         ["--config=a.py", "--config.a.b=1=2", "--workdir", "w", "--config.c", "-3"]
     )
     assert rest == ["--config=a.py", "--workdir", "w"]

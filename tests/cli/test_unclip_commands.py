@@ -13,10 +13,11 @@ import tiny_stages  # noqa: E402
 
 from dalle_jax import images  # noqa: E402
 from dalle_jax.__main__ import main  # noqa: E402
-from dalle_jax.cli import mask_files, unclip_options  # noqa: E402
+from dalle_jax.cli import _masks, _unclip  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
-from dalle_jax.evaluation import run as suites  # noqa: E402
-from dalle_jax.sampling import inversion, stages, unclip  # noqa: E402
+from dalle_jax.evaluation import shapes  # noqa: E402
+from dalle_jax.sampling import inversion, unclip
+from dalle_jax.stages import run  # noqa: E402
 from dalle_jax.types import UsageError  # noqa: E402
 
 PROMPT = "a red cube on a white background"
@@ -40,7 +41,7 @@ def dalle(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def sets(root, monkeypatch):
-    monkeypatch.setattr(stages, "PRETRAINED", root)
+    monkeypatch.setattr(run, "PRETRAINED", root)
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_inpaint_keeps_what_is_known_bit_for_bit(tmp_path, picture, how):
     }[how]
     flags += [f"--prompt={PROMPT}", "--prior=none", "--candidates=2", "--keep=1"]
     assert call("inpaint", f"--image={picture}", *flags, f"--out={out}") == 0
-    known = mask_files.fit(~anew, 16)[..., 0]
+    known = _masks.fit(~anew, 16)[..., 0]
     given, drawn = (images.read(out / f"{name}.png") for name in ("given", "01"))
     np.testing.assert_array_equal(given[known], drawn[known])
     assert 0.2 < results(out)["results"][0]["drawn_anew"] < 0.6
@@ -156,10 +157,10 @@ def drawn(monkeypatch) -> list[np.ndarray]:
         skill = {"seen": 0.5, "held_out": 0.25, "reconstruction": 1.0, "best_of": {"1": 0.5}}
         skill |= {"oracle": {"1": 0.5}, "n": 2}
         made = {"skills": {"single": skill}, "mean": skill, "seconds_per_picture": {"1": 1.0}}
-        shown = [suites.Example(suites.make_prompts(1, 0)[0], pictures[0], ("right", "wrong"))]
+        shown = [shapes.Example(shapes.make_prompts(1, 0)[0], pictures[0], ("right", "wrong"))]
         return {"judge": {"oracle_accuracy": 1.0, "n": 1, "image_px": image_px}} | made, shown
 
-    monkeypatch.setattr(suites, "shapes_suite", suite)
+    monkeypatch.setattr(shapes, "shapes_suite", suite)
     return drawn
 
 
@@ -273,15 +274,15 @@ def test_bad_input_exits_2_before_anything_is_drawn(
 def test_masks_are_known_where_everything_under_a_pixel_is():
     known = np.ones((20, 24), bool)
     known[3, 5] = False
-    small = mask_files.fit(known, 10)[..., 0]
+    small = _masks.fit(known, 10)[..., 0]
     assert small.sum() == 99 and not small[1, 1]
-    large = mask_files.fit(known, 40)[..., 0]
+    large = _masks.fit(known, 40)[..., 0]
     assert (~large).sum() == 4 and not large[6:8, 6:8].any()
     with pytest.raises(UsageError, match="nothing is masked"):
         outside = np.ones((20, 24), bool)
         outside[:, 0] = False  # cut away with the sides
-        mask_files.fit(outside, 10)
+        _masks.fit(outside, 10)
 
 
 def test_flags_know_every_way():
-    assert unclip_options.WAYS == unclip.WAYS
+    assert _unclip.WAYS == unclip.WAYS

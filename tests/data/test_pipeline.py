@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.data import pipeline, sources
-from dalle_jax.data import tokenizer as tok
+from dalle_jax.data import pipeline, sources, tokenizers
 from dalle_jax.types import UsageError
 
 PX = 8
@@ -46,7 +45,9 @@ class FakeSource:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tok.train([f"caption {k} of picture {i}" for i in range(50) for k in range(3)], 400)
+    return tokenizers.train(
+        [f"caption {k} of picture {i}" for i in range(50) for k in range(3)], 400
+    )
 
 
 def config(**changes):
@@ -165,7 +166,7 @@ def test_image_text_and_codes_belong_together(tokenizer):
         for image, text, codes, name in zip(*batch.values(), batches.ids(step), strict=True):
             i = codes[0]
             assert name == f"example-{i}"
-            assert tok.Tokenizer.decode(tokenizer, text).endswith(f"of picture {i}")
+            assert tokenizers.Tokenizer.decode(tokenizer, text).endswith(f"of picture {i}")
             if i % 3 == 0:  # square, so not resized
                 assert image[0, 0, 0] == i
 
@@ -189,7 +190,7 @@ def test_caption_drop_is_about_its_rate_and_empties(tokenizer):
     empty = np.mean([(batches(s)["text"] == 0).all(1).mean() for s in range(20)])
     assert 0.19 < empty < 0.31  # 1000 draws, 4 sigma
     wrapped = build(tokenizer, caption_drop=1.0, add_bos_eos=True, wanted={"text"})(0)["text"]
-    assert (wrapped[:, :3] == [tok.BOS, tok.EOS, 0]).all()
+    assert (wrapped[:, :3] == [tokenizers.BOS, tokenizers.EOS, 0]).all()
 
 
 def test_evaluation_is_in_order_plain_and_wraps(tokenizer):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dalle_jax.data import shapes
+from dalle_jax.data import scenes
 from dalle_jax.data.builders import drawing
 from dalle_jax.data.builders import shapes as builder
 from dalle_jax.types import UsageError
@@ -47,14 +47,14 @@ def test_records_hold_picture_caption_and_scene(path):
         kinds.append(scene.kind)
         assert record["id"] == f"train-{index:07d}".encode()
         assert [text.decode() for text in record["captions"]] == [scene.caption]
-        np.testing.assert_array_equal(record["image"], shapes.render(scene, 32))
-    assert {kinds.count(kind) for kind in shapes.KINDS} == {20}
+        np.testing.assert_array_equal(record["image"], scenes.render(scene, 32))
+    assert {kinds.count(kind) for kind in scenes.KINDS} == {20}
 
 
 def test_held_out_combinations_are_in_their_split_only(path):
     for split, expected in (("train", False), ("validation", False), ("held_out", True)):
         for record in raw(path, split):
-            assert bool(shapes.held_out_rules(builder.scene_of(record))) is expected
+            assert bool(scenes.held_out_rules(builder.scene_of(record))) is expected
 
 
 def test_same_bytes_from_two_processes(path, tmp_path):
@@ -107,7 +107,7 @@ def test_kinds_take_turns_in_the_train_split_only(tmp_path):
         return [builder.scene_of(record).kind for record in source(path, split)]
 
     assert kinds("train") == turns * 2
-    assert set(kinds("validation")) == set(kinds("held_out")) == set(shapes.KINDS)
+    assert set(kinds("validation")) == set(kinds("held_out")) == set(scenes.KINDS)
 
 
 @pytest.mark.parametrize("kinds", [[], ["single", "triple"], [""]])

@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dalle_jax.data import sources, stock
+from dalle_jax.data import catalogue, sources
 from dalle_jax.types import UsageError
 
 
@@ -316,6 +316,6 @@ def test_classes_of_a_set_are_tfds_own_or_refused(toy, tmp_path, monkeypatch):
 
 
 def test_stock_table_is_coherent():
-    for name, entry in stock.STOCK.items():
+    for name, entry in catalogue.STOCK.items():
         assert bool(entry.caption_key) != bool(entry.label_template), name
         assert name == name.lower()

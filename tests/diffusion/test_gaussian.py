@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.diffusion import gaussian
-from dalle_jax.diffusion import schedule as tables
+from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.diffusion.gaussian import Parameterisation
 from dalle_jax.types import UsageError
 
@@ -20,7 +19,7 @@ LEARNED = Parameterisation(variance="learned_range")
 
 @pytest.fixture(params=["linear", "cosine"])
 def schedule(request):
-    return tables.make(request.param, 100)
+    return schedules.make(request.param, 100)
 
 
 def batch(rng, levels=False):

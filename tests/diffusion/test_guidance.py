@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.diffusion import gaussian, guidance, samplers
-from dalle_jax.diffusion import schedule as tables
+from dalle_jax.diffusion import gaussian, guidance, samplers, schedules
 from dalle_jax.diffusion.gaussian import Parameterisation
 
 
@@ -47,7 +46,7 @@ def test_mix_at_its_ends_and_beyond(outputs):
 
 
 def test_mixing_eps_x_0_or_v_is_the_same(rng):
-    schedule = tables.make("cosine", 100)
+    schedule = schedules.make("cosine", 100)
     x_t, eps_c, eps_u = (jnp.asarray(np.float32(rng.normal(size=(4, 8, 8, 3)))) for _ in range(3))
     t = jnp.asarray([0, 20, 50, 80])
     expected = gaussian.x_0_from_eps(
@@ -68,9 +67,9 @@ def test_mixing_eps_x_0_or_v_is_the_same(rng):
 
 def test_guided_asks_once_and_samples_like_the_mixture():
     """A conditional and an unconditional predictor of points: sampling ends at their mixture."""
-    schedule = tables.respace(tables.make("linear"), 20)
-    full = jnp.asarray(np.sqrt(tables.make("linear").alpha_bar), jnp.float32)
-    left = jnp.asarray(np.sqrt(1 - tables.make("linear").alpha_bar), jnp.float32)
+    schedule = schedules.respace(schedules.make("linear"), 20)
+    full = jnp.asarray(np.sqrt(schedules.make("linear").alpha_bar), jnp.float32)
+    left = jnp.asarray(np.sqrt(1 - schedules.make("linear").alpha_bar), jnp.float32)
     where, empty = jnp.asarray([[0.2], [0.4], [-0.3]]), jnp.asarray([[0.1]])
     calls = []
 

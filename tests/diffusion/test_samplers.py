@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.diffusion import gaussian, samplers
-from dalle_jax.diffusion import schedule as tables
+from dalle_jax.diffusion import gaussian, samplers, schedules
 from dalle_jax.diffusion.gaussian import Parameterisation
 from dalle_jax.types import UsageError
 
@@ -67,13 +66,13 @@ def keys_of(seed, n, first=0):
 
 @pytest.fixture(params=["linear", "cosine"])
 def schedule(request):
-    return tables.make(request.param, 1000)
+    return schedules.make(request.param, 1000)
 
 
 @pytest.mark.parametrize("spacing", [1000, 250, "ddim50", "fast27"])
 def test_ddim_ends_where_the_cosines_say(schedule, rng, spacing):
     """With the original schedule's predictor: so the steps it is fed are those of training."""
-    short = tables.respace(schedule, spacing)
+    short = schedules.respace(schedule, spacing)
     x_t = normal(rng, 4)
     x_0 = jax.jit(lambda x: samplers.ddim(exact(schedule), short, FREE, x))(x_t)
     expected = ddim_by_hand(short, x_t)
@@ -83,7 +82,7 @@ def test_ddim_ends_where_the_cosines_say(schedule, rng, spacing):
 
 @pytest.mark.parametrize("predicts", ["eps", "x_0", "v"])
 def test_every_parameterisation_leads_to_the_same_place(schedule, rng, predicts):
-    short = tables.respace(schedule, 50)
+    short = schedules.respace(schedule, 50)
     p = Parameterisation(predicts=predicts, clip="none", variance="learned_range")
     predict = exact(schedule, predicts, variance_channels=True)
     x_t = normal(rng, 4)
@@ -105,7 +104,7 @@ def test_ten_steps_of_dpmpp_miss_by_less_than_forty_of_ddim(schedule, rng, predi
     end = MU + STD * (np.asarray(x_t, np.float64) - signal * MU) / np.hypot(signal * STD, noise)
 
     def error(sampler, steps):
-        short = tables.respace(schedule, f"logsnr{steps}")
+        short = schedules.respace(schedule, f"logsnr{steps}")
         assert short.num_steps == steps and short.timesteps[-1] == schedule.timesteps[-1]
         drawn = jax.jit(lambda x: sampler(predict, short, p, x))(x_t)
         return np.sqrt(np.mean((drawn - end) ** 2))
@@ -120,7 +119,7 @@ def test_one_step_of_dpmpp_is_that_of_ddim(schedule, rng):
     x_t = normal(rng, 2)
     still = Parameterisation(predicts="x_0", clip="none")
     for spacing in (1, 7):
-        short = tables.respace(schedule, spacing)
+        short = schedules.respace(schedule, spacing)
         a, b = (
             jax.jit(lambda x, f=f, s=short: f(lambda x, t: 0.3 + 0 * x, s, still, x))(x_t)
             for f in (samplers.dpmpp, samplers.ddim)
@@ -154,7 +153,7 @@ def std_by_hand(short, eta):
 
 @pytest.mark.parametrize(("name", "etas"), [("ddpm", [None]), ("ddim", [0.0, 0.5, 1.0])])
 def test_samples_have_the_mean_and_spread_of_the_data(schedule, rng, name, etas):
-    short = tables.respace(schedule, 250)
+    short = schedules.respace(schedule, 250)
 
     @jax.jit
     def run(x_t, eta):  # None is static; other etas share one program
@@ -179,8 +178,8 @@ def check_moments(x, std):
 
 def test_ddim_at_eta_1_is_ddpm(rng):
     """With the posterior's variance, learned or not, and the same noise (Song et al., §4.1)."""
-    schedule = tables.make("cosine")
-    short = tables.respace(schedule, 20)
+    schedule = schedules.make("cosine")
+    short = schedules.respace(schedule, 20)
     learned = Parameterisation(clip="none", variance="learned_range")
     says_posterior = exact(schedule, variance_channels=True)
 
@@ -201,8 +200,8 @@ def test_ddim_at_eta_1_is_ddpm(rng):
 
 @pytest.mark.parametrize(("name", "options"), [("ddpm", {}), ("ddim", {"eta": 0.7})])
 def test_an_example_does_not_depend_on_its_batch_or_device(rng, name, options):
-    schedule = tables.make("linear")
-    short = tables.respace(schedule, 10)
+    schedule = schedules.make("linear")
+    short = schedules.respace(schedule, 10)
 
     @jax.jit
     def run(x_t, keys):
@@ -225,16 +224,16 @@ def test_noise_is_a_function_of_key_and_step():
     for other in (draw_noise(keys_of(0, 8), 4, SHAPE), draw_noise(keys_of(1, 8), 3, SHAPE)):
         assert np.abs(np.corrcoef(other.ravel(), eight.ravel())[0, 1]) < 0.1
     # x_T does not change with the number of steps.
-    schedule = tables.make("cosine")
-    short = tables.respace(schedule, "ddim50")
+    schedule = schedules.make("cosine")
+    short = schedules.respace(schedule, "ddim50")
     np.testing.assert_array_equal(
         samplers.start(schedule, keys_of(0, 2), SHAPE), samplers.start(short, keys_of(0, 2), SHAPE)
     )
 
 
 def test_each_sampler_is_one_loop_that_is_compiled_once(rng):
-    schedule = tables.make("linear")
-    short = tables.respace(schedule, 30)
+    schedule = schedules.make("linear")
+    short = schedules.respace(schedule, 30)
     counts = {"ddpm": [], "ddim": [], "ddim_invert": []}
 
     @jax.jit
@@ -261,7 +260,7 @@ def round_trip(predict, short, p, x_0, corrections):
 
 def test_inversion_returns_exactly_if_eps_does_not_change_on_the_way(rng):
     """Then the guess of inversion is no guess."""
-    short = tables.respace(tables.make("linear"), 50)
+    short = schedules.respace(schedules.make("linear"), 50)
     x_0, eps = (jnp.asarray(np.float32(rng.normal(size=(2, *SHAPE)))) for _ in range(2))
     x_t, error = round_trip(lambda x, t: eps, short, FREE, x_0, 0)
     assert error < 1e-3  # 1e-7 / sqrt(alpha_bar) = 2e-5 at the last row, 50 steps
@@ -274,7 +273,7 @@ def test_ddim_after_inversion_returns_the_picture(schedule):
     sigmas = jnp.linspace(-3, 3, 2 * 64).reshape(2, 8, 8, 1)
     x_0, errors = MU + STD * sigmas, {}
     for steps, corrections in ((25, 0), (250, 0), (25, 2), (25, 5), (250, 2)):
-        short = tables.respace(schedule, steps)
+        short = schedules.respace(schedule, steps)
         found = round_trip(exact(schedule), short, FREE, x_0, corrections)
         x_t, errors[steps, corrections] = found
     assert 0.1 < errors[25, 0] < 0.3
@@ -289,8 +288,8 @@ def test_ddim_after_inversion_returns_the_picture(schedule):
     ("name", "clip"), [("ddpm", "none"), ("ddpm", "dynamic"), ("ddim", "static"), ("ddim", "none")]
 )
 def test_inpainting_keeps_known_pixels_bit_for_bit(rng, name, clip):
-    schedule = tables.make("cosine")
-    short = tables.respace(schedule, 15)
+    schedule = schedules.make("cosine")
+    short = schedules.respace(schedule, 15)
     picture = jnp.asarray(np.float32(rng.integers(0, 256, (3, *SHAPE)) / 127.5 - 1))
     known = jnp.asarray(rng.random((3, *SHAPE[:2], 1)) < 0.5)
     p = Parameterisation(clip=clip)
@@ -305,7 +304,7 @@ def test_inpainting_keeps_known_pixels_bit_for_bit(rng, name, clip):
 
 def test_known_pixels_carry_the_noise_of_their_step(rng):
     """What the network sees there is q(x_t | x_0): mean and spread at every step."""
-    schedule = tables.respace(tables.make("linear"), 20)
+    schedule = schedules.respace(schedules.make("linear"), 20)
     n, seen = 512, {}
     picture = jnp.full((n, 4, 4, 1), 0.8)
     project = samplers.keep_known(picture, jnp.ones(picture.shape, bool))
@@ -329,7 +328,7 @@ def test_known_pixels_carry_the_noise_of_their_step(rng):
 
 
 def test_what_cannot_be_meant_is_refused(schedule):
-    short = tables.respace(schedule, 5)
+    short = schedules.respace(schedule, 5)
     x, keys = jnp.zeros((2, 4)), keys_of(0, 2)
     for eta in (-0.1, 1.5):
         with pytest.raises(UsageError, match="eta"):

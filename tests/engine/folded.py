@@ -12,8 +12,7 @@ import numpy as np
 import weights
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import loop, program, sharding
-from dalle_jax.engine import state as state_lib
+from dalle_jax.engine import loop, program, sharding, train_state
 from dalle_jax.tasks import clip, dalle
 
 BATCH, WIDTH, GRID, TEXT = 16, 24, 4, 6
@@ -77,7 +76,7 @@ class Run:
         self.config, self.program = config, program.build(config, task_of(config), devices)
         self.key = jax.random.key(config.seed)
 
-    def init(self) -> state_lib.TrainState:
+    def init(self) -> train_state.TrainState:
         """Weights of noise, before the first step."""
         target = self.program.saved.target
         fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
@@ -85,7 +84,7 @@ class Run:
         average = None if target.ema is None else params
         return self.place(fresh.replace(params=params, ema=average))
 
-    def place(self, state: state_lib.TrainState) -> state_lib.TrainState:
+    def place(self, state: train_state.TrainState) -> train_state.TrainState:
         """A plain state, of the host or of another mesh, as this mesh stores it."""
         target = self.program.saved.target
         placed = sharding.place(sharding.to_host(state), jax.tree.map(lambda x: x.sharding, target))
@@ -95,7 +94,7 @@ class Run:
         """The text of the training step, compiled for this mesh."""
         return self.program.lower_step().compile().as_text()
 
-    def step(self, state: state_lib.TrainState):
+    def step(self, state: train_state.TrainState):
         made = self.program
         return made.lower_step().compile()(state, None, self.batch(), self.placed_key())
 
@@ -111,7 +110,7 @@ class Run:
         target = self.program.saved.target.params
         return jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), params, target)
 
-    def gradients(self, state: state_lib.TrainState):
+    def gradients(self, state: train_state.TrainState):
         """(loss, plain gradients) of the first batch."""
         made = self.program
 

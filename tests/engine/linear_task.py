@@ -126,9 +126,9 @@ def main() -> int:
     process I before it reads the batch of that step; `unreadable=I:STEP` hides that checkpoint
     from process I; `reshard=1` may continue on another mesh; `wait=` is how long to wait for all.
     """
-    from dalle_jax.engine import checkpoint, claim, distributed, loop
+    from dalle_jax.engine import checkpoint, distributed, loop, workdir
 
-    workdir, *pairs = sys.argv[1:]
+    folder, *pairs = sys.argv[1:]
     values = dict(pair.split("=") for pair in pairs)
     delay, may_reshard = float(values.pop("delay", 0)), bool(values.pop("reshard", 0))
     wait = int(values.pop("wait", 60))
@@ -152,12 +152,12 @@ def main() -> int:
     checkpoint.Checkpointer._read = read_unless_hidden
     with distributed.job(start, takes_notice=True):
         config = make_config(**values)
-        distributed.agree(claim.facts(workdir, config))
+        distributed.agree(workdir.facts(folder, config))
         mesh = meshes.make_mesh(config.mesh)
         fault = (int(when), FAULTS[kind]) if jax.process_index() == int(who) else (None, None)
         batches = Part(mesh, fault, delay=delay)
         try:
-            loop.train(config, make_task(), batches, Part(mesh), workdir, may_reshard=may_reshard)
+            loop.train(config, make_task(), batches, Part(mesh), folder, may_reshard=may_reshard)
         except loop.Interrupted as stop:
             print(stop, file=sys.stderr, flush=True)
             return 128 + stop.signum

@@ -13,8 +13,7 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, meshes, optim, sharding
-from dalle_jax.engine import state as state_lib
+from dalle_jax.engine import checkpoint, meshes, optim, sharding, train_state
 from dalle_jax.types import UsageError
 
 
@@ -23,10 +22,10 @@ def make_state(devices, config, seed=0):
     mesh = meshes.make_mesh(config.mesh, devices)
     rules = sharding.rules(config.mesh)
     task, key = lt.make_task(), jax.random.key(seed)
-    boxed = state_lib.abstract(task, key)
+    boxed = train_state.abstract(task, key)
     tx, _ = optim.make(config.optim, boxed[0], None, 10)
-    target, where = state_lib.shardings(boxed, tx, has_ema=True, mesh=mesh, rules=rules)
-    init = state_lib.make_init(task, tx, has_ema=True)
+    target, where = train_state.shardings(boxed, tx, has_ema=True, mesh=mesh, rules=rules)
+    init = train_state.make_init(task, tx, has_ema=True)
     return target, jax.jit(init, out_shardings=where)(key)
 
 
@@ -131,7 +130,7 @@ def test_kill_9_during_a_save_leaves_the_previous_checkpoint(workdir, compile_fl
         import jax, jax.numpy as jnp, linear_task as lt
         import orbax.checkpoint as ocp
         from dalle_jax.engine import checkpoint
-        from dalle_jax.engine.state import TrainState
+        from dalle_jax.engine.train_state import TrainState
         config = lt.make_config()
         def state(x):
             return TrainState(jnp.int32(0), {"w": jnp.full((500, 500), x)}, None, None, None)
@@ -213,7 +212,7 @@ def test_an_exported_config_names_no_path_of_this_machine(workdir, tmp_path):
 
 def test_export_refuses_what_float16_cannot_hold(workdir, tmp_path):
     config = lt.make_config()
-    state = state_lib.TrainState(jnp.int32(0), {"w": jnp.full((2,), 1e6)}, None, None, None)
+    state = train_state.TrainState(jnp.int32(0), {"w": jnp.full((2,), 1e6)}, None, None, None)
     checkpoint.save_config(str(workdir), config)
     keeper = checkpoint.Checkpointer(str(workdir), config)
     keeper.save(1, state, wait=True)

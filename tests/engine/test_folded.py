@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, hlo, sharding
+from dalle_jax.engine import checkpoint, sharding
+from dalle_jax.planning import hlo
 
 ROWS = 24  # of a shard of any stored matrix in these sizes: three tiles
 

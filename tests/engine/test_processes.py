@@ -14,8 +14,19 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, claim, distributed, loop, meshes, metrics, sharding, stop
+from dalle_jax.engine import (
+    checkpoint,
+    distributed,
+    interrupt,
+    loop,
+    meshes,
+    metrics,
+    sharding,
+    workdir,
+)
 from dalle_jax.types import UsageError
+
+check_mesh = workdir.check_mesh  # `workdir` is the fixture's name inside a test
 
 HERE = pathlib.Path(__file__).parent
 HEARTBEAT_S = 10  # of linear_task
@@ -263,7 +274,7 @@ def test_same_config_on_another_mesh_needs_permission(workdir, monkeypatch):
     meta = keeper.latest_meta()
     keeper.close()
     assert meta["step"] == 6 and meta["mesh"]["shape"] == {"data": 4, "fsdp": 1, "tensor": 1}
-    claim.check_mesh(str(workdir), {}, meshes.make_mesh(config.mesh), config)  # an older one
+    check_mesh(str(workdir), {}, meshes.make_mesh(config.mesh), config)  # an older one
 
 
 def test_one_process_reads_all_rows():
@@ -274,7 +285,7 @@ def test_one_process_reads_all_rows():
 def test_watchdog_counts_only_its_own_waking_time(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     ends = []
-    with stop.Watchdog(0.4, ends.append) as watch:
+    with interrupt.Watchdog(0.4, ends.append) as watch:
         for _ in range(8):
             watch.doing("something short")
             time.sleep(0.1)
@@ -286,6 +297,6 @@ def test_watchdog_counts_only_its_own_waking_time(monkeypatch):
 
 def test_watchdog_is_off_with_one_process():
     ends = []
-    with stop.Watchdog(0.01, ends.append):
+    with interrupt.Watchdog(0.01, ends.append):
         time.sleep(0.1)
     assert not ends

@@ -10,12 +10,12 @@ import pytest
 
 from dalle_jax import __main__ as main
 from dalle_jax.cli import evaluate
-from dalle_jax.data import shapes
+from dalle_jax.data import scenes
 from dalle_jax.engine import distributed
-from dalle_jax.evaluation import alignment, recon, shapes_judge
-from dalle_jax.evaluation import run as suites
+from dalle_jax.evaluation import codec, judge, retrieval, shapes
 from dalle_jax.sampling import dalle as sampling
-from dalle_jax.sampling import rerank, stages
+from dalle_jax.sampling import rerank
+from dalle_jax.stages import run
 from dalle_jax.types import UsageError
 
 PX = 32
@@ -24,15 +24,15 @@ PX = 32
 @pytest.fixture
 def known_judge(monkeypatch):
     """The judge's accuracy is measured in test_shapes_judge."""
-    monkeypatch.setattr(shapes_judge, "oracle_accuracy", lambda n, px: 1.0)
+    monkeypatch.setattr(judge, "oracle_accuracy", lambda n, px: 1.0)
 
 
 class Painter:
     """Draws prompts right with candidate c where `right(c)`, and else an empty picture."""
 
     def __init__(self, right, per_skill=2, seed=0):
-        prompts = suites.make_prompts(per_skill, seed)
-        self.pictures = {p.scene.caption: shapes.render(p.scene, PX) for p in prompts}
+        prompts = shapes.make_prompts(per_skill, seed)
+        self.pictures = {p.scene.caption: scenes.render(p.scene, PX) for p in prompts}
         self.right, self.calls = right, []
 
     def __call__(self, captions, num_candidates, first_prompt):
@@ -53,43 +53,43 @@ def test_estimators_equal_all_subsets():
         for k in range(1, 8):
             subsets = [list(subset) for subset in itertools.combinations(range(7), k)]
             best = np.mean([right[s][scores[s].argmax()] for s in subsets])
-            assert suites.best_of(right, scores, k) == pytest.approx(best)
-            assert suites.any_of(right, k) == pytest.approx(
+            assert shapes.best_of(right, scores, k) == pytest.approx(best)
+            assert shapes.any_of(right, k) == pytest.approx(
                 np.mean([right[s].any() for s in subsets])
             )
-        assert suites.best_of(right, scores, 1) == pytest.approx(right.mean())
+        assert shapes.best_of(right, scores, 1) == pytest.approx(right.mean())
 
 
 def test_nan_scores_never_win():
     right = np.array([True, False])
-    assert suites.best_of(right, np.array([np.nan, 0.1]), 2) == 0
+    assert shapes.best_of(right, np.array([np.nan, 0.1]), 2) == 0
 
 
 def test_curve_points():
-    assert suites.powers(1) == [1]
-    assert suites.powers(8) == [1, 2, 4, 8]
-    assert suites.powers(12) == [1, 2, 4, 8, 12]
+    assert shapes.powers(1) == [1]
+    assert shapes.powers(8) == [1, 2, 4, 8]
+    assert shapes.powers(12) == [1, 2, 4, 8, 12]
 
 
 def test_prompts_are_halved_equal_in_number_and_seeded():
-    prompts = suites.make_prompts(30, seed=1)
-    for kind in shapes.KINDS:
+    prompts = shapes.make_prompts(30, seed=1)
+    for kind in scenes.KINDS:
         for half in ("seen", "held_out"):
             part = [p.scene for p in prompts if (p.scene.kind, p.half) == (kind, half)]
             assert len(part) == 30
-            assert all(bool(shapes.held_out_rules(s)) == (half == "held_out") for s in part)
+            assert all(bool(scenes.held_out_rules(s)) == (half == "held_out") for s in part)
             distinct = len({scene.caption for scene in part})
             assert distinct == (24 if (kind, half) == ("single", "held_out") else 30)
-    assert prompts == suites.make_prompts(30, seed=1) != suites.make_prompts(30, seed=2)
+    assert prompts == shapes.make_prompts(30, seed=1) != shapes.make_prompts(30, seed=2)
     # A skill's prompts do not depend on which others are asked for.
     binding = [p for p in prompts if p.scene.kind == "binding"]
-    assert suites.make_prompts(30, seed=1, skills=("binding",)) == binding
+    assert shapes.make_prompts(30, seed=1, skills=("binding",)) == binding
 
 
 def test_shapes_suite_counts_exactly(known_judge):
     painter = Painter(lambda candidate: candidate == 2)
     lines = []
-    result, examples = suites.shapes_suite(
+    result, examples = shapes.shapes_suite(
         image_px=PX,
         reconstruct=lambda images: images,
         generate=painter,
@@ -99,7 +99,7 @@ def test_shapes_suite_counts_exactly(known_judge):
         max_pictures=12,
         report=lines.append,
     )
-    assert list(result["skills"]) == list(shapes.KINDS)
+    assert list(result["skills"]) == list(scenes.KINDS)
     for skill in [*result["skills"].values(), result["mean"]]:
         assert skill["seen"] == skill["held_out"] == 0.25
         # The scorer is perfect, so that CLIP's choice is the oracle's.
@@ -119,7 +119,7 @@ def test_shapes_suite_counts_exactly(known_judge):
 
 
 def test_shapes_suite_without_clip_and_without_dalle(known_judge):
-    result, _ = suites.shapes_suite(
+    result, _ = shapes.shapes_suite(
         image_px=PX,
         reconstruct=lambda images: images,
         generate=Painter(lambda candidate: candidate < 2),
@@ -129,7 +129,7 @@ def test_shapes_suite_without_clip_and_without_dalle(known_judge):
     assert result["mean"]["best_of"] == {"1": 0.5}
     assert result["mean"]["oracle"] == pytest.approx({"1": 0.5, "2": 5 / 6, "4": 1.0})
 
-    result, examples = suites.shapes_suite(
+    result, examples = shapes.shapes_suite(
         image_px=PX, reconstruct=lambda images: images // 2, prompts_per_skill=2
     )
     assert "best_of" not in result["mean"] and result["seconds_per_picture"] == {}
@@ -137,23 +137,23 @@ def test_shapes_suite_without_clip_and_without_dalle(known_judge):
 
 
 def test_shapes_suite_refuses_an_inexact_judge(monkeypatch):
-    monkeypatch.setattr(shapes_judge, "oracle_accuracy", lambda n, px: 0.99)
+    monkeypatch.setattr(judge, "oracle_accuracy", lambda n, px: 0.99)
     with pytest.raises(UsageError, match="99.00%"):
-        suites.shapes_suite(image_px=PX, reconstruct=lambda images: images)
+        shapes.shapes_suite(image_px=PX, reconstruct=lambda images: images)
 
 
 def test_psnr_and_ssim_of_equal_and_of_noisy_pictures(rng):
     images = rng.integers(0, 256, (3, 16, 20, 3), dtype=np.uint8)
-    np.testing.assert_allclose(recon.psnr(images, images), 100)
-    np.testing.assert_allclose(recon.ssim(images, images), 1)
+    np.testing.assert_allclose(codec.psnr(images, images), 100)
+    np.testing.assert_allclose(codec.ssim(images, images), 1)
     others = images.copy()
     others[1] = np.where(others[1] < 128, others[1] + 16, others[1] - 16)
-    assert recon.psnr(images, others)[1] == pytest.approx(20 * np.log10(255 / 16))
-    assert recon.psnr(images, others)[0] == 100 and recon.ssim(images, others)[1] < 1
+    assert codec.psnr(images, others)[1] == pytest.approx(20 * np.log10(255 / 16))
+    assert codec.psnr(images, others)[0] == 100 and codec.ssim(images, others)[1] < 1
     with pytest.raises(ValueError, match="uint8"):
-        recon.psnr(images, images.astype(float))
+        codec.psnr(images, images.astype(float))
     with pytest.raises(ValueError, match="11 px"):
-        recon.ssim(images[:, :10], images[:, :10])
+        codec.ssim(images[:, :10], images[:, :10])
 
 
 def test_ssim_equals_its_definition_window_by_window(rng):
@@ -172,26 +172,26 @@ def test_ssim_equals_its_definition_window_by_window(rng):
             * (2 * cov + c2)
             / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
         )
-    assert recon.ssim(x, y)[0] == pytest.approx(np.mean(values), rel=1e-6)
+    assert codec.ssim(x, y)[0] == pytest.approx(np.mean(values), rel=1e-6)
 
 
 def test_codebook_usage():
-    usage = recon.codebook_usage(np.array([5, 5, 0, 5, 5, 0]))
+    usage = codec.codebook_usage(np.array([5, 5, 0, 5, 5, 0]))
     assert usage == {"codes": 6, "used": 4, "perplexity": pytest.approx(4)}
-    assert recon.codebook_usage(np.array([0, 9]))["perplexity"] == pytest.approx(1)
+    assert codec.codebook_usage(np.array([0, 9]))["perplexity"] == pytest.approx(1)
 
 
 def test_recon_suite_streams(rng):
     batches = [rng.integers(0, 256, (n, 16, 16, 3), dtype=np.uint8) for n in (8, 8, 3)]
     decoded = iter(batches)
-    result, shown = suites.recon_suite(
+    result, shown = shapes.recon_suite(
         batches, lambda x: x[:, :2, :2, 0] % 4, lambda codes: next(decoded), num_codes=4
     )
     assert result["n"] == 19
     assert result["psnr"] == pytest.approx(100) and result["ssim"] == pytest.approx(1)
     assert result["codebook"]["codes"] == 4 and shown.shape == (16, 16, 16, 3)
     with pytest.raises(UsageError, match="no pictures"):
-        suites.recon_suite([], None, None, 4)
+        shapes.recon_suite([], None, None, 4)
 
 
 def test_recall_equals_brute_force_in_any_block(rng):
@@ -203,29 +203,29 @@ def test_recall_equals_brute_force_in_any_block(rng):
         hits = [groups[i] in keys[np.argsort(-(a[i] @ b.T))[:k]] for i in range(40)]
         expected[str(k)] = pytest.approx(np.mean(hits))
     for block in (1, 7, 100):
-        assert alignment.recall(a, b, groups, keys, (1, 3), block) == expected
+        assert retrieval.recall(a, b, groups, keys, (1, 3), block) == expected
 
 
 def test_collapsed_embeddings_get_no_credit():
     same = np.ones((10, 4)) / 2
-    assert alignment.recall(same, same, np.arange(10), np.arange(10)) == {"1": 0, "5": 0}
+    assert retrieval.recall(same, same, np.arange(10), np.arange(10)) == {"1": 0, "5": 0}
 
 
 def test_chance_equals_random_orders(rng):
     groups = np.array([0] * 5 + [1] * 3 + [2] * 2)
-    expected = alignment.chance(groups, groups, (1, 3))
+    expected = retrieval.chance(groups, groups, (1, 3))
     drawn = [groups[rng.permutation(10)] for _ in range(4000)]
     for k in (1, 3):
         simulated = np.mean([[g in order[:k] for g in groups] for order in drawn])
         assert expected[str(k)] == pytest.approx(simulated, abs=0.02)
-    assert alignment.chance(np.arange(4), np.arange(4), (1, 9)) == {"1": 0.25, "9": 1.0}
+    assert retrieval.chance(np.arange(4), np.arange(4), (1, 9)) == {"1": 0.25, "9": 1.0}
 
 
 def test_retrieval_suite_joins_equal_captions():
     tokens = np.array([[2, 5], [2, 6], [2, 5], [2, 7]])
     batches = [(np.eye(4)[i : i + 2, None], tokens[i : i + 2]) for i in (0, 2)]
     space = np.eye(3)
-    result = suites.retrieval_suite(
+    result = shapes.retrieval_suite(
         batches,
         lambda pictures: space[[[0, 1, 0, 2][i] for i in pictures[:, 0].argmax(-1)]],
         lambda ids: space[ids[:, 1] - 5],
@@ -239,7 +239,7 @@ def test_retrieval_suite_joins_equal_captions():
 @pytest.fixture
 def fake_stages(monkeypatch, known_judge):
     """A codec without loss and a DALL-E that is right with every second candidate."""
-    captions = [p.scene.caption for p in suites.make_prompts(1, 0)]
+    captions = [p.scene.caption for p in shapes.make_prompts(1, 0)]
     paint = Painter(lambda candidate: True, per_skill=1).pictures
     palette = np.stack([paint[caption] for caption in captions] + [np.zeros((PX, PX, 3))])
 
@@ -264,9 +264,9 @@ def fake_stages(monkeypatch, known_judge):
         right = np.arange(num_candidates) % 2 == 0
         return np.where(right[None], text, len(captions))[..., None]
 
-    monkeypatch.setattr(stages, "load_codec", lambda folder: codec)
-    monkeypatch.setattr(stages, "load_dalle", lambda folder, dvae: stage)
-    monkeypatch.setattr(stages, "load_clip", lambda folder: stage)
+    monkeypatch.setattr(run, "load_codec", lambda folder: codec)
+    monkeypatch.setattr(run, "load_dalle", lambda folder, dvae: stage)
+    monkeypatch.setattr(run, "load_clip", lambda folder: stage)
     monkeypatch.setattr(sampling, "sample", sample)
     monkeypatch.setattr(
         rerank, "score", lambda clip, pictures, text: np.abs(pictures + 1).mean(axis=(1, 2, 3))

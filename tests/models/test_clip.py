@@ -10,8 +10,7 @@ import pytest
 import weights
 
 from dalle_jax import config as cfg
-from dalle_jax.models import clip
-from dalle_jax.sampling import networks
+from dalle_jax.models import build, clip
 from dalle_jax.types import UsageError
 
 EOS = clip.SENTENCEPIECE_EOS
@@ -52,7 +51,7 @@ def captions(rng, lengths, text_len=TINY.text_len):
     ("size", "count"), [("b32", 151_277_313), ("b16", 149_620_737), ("l14", 427_616_513)]
 )
 def test_released_sizes_have_the_released_parameter_counts(root, size, count):
-    model = networks.clip(cfg.load(f"{root}/configs/clip.py:size={size}"))
+    model = build.clip(cfg.load(f"{root}/configs/clip.py:size={size}"))
     c = model.config
     images = jax.ShapeDtypeStruct((1, c.image_px, c.image_px, 3), jnp.float32)
     text = jax.ShapeDtypeStruct((1, c.text_len), jnp.int32)

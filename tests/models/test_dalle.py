@@ -12,8 +12,7 @@ import weights
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import meshes, sharding
-from dalle_jax.models import dalle
-from dalle_jax.sampling import networks
+from dalle_jax.models import build, dalle
 from dalle_jax.types import DtypePolicy, UsageError
 
 CONFIG = dalle.DalleConfig(
@@ -205,7 +204,7 @@ def test_the_papers_model_has_12_292_808_448_parameters(root):
     The paper says "12 billion".
     """
     config = cfg.load(f"{root}/configs/dalle_12b.py")
-    model = networks.dalle(config, grid=32, num_codes=8192)
+    model = build.dalle(config, grid=32, num_codes=8192)
     text, codes = jnp.zeros((1, 256), jnp.int32), jnp.zeros((1, 1024), jnp.int32)
     tree = jax.eval_shape(model.init, jax.random.key(0), text, codes)
     d = 3968

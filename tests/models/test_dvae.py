@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from dalle_jax.models import dvae, vqvae
-from dalle_jax.nn import quantize, trunks
+from dalle_jax.nn import codec_bodies, quantize
 from dalle_jax.types import DtypePolicy, UsageError
 
 PAPER = dvae.DvaeConfig(
@@ -305,4 +305,4 @@ def test_bad_sizes_are_refused_with_the_cure(field, value, words):
 
 def test_a_side_below_one_code_names_the_smallest():
     with pytest.raises(UsageError, match="use 8"):
-        trunks.check_image_px(4, 3)
+        codec_bodies.check_image_px(4, 3)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import schedules
 from dalle_jax.engine import meshes
 from dalle_jax.models import unet, unet_plan
 from dalle_jax.sampling import diffusion

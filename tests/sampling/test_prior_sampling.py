@@ -5,10 +5,11 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.diffusion import samplers, schedule
+from dalle_jax.diffusion import samplers, schedules
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import prior_ar, prior_diffusion
-from dalle_jax.sampling import pca, prior
+from dalle_jax.sampling import prior
+from dalle_jax.stages import pca
 from dalle_jax.types import UsageError
 
 B, E, K, V = 8, 6, 5, 7
@@ -100,7 +101,7 @@ def test_diffusion_runs_the_whole_network_with_a_shared_stem(diffusion):
     """One DDIM step from pure noise is the network's own estimate there, guided or not."""
     model, params = diffusion
     c = model.config
-    table = schedule.respace(schedule.make(c.schedule, c.num_steps), 1)
+    table = schedules.respace(schedules.make(c.schedule, c.num_steps), 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(KEY, i), 0))(np.arange(B))
     noise = samplers.start(table, keys, (E,))
     run = jax.jit(model.apply)

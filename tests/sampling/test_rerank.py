@@ -9,12 +9,13 @@ import tiny_stages
 
 from dalle_jax.config import ConfigDict
 from dalle_jax.engine import meshes, sharding
-from dalle_jax.sampling import rerank, stages
+from dalle_jax.sampling import rerank
+from dalle_jax.stages import run
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> stages.ClipStage:
-    return stages.load_clip(tiny_stages.write_clip(tmp_path_factory.mktemp("rerank") / "clip"))
+def clip(tmp_path_factory) -> run.ClipStage:
+    return run.load_clip(tiny_stages.write_clip(tmp_path_factory.mktemp("rerank") / "clip"))
 
 
 def pairs(rng, clip, n, prompts=3, px=tiny_stages.PX):
@@ -75,7 +76,7 @@ def test_counts_that_differ_are_refused(clip, rng):
 def test_best_of_n_on_eight_devices_is_that_of_one(clip, tmp_path):
     """Eleven candidates in chunks of 9, each rounded up to 16 for the decoder."""
     codec = tiny_stages.write_codec(tmp_path / "dvae")
-    dalle = stages.load_dalle(tiny_stages.write_dalle(tmp_path / "dalle", codec))
+    dalle = run.load_dalle(tiny_stages.write_dalle(tmp_path / "dalle", codec))
     mesh = meshes.make_mesh(ConfigDict(dict(data=8, fsdp=1, tensor=1)))
     text = np.zeros(dalle.text_len, np.int32)
     one, eight = (

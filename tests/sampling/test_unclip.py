@@ -10,7 +10,9 @@ import tiny_stages
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes
-from dalle_jax.sampling import embed, latents, manipulate, unclip, unclip_set, unet_stages
+from dalle_jax.sampling import embed, latents, manipulate, unclip
+from dalle_jax.stages import unclip as unclip_stages
+from dalle_jax.stages import unet
 from dalle_jax.tasks import diffusion
 from dalle_jax.types import UsageError
 
@@ -24,15 +26,15 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def stages(folders) -> unclip_set.Unclip:
-    return unclip_set.load(folders)
+def stages(folders) -> unclip_stages.Unclip:
+    return unclip_stages.load(folders)
 
 
 @pytest.fixture(scope="module")
 def text(stages) -> np.ndarray:
-    from dalle_jax.data import tokenizer
+    from dalle_jax.data import tokenizers
 
-    own = tokenizer.Tokenizer(stages.clip.tokenizer_bytes)
+    own = tokenizers.Tokenizer(stages.clip.tokenizer_bytes)
     return own.encode(tiny_stages.CAPTIONS[:2], stages.clip.text_len, add_bos_eos=True)
 
 
@@ -163,7 +165,7 @@ def test_known_pixels_survive_decoder_and_upsampler(stages, folders, text, rng):
     known[4:9, 3:11] = False
     small = unclip.kept_parts(stages, picture, known)[0][1]
     assert small.sum() == 64 - 3 * 5  # a pixel is known where all four below it are
-    for other in (stages, unclip_set.load(folders, only=("upsampler_1",))):
+    for other in (stages, unclip_stages.load(folders, only=("upsampler_1",))):
         drawn = unclip.draw_best(
             other,
             "caption",
@@ -184,20 +186,20 @@ def test_stages_of_two_clips_are_refused_naming_both(folders, tmp_path):
     shutil.copytree(folders["prior"], other)
     (other / checkpoint.CLIP).write_text("0123456789abcdef")
     with pytest.raises(UsageError, match="stages of one pipeline share one CLIP") as refused:
-        unclip_set.load({**folders, "prior": str(other)})
-    own = unclip_set.load(folders, only=("prior",)).clip.fingerprint
+        unclip_stages.load({**folders, "prior": str(other)})
+    own = unclip_stages.load(folders, only=("prior",)).clip.fingerprint
     assert "0123456789abcdef" in str(refused.value) and own in str(refused.value)
     clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
     with pytest.raises(UsageError, match="another one, or trained on since"):
-        unclip_set.load({**folders, "clip": clip})
+        unclip_stages.load({**folders, "clip": clip})
 
 
 def test_a_decoder_starts_from_one_of_another_clip_but_an_inpainter_does_not(folders, tmp_path):
     clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
-    config = unet_stages.load_unet(folders["decoder"]).config
+    config = unet.load_unet(folders["decoder"]).config
     config = cfg.override(config, {"stages.clip": clip, "init_from": folders["decoder"]})
     start = diffusion.make(config).warm_start
-    loaded = unet_stages.load_unet(folders["decoder"]).params
+    loaded = unet.load_unet(folders["decoder"]).params
     jax.tree.map(np.testing.assert_array_equal, start(None, None)[0], loaded)
     with pytest.raises(UsageError, match="another one, or trained on since"):
         diffusion.make(cfg.override(config, {"loss.inpaint": True}))
@@ -209,7 +211,7 @@ def test_an_exported_clip_goes_with_what_its_run_trained(folders, tmp_path):
     for name in ("clip", "prior_ar", "decoder", "upsampler_1"):
         assert main(["export", f"--workdir={folders[name]}", f"--out={tmp_path / name}"]) == 0
     names = ("clip", "prior_ar", "decoder", "upsampler_1")
-    moved = unclip_set.load({name: str(tmp_path / name) for name in names})
+    moved = unclip_stages.load({name: str(tmp_path / name) for name in names})
     assert moved.clip.origin != moved.clip.fingerprint and moved.pca is not None
     assert moved.decoder.clip.workdir == str(tmp_path / "clip") and moved.image_px == 16
 
@@ -228,11 +230,11 @@ def test_an_exported_clip_goes_with_what_its_run_trained(folders, tmp_path):
 def test_folders_that_do_not_fit_are_refused(folders, changed, says):
     wrong = {name: folder.format(**folders) for name, folder in changed.items()}
     with pytest.raises(UsageError, match=says):
-        unclip_set.load({**folders, **wrong})
+        unclip_stages.load({**folders, **wrong})
 
 
 def test_a_way_without_its_stage_names_the_others(folders):
-    few = unclip_set.load(folders, only=("prior",))
+    few = unclip_stages.load(folders, only=("prior",))
     unclip.check_way(few, "diffusion")
     with pytest.raises(UsageError, match="no ar prior.*diffusion, none, caption"):
         unclip.check_way(few, "ar")

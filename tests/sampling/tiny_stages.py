@@ -11,10 +11,10 @@ import weights
 from safetensors import numpy as safetensors
 
 from dalle_jax import config as cfg
-from dalle_jax.data import tokenizer
+from dalle_jax.data import tokenizers
 from dalle_jax.engine import checkpoint
-from dalle_jax.models import unet_plan
-from dalle_jax.sampling import networks, pca, stages, unclip_stages
+from dalle_jax.models import build, unet_plan
+from dalle_jax.stages import pca, prior, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CAPTIONS = [
@@ -33,7 +33,7 @@ def tokenizer_bytes() -> bytes:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        return tokenizer.train(CAPTIONS, VOCAB, pathlib.Path(folder) / "t.model").model_bytes
+        return tokenizers.train(CAPTIONS, VOCAB, pathlib.Path(folder) / "t.model").model_bytes
 
 
 def config(name: str, **overrides):
@@ -56,7 +56,7 @@ def write(folder: pathlib.Path, config, params, extra=None, has_text: bool = Tru
 
 def write_codec(folder: pathlib.Path, name: str = "vqvae", seed: int = 0, **overrides) -> str:
     made = config(name, **overrides)
-    model = networks.autoencoder(made)
+    model = build.autoencoder(made)
     variables = weights.init(model, jnp.zeros((1, PX, PX, 3)), seed=seed)
     variables = dict(nn.meta.unbox(variables))
     extra = {k: v for k, v in variables.items() if k != "params"}
@@ -71,14 +71,14 @@ def write_clip(folder: pathlib.Path, seed: int = 0, **overrides) -> str:
     made = config("clip", **overrides)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     px = made.data.image_px
-    params = weights.init(networks.clip(made), jnp.zeros((1, px, px, 3)), text, seed=seed)
+    params = weights.init(build.clip(made), jnp.zeros((1, px, px, 3)), text, seed=seed)
     return write(folder, made, nn.meta.unbox(params)["params"])
 
 
 def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) -> str:
     made = config("dalle", **{"stages.dvae": codec} | overrides)
-    loaded = stages.load_codec(codec)
-    model = networks.dalle(made, loaded.grid, loaded.num_codes)
+    loaded = run.load_codec(codec)
+    model = build.dalle(made, loaded.grid, loaded.num_codes)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     codes = jnp.zeros((1, loaded.grid**2), jnp.int32)
     params = weights.init(model, text, codes, seed=seed)
@@ -86,18 +86,18 @@ def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) ->
 
 
 def write_prior(folder: pathlib.Path, clip: str, kind: str = "diffusion", seed: int = 0) -> str:
-    loaded = stages.load_clip(clip)
+    loaded = run.load_clip(clip)
     small = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2}
     made = config(f"prior_{kind}", **{"stages.clip": clip} | small)
     fitted = None if kind == "diffusion" else write_pca(folder.parent / "pca.npz", clip)
-    model = unclip_stages.make_prior(made, loaded, fitted)
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in unclip_stages.example_inputs(model)]
+    model = prior.make_prior(made, loaded, fitted)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in prior.example_inputs(model)]
     params = nn.meta.unbox(weights.init(model, *inputs, seed=seed))["params"]
-    return _keep(write(folder, made, params), unclip_stages.kept(None, loaded, fitted))
+    return _keep(write(folder, made, params), prior.kept(None, loaded, fitted))
 
 
 def write_pca(file: pathlib.Path, clip: str) -> pca.Pca:
-    loaded, rng = stages.load_clip(clip), np.random.default_rng(0)
+    loaded, rng = run.load_clip(clip), np.random.default_rng(0)
     z = rng.normal(size=(2, 64, loaded.model.config.joint_width))
     z /= np.linalg.norm(z, axis=-1, keepdims=True)
     fitted = pca.fit(*z, num_dims=4, num_buckets=8, fingerprint=loaded.fingerprint)
@@ -116,14 +116,14 @@ def write_unet(folder: pathlib.Path, clip: str = "", seed: int = 0, **overrides)
     else:
         small |= {"loss.low_res_px": 8}
     made = config(name, **{"data.image_px": px} | small | overrides)
-    loaded = stages.load_clip(clip) if clip else None
-    model = networks.unet(made, loaded.model.config.joint_width if clip else 0)
+    loaded = run.load_clip(clip) if clip else None
+    model = build.unet(made, loaded.model.config.joint_width if clip else 0)
     spec = unet_plan.cond_spec(model.config, 1, px)
     cond = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
     x, t = jnp.zeros((1, px, px, 3)), jnp.zeros(1, jnp.int32)
     params = nn.meta.unbox(weights.init(model, x, t, cond, seed=seed))["params"]
     path = write(folder, made, params, has_text=bool(clip))
-    return _keep(path, unclip_stages.kept(None, loaded) if clip else {})
+    return _keep(path, prior.kept(None, loaded) if clip else {})
 
 
 def write_unclip(root: pathlib.Path) -> dict[str, str]:

@@ -10,9 +10,9 @@ import pytest
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes, sharding
-from dalle_jax.engine.state import TrainState
-from dalle_jax.models import vqvae
-from dalle_jax.sampling import networks, stages
+from dalle_jax.engine.train_state import TrainState
+from dalle_jax.models import build, vqvae
+from dalle_jax.stages import run
 from dalle_jax.tasks import autoencode
 from dalle_jax.types import UsageError
 
@@ -179,10 +179,10 @@ def test_a_dvae_starts_as_the_vqvae_it_is_made_from(key, rng, workdir):
         np.testing.assert_allclose(now[name], then[name], rtol=1e-6)
     np.testing.assert_allclose(now["psnr"], then["psnr"], rtol=1e-4)
     # The loaded stage agrees with the task it came from.
-    codec = stages.load_codec(str(workdir))
+    codec = run.load_codec(str(workdir))
     images = batch["image"] / np.float32(127.5) - 1
     codes = codec.encode(images)
-    model = networks.autoencoder(_config("dvae"))
+    model = build.autoencoder(_config("dvae"))
     encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method="encode"))
     np.testing.assert_array_equal(encode(new, images), codes)
 
@@ -229,5 +229,5 @@ def test_bad_configs_are_refused_before_anything_compiles():
 def test_flops_are_three_forward_passes():
     config = _config("vqvae")
     task = autoencode.make(config)
-    made = networks.autoencoder(config).config
+    made = build.autoencoder(config).config
     assert task.flops == 6 * 16 * vqvae.forward_macs(made)

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
-from dalle_jax.engine import hlo, meshes, sharding
+from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import clip as clip_model
+from dalle_jax.planning import hlo
 from dalle_jax.tasks import clip
 from dalle_jax.types import UsageError
 

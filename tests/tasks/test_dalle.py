@@ -10,8 +10,8 @@ import pytest
 import weights
 
 from dalle_jax import config as cfg
+from dalle_jax.models import build
 from dalle_jax.models import dalle as model
-from dalle_jax.sampling import networks
 from dalle_jax.tasks import dalle
 from dalle_jax.types import UsageError
 
@@ -76,16 +76,16 @@ def run(task, batch):
 
 def test_pictures_and_stored_codes_train_alike(root, pictures, text):
     image, codes = pictures
-    from_images = dalle.build(tiny(root), quadrant_codec())
-    stored = dalle.build(tiny(root, **{"stages.from_codes": True}), quadrant_codec())
+    from_images = dalle.assemble(tiny(root), quadrant_codec())
+    stored = dalle.assemble(tiny(root, **{"stages.from_codes": True}), quadrant_codec())
     assert from_images.frozen is not None and stored.frozen is None
     params, (one, output) = run(from_images, {"image": image, "text": text})
     _, (two, _) = run(stored, {"codes": codes, "text": text})
     np.testing.assert_allclose(one, two, rtol=1e-6)
-    chunked = dalle.build(tiny(root, **{"stages.encode_chunk": 3}), quadrant_codec())
+    chunked = dalle.assemble(tiny(root, **{"stages.encode_chunk": 3}), quadrant_codec())
     _, (three, _) = run(chunked, {"image": image, "text": text})
     np.testing.assert_allclose(one, three, rtol=1e-6)
-    made = networks.dalle(tiny(root), GRID, CODES)
+    made = build.dalle(tiny(root), GRID, CODES)
     expected, _ = model.loss(*made.apply({"params": params}, text, codes), text, codes)
     np.testing.assert_allclose(one, expected, rtol=1e-6)
     assert set(output.metrics) == {"loss", "text_loss", "image_loss", "image_accuracy"}
@@ -94,7 +94,7 @@ def test_pictures_and_stored_codes_train_alike(root, pictures, text):
 def test_batch_spec_is_what_wanted_names(root):
     for from_codes in (False, True):
         config = tiny(root, **{"stages.from_codes": from_codes})
-        task = dalle.build(config, quadrant_codec())
+        task = dalle.assemble(config, quadrant_codec())
         assert set(task.batch_spec) == dalle.wanted(config)
         assert {spec.shape[0] for spec in task.batch_spec.values()} == {4}
         assert task.unit == ("tokens", 3 + GRID**2)
@@ -102,7 +102,7 @@ def test_batch_spec_is_what_wanted_names(root):
 
 def test_codec_gets_no_gradient_and_no_update(root, pictures, text):
     image, _ = pictures
-    task = dalle.build(tiny(root), quadrant_codec())
+    task = dalle.assemble(tiny(root), quadrant_codec())
     params, _ = run(task, {"image": image, "text": text})
 
     def loss(frozen):
@@ -116,7 +116,7 @@ def test_codec_gets_no_gradient_and_no_update(root, pictures, text):
 def test_dropout_acts_in_training_only(root, pictures, text):
     image, _ = pictures
     batch = {"image": image, "text": text}
-    task = dalle.build(tiny(root, **{"model.dropout": 0.5}), quadrant_codec())
+    task = dalle.assemble(tiny(root, **{"model.dropout": 0.5}), quadrant_codec())
     params, (one, _) = run(task, batch)
     two, _ = jax.jit(task.loss)(params, None, task.frozen, batch, jax.random.key(2), jnp.int32(0))
     assert not np.isclose(one, two)
@@ -127,7 +127,7 @@ def test_dropout_acts_in_training_only(root, pictures, text):
 
 def test_preview_shows_the_reconstruction_then_samples(root, pictures, text):
     image, _ = pictures
-    task = dalle.build(tiny(root), quadrant_codec())
+    task = dalle.assemble(tiny(root), quadrant_codec())
     params = nn.meta.unbox(weights.noise(jax.eval_shape(task.init, jax.random.key(0))[0]))
     batch = {"image": image, "text": text}
     (shown,) = task.preview(params, None, task.frozen, batch, jax.random.key(0)).values()

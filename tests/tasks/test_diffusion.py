@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.diffusion import gaussian
-from dalle_jax.diffusion import schedule as schedules
+from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import unet_plan
-from dalle_jax.sampling import abstract
 from dalle_jax.sampling import diffusion as sampling
-from dalle_jax.tasks import diffusion
-from dalle_jax.tasks import diffusion_inputs as inputs
+from dalle_jax.stages import by_shape
+from dalle_jax.tasks import conditions, diffusion
 from dalle_jax.types import UsageError
 
 PX = 8
@@ -38,7 +36,7 @@ def tiny(root, name="decoder", **overrides):
 @pytest.fixture(scope="module")
 def clip(root):
     """A CLIP of the smoke size with random weights."""
-    stage = abstract.clip_of(f"{root}/configs/clip.py:size=smoke")
+    stage = by_shape.clip_of(f"{root}/configs/clip.py:size=smoke")
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.2, stage.params)
     return dataclasses.replace(stage, params=params, fingerprint="0123", workdir="runs/clip")
@@ -61,7 +59,7 @@ def start(task, rng, scale=0.1):
 def test_the_sharded_loss_is_the_loss_of_one_device(root, clip, rng, key):
     """And with it the drops, the masks, the steps and the noise of every example."""
     config = tiny(root, **{"loss.inpaint": True})
-    task = diffusion.build(config, clip)
+    task = diffusion.assemble(config, clip)
     params, batch = start(task, rng), batch_of(task, rng)
     frozen = nn.meta.unbox(task.frozen)
     arguments = (params, None, frozen, batch, key, np.int32(0))
@@ -98,7 +96,7 @@ def test_the_variance_learns_without_moving_eps(rng):
 def test_saying_nothing_costs_what_the_config_predicts(root, rng, key, predicts):
     """An output of zeros misses eps and v by 1 a pixel, x_0 by the picture's own mean square."""
     overrides = {"model.predicts": predicts, "data.batch": 64, "loss.crop": 1.0}
-    task = diffusion.build(tiny(root, "upsampler", **overrides))
+    task = diffusion.assemble(tiny(root, "upsampler", **overrides))
     batch = {"image": np.full(task.batch_spec["image"].shape, 191, np.uint8)}  # 191 -> 0.498
     silent = jax.tree.map(np.zeros_like, start(task, rng))
     _, output = jax.jit(task.loss)(silent, None, None, batch, key, np.int32(0))
@@ -110,7 +108,7 @@ def test_saying_nothing_costs_what_the_config_predicts(root, rng, key, predicts)
 def test_conditions_are_dropped_independently_and_captions_become_padding(root, key):
     c = tiny(root).loss
     text = np.full((4000, 3), 7, np.int32)
-    has, kept = jax.jit(lambda *xs: inputs.drop(c, *xs))(np.ones(4000, bool), text, key)
+    has, kept = jax.jit(lambda *xs: conditions.drop(c, *xs))(np.ones(4000, bool), text, key)
     no_clip, no_text = ~np.asarray(has), ~np.asarray(kept).any(axis=1)
     np.testing.assert_array_equal(np.asarray(kept)[~no_text], 7)
     assert abs(no_clip.mean() - 0.1) < 0.02 and abs(no_text.mean() - 0.5) < 0.03
@@ -128,7 +126,7 @@ def test_quarters_are_right_on_average(rng):
 @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
 def test_steps_come_as_often_as_the_power_says_and_quarters_know_it(power, key):
     c = types.SimpleNamespace(time_power=power, num_steps=1000)
-    t = inputs.steps(c, key, 40_000)
+    t = conditions.steps(c, key, 40_000)
     assert t.dtype == jnp.int32 and t.min() >= 0 and t.max() == 999
     shares = np.diff((np.arange(5) / 4) ** (1 / power))  # P(u^p < x) = x^(1/p)
     np.testing.assert_allclose(np.bincount(t // 250) / len(t), shares, atol=0.01)
@@ -141,7 +139,9 @@ def test_steps_come_as_often_as_the_power_says_and_quarters_know_it(power, key):
 def test_crops_are_cut_from_both_pictures_alike(root, rng, key):
     c = tiny(root, "upsampler", **{"loss.corruption": "none"}).loss
     pictures = rng.uniform(-1, 1, (16, PX, PX, 3)).astype(np.float32)
-    both = jax.jit(lambda *xs: [inputs.upsampling(c, xs[0], crop, xs[1]) for crop in (0.5, 1.0)])
+    both = jax.jit(
+        lambda *xs: [conditions.upsampling(c, xs[0], crop, xs[1]) for crop in (0.5, 1.0)]
+    )
     (x_0, cond), (full, stretched) = both(pictures, key)
     np.testing.assert_array_equal(full, pictures)
     corners = set()
@@ -161,7 +161,7 @@ def test_crops_are_cut_from_both_pictures_alike(root, rng, key):
 
 def test_an_upsampler_trains_on_crops_and_draws_whole_pictures(root, rng, key):
     config = tiny(root, "upsampler", **{"loss.crop": 0.5})
-    task = diffusion.build(config)
+    task = diffusion.assemble(config)
     assert diffusion.wanted(config) == set(task.batch_spec) == {"image"} and task.frozen is None
     params, batch = start(task, rng), batch_of(task, rng)
     loss = jax.jit(task.loss)
@@ -176,7 +176,7 @@ def test_an_upsampler_trains_on_crops_and_draws_whole_pictures(root, rng, key):
 
 
 def test_a_decoder_previews_its_own_then_samples(root, clip, rng, key):
-    task = diffusion.build(tiny(root), clip)
+    task = diffusion.assemble(tiny(root), clip)
     params, batch = start(task, rng), batch_of(task, rng)
     shown = task.preview(params, None, nn.meta.unbox(task.frozen), batch, key)
     (strips,) = shown.values()
@@ -218,7 +218,7 @@ def test_values_that_do_not_fit_are_refused(root, name, overrides, says):
 )
 def test_a_decoder_reads_as_its_clip(root, clip, overrides, says):
     with pytest.raises(UsageError, match=says):
-        diffusion.build(tiny(root, **overrides), clip)
+        diffusion.assemble(tiny(root, **overrides), clip)
     other = types.SimpleNamespace(model_bytes=b"other", vocab_size=512)
     with pytest.raises(UsageError, match="tokenizer"):
-        diffusion.build(tiny(root), clip, other)
+        diffusion.assemble(tiny(root), clip, other)

@@ -13,7 +13,8 @@ import pytest
 from dalle_jax import config as cfg
 from dalle_jax.engine import program, sharding
 from dalle_jax.models import clip as clip_model
-from dalle_jax.sampling import pca, stages, unclip_stages
+from dalle_jax.stages import pca, run
+from dalle_jax.stages import prior as prior_stage
 from dalle_jax.tasks import prior
 from dalle_jax.types import UsageError
 
@@ -31,7 +32,7 @@ def clip():
     model = clip_model.Clip(config)
     pictures, text = jnp.zeros((1, PX, PX, 3)), jnp.zeros((1, T), jnp.int32)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(3), pictures, text))["params"]
-    return stages.ClipStage(
+    return run.ClipStage(
         model=model, params=jax.tree.map(np.asarray, params), config=None, tokenizer_bytes=b"tok",
         image_px=PX, text_len=T, fingerprint="0123", workdir="runs/clip", step=1,
     )  # fmt: skip
@@ -56,7 +57,7 @@ def tiny(root, kind, **overrides):
 
 def build(root, kind, clip, fitted, **overrides):
     config = tiny(root, kind, **overrides)
-    return prior.build(config, clip, None, fitted if kind == "ar" else None)
+    return prior.assemble(config, clip, None, fitted if kind == "ar" else None)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def on(devices, root, kind, clip, fitted):
     # With so large an eps the update is the gradient, not its sign, which rounding can turn.
     changes = {"mesh.fsdp": fsdp, "mesh.rules": "fsdp", "optim.lr": 1.0, "optim.eps": 1.0}
     config = tiny(root, kind, **changes)
-    task = prior.build(config, clip, None, fitted if kind == "ar" else None)
+    task = prior.assemble(config, clip, None, fitted if kind == "ar" else None)
     made = program.build(config, task, devices)
     with made.use():
         state = made.init(jax.device_put(jax.random.key(0), made.whole))
@@ -140,7 +141,7 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
     rotation = np.linalg.qr(rng.normal(size=(E, E)))[0].astype(np.float32)
     params = nn.meta.unbox(jax.jit(task.init)(KEY)[0])
     config = tiny(root, "diffusion", **{"model.width": 32})
-    model = unclip_stages.make_prior(config, clip, None)
+    model = prior_stage.make_prior(config, clip, None)
     objective, tx = prior._Diffusion(model), optax.adam(3e-3)
     text = jnp.full((64, T), 3, jnp.int32)
 
@@ -164,7 +165,7 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
 
     params, losses = train(params)
     z_i, z_t = pair(jax.random.key(9))
-    drawn = unclip_stages.draw(model, params, None, text, z_t, key=KEY, steps=8)
+    drawn = prior_stage.draw(model, params, None, text, z_t, key=KEY, steps=8)
     # Captions are all the same here, which `judge` would take for right answers: others.
     judged = prior.judge(drawn, z_i, z_t, jnp.arange(64 * T).reshape(64, T))
     assert losses[-20:].mean() < 0.4 * losses[:5].mean()
@@ -213,7 +214,7 @@ def test_configs_that_cannot_work_are_refused(root, clip, fitted, kind, override
 def test_missing_and_foreign_stages_are_refused(root, clip, fitted, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="stages.clip is empty"):
         prior.make(tiny(root, "diffusion", **{"stages.clip": ""}))
-    monkeypatch.setattr(stages, "load_clip", lambda workdir: clip)
+    monkeypatch.setattr(run, "load_clip", lambda workdir: clip)
     with pytest.raises(UsageError, match="stages.pca is empty"):
         prior.make(tiny(root, "ar"))
     path = tmp_path / "pca.npz"

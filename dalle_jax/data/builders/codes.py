@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data import preprocess, sources, tokenizer
+from dalle_jax.data import preprocess, sources, tokenizers
 from dalle_jax.data.builders import store
 from dalle_jax.types import Array, UsageError
 
@@ -143,9 +143,9 @@ def write(
 
 def copy_tokenizers(data_dir: str | pathlib.Path, source: str, name: str) -> list[pathlib.Path]:
     """Copies the tokenizers of a set beside its codes; returns the copies."""
-    target = tokenizer.folder(data_dir, name)
+    target = tokenizers.folder(data_dir, name)
     target.mkdir(parents=True, exist_ok=True)
-    found = sorted(tokenizer.folder(data_dir, source).glob("tokenizer-*.model"))
+    found = sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))
     return [pathlib.Path(shutil.copy2(file, target / file.name)) for file in found]
 
 

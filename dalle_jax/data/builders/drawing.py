@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from dalle_jax.data import shapes
+from dalle_jax.data import scenes
 
 # Examples handed out at a time: bounds what waits in memory (64 MB of 256 px PNG) when the drawing
 # processes are faster than the writer.
@@ -30,14 +30,14 @@ class Drawn(NamedTuple):
 
 
 def draw_example(
-    index: int, *, split: str, seed: int, image_px: int, kinds: Sequence[str] = shapes.KINDS
+    index: int, *, split: str, seed: int, image_px: int, kinds: Sequence[str] = scenes.KINDS
 ) -> Drawn:
     """Example `index` of a split: a function of its arguments; `kinds` take turns."""
-    rng = shapes.example_rng(seed, split, index)
+    rng = scenes.example_rng(seed, split, index)
     kind = kinds[index % len(kinds)]
-    scene = shapes.sample_scene(rng, kind, HELD_OUT[split])
+    scene = scenes.sample_scene(rng, kind, HELD_OUT[split])
     png = io.BytesIO()
-    Image.fromarray(shapes.render(scene, image_px)).save(png, "PNG")
+    Image.fromarray(scenes.render(scene, image_px)).save(png, "PNG")
     return Drawn(f"{split}-{index:07d}", png.getvalue(), scene.caption, scene.to_json())
 
 

@@ -1,4 +1,4 @@
-"""The TFDS set `shapes`: captioned scenes of `dalle_jax.data.shapes`, stored as array_record.
+"""The TFDS set `shapes`: captioned scenes of `dalle_jax.data.scenes`, stored as array_record.
 
 `prepare` writes DATA_DIR/shapes/32px/1.0.0 and returns at once when it is there. No TensorFlow:
 pictures are handed over as PNG bytes, since TFDS would encode arrays with tf.image.
@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 import tensorflow_datasets as tfds
 from absl import logging
 
-from dalle_jax.data import shapes
+from dalle_jax.data import scenes
 from dalle_jax.data.builders import drawing
 from dalle_jax.types import UsageError
 
 _REPORT_SECONDS = 2.0
 _IDENTITY = ("image_px", "num_train", "num_eval", "seed", "kinds")
-_ALL_KINDS = ",".join(shapes.KINDS)
+_ALL_KINDS = ",".join(scenes.KINDS)
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
             split=split,
             seed=config.seed,
             image_px=config.image_px,
-            kinds=config.kinds.split(",") if split == "train" else shapes.KINDS,
+            kinds=config.kinds.split(",") if split == "train" else scenes.KINDS,
         )
         for index, example in enumerate(drawn):
             progress.add_one()
@@ -110,7 +110,7 @@ def prepare(
     seed: int = 0,
     workers: int = 1,
     progress: Callable[[str], None] | None = to_stderr,
-    kinds: Sequence[str] = shapes.KINDS,
+    kinds: Sequence[str] = scenes.KINDS,
 ) -> pathlib.Path:
     """Draws and stores the set unless it is there; returns its version folder.
 
@@ -136,7 +136,7 @@ def prepare(
     for name, least in (("image_px", 8), ("num_train", 1), ("num_eval", 1), ("seed", 0)):
         if wanted[name] < least:
             raise UsageError(f"{name} is {wanted[name]}; the shapes set needs at least {least}.")
-    if not kinds or set(kinds) - set(shapes.KINDS):
+    if not kinds or set(kinds) - set(scenes.KINDS):
         raise UsageError(
             f"kinds is {','.join(kinds)!r}; expected one or more of {_ALL_KINDS}, with commas."
         )
@@ -193,7 +193,7 @@ def _check_same(path: pathlib.Path, wanted: dict[str, int | str]) -> None:
             )
 
 
-def scene_of(record: dict) -> shapes.Scene:
+def scene_of(record: dict) -> scenes.Scene:
     """The scene of a stored record (`as_data_source` gives text as bytes)."""
     text = record["scene"]
-    return shapes.Scene.from_json(text.decode() if isinstance(text, bytes) else text)
+    return scenes.Scene.from_json(text.decode() if isinstance(text, bytes) else text)

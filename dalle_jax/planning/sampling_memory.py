@@ -1,0 +1,92 @@
+"""What drawing pictures takes of one device: bytes of weights and caches, and what they cost.
+
+Arithmetic over the arrays that `sampling.dalle` keeps while it draws, for `plan --sample`. Nothing
+is compiled. Decoding one token reads every weight and every cache once and computes next to
+nothing, so its time is bytes over the memory's bandwidth, and candidates share the weights' part.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.models.dalle import Dalle
+from dalle_jax.nn import kv_cache
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Bytes on one device, which holds the whole network and a share of the candidates.
+
+    Attributes:
+      weights: as stored.
+      working: the matrices in the compute dtype, cut once per call; 0 if that is the stored one.
+      text_cache: keys and values of the prompts, shared by their candidates.
+      per_candidate: image keys and values, logits and codes of one more candidate of every prompt.
+      read_weights: what a token reads of the weights.
+      read_text: of the prompts' caches.
+      read_per_candidate: of one candidate's own caches.
+      tokens: drawn one after the other for a picture.
+    """
+
+    weights: int
+    working: int
+    text_cache: int
+    per_candidate: int
+    read_weights: int
+    read_text: int
+    read_per_candidate: int
+    tokens: int
+
+    def candidates(self, capacity: int) -> int:
+        """How many per prompt fit into `capacity` bytes."""
+        room = capacity - self.weights - self.working - self.text_cache
+        return max(0, room // self.per_candidate)
+
+    def seconds_per_token(self, candidates: int, bytes_per_s: float) -> float:
+        """The floor for one token of all candidates, at a memory bandwidth."""
+        own = candidates * self.read_per_candidate
+        return (self.read_weights + self.read_text + own) / bytes_per_s
+
+
+def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
+    """The budget of a call of `sampling.dalle.sample`.
+
+    Args:
+      model: the network.
+      prompts: P, drawn together.
+      guidance: classifier-free guidance runs the empty caption beside every prompt.
+    """
+    c, dtype = model.config, model.dtype
+    rows = prompts * (2 if guidance else 1)
+    text = jax.ShapeDtypeStruct((1, c.text_len), jnp.int32)
+    codes = jax.ShapeDtypeStruct((1, c.num_image_tokens), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), text, codes)["params"]
+    leaves = jax.tree.leaves(params)
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    # The layers' matrices are stacked: [L, D, F].
+    matrices = sum(leaf.size for leaf in leaves if leaf.ndim == 3)
+    item = jnp.dtype(dtype.compute).itemsize
+    is_cast = jnp.dtype(dtype.compute) != jnp.dtype(dtype.param)
+    head = params["image_head"]
+    head_size = math.prod(jax.tree.leaves(head)[0].shape)
+
+    caches = [kv_cache.ImageCache(mask) for mask in c.layer_masks()]
+    per_slot = 2 * c.width * item  # a key and a value
+    own = rows * sum(cache.num_slots for cache in caches) * per_slot
+    seen = rows * sum(cache.num_read for cache in caches) * per_slot
+    text_cache = rows * c.num_layers * c.text_len * per_slot
+    logits = 4 * rows * c.num_codes  # float32
+    return Budget(
+        weights=weights,
+        working=matrices * item if is_cast else 0,
+        text_cache=text_cache,
+        per_candidate=own + logits + 4 * prompts * c.num_image_tokens,
+        read_weights=(matrices + head_size) * item,
+        read_text=text_cache,
+        read_per_candidate=seen,
+        tokens=c.num_image_tokens,
+    )
