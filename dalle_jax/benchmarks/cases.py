@@ -7,6 +7,7 @@ case's function returns when its result is on the host. Called by cli/bench.py.
 import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from dalle_jax.stages import by_shape
 from dalle_jax.stages import prior as prior_stage
 from dalle_jax.types import Array, Params, UsageError
 
-CONFIGS = by_shape.CHECKOUT / "configs"
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 PRIOR_STEPS = 50
 
 
@@ -68,7 +69,7 @@ def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> 
 
 def train(config: cfg.ConfigDict) -> Case:
     """The training step of a config's task: forward, backward, optimiser, loss on the host."""
-    task = tasks.TASKS[config.task](config, shapes_only=True)
+    task = tasks.TASKS[config.task].make(config, shapes_only=True)
     made = program.build(config, task, jax.devices()[:1])
     key = jax.device_put(jax.random.key(config.seed), made.whole)
     state = made.init(key)
@@ -155,9 +156,9 @@ def score(config: cfg.ConfigDict) -> Case:
 
 def prior(config: cfg.ConfigDict) -> Case:
     """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
-    task = tasks.TASKS[config.task](config, shapes_only=True)
+    task = tasks.TASKS[config.task].make(config, shapes_only=True)
     clip = by_shape.clip(config)
-    model = prior_stage.make_prior(config, clip, None)
+    model = prior_stage.build_prior(config, clip, None)
     params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])
     data, rng = config.data, np.random.default_rng(config.seed)
     text = jax.device_put(_ids(rng, (data.batch, data.text_len), data.vocab_size))
