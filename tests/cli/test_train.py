@@ -21,7 +21,9 @@ sys.path.insert(0, str(ROOT / "tests" / "engine"))
 
 import linear_task as lt  # noqa: E402
 
-identity_files = _run.identity_files  # `run` is the name of a local function here
+import dalle_jax.stages.run as stages_run  # noqa: E402
+
+identity_files = stages_run.identity_files  # `run` is a local name here
 
 
 class Pipeline(lt.Batches):
