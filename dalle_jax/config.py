@@ -1,8 +1,9 @@
 """Config helpers: files with `:args`, typed overrides, validation, sweeps, JSON.
 
-A config is a locked `ml_collections.ConfigDict` made by a Python file under `configs/`. Only
-cli, tasks and engine ever see one; a model gets its own frozen dataclass built by `build`.
-Nothing here knows a model, a dataset or a flag.
+A config is a locked `ml_collections.ConfigDict`, returned by the `get_config(arg)` of a Python
+file: one of `configs/`, which the package ships, or a user's own. Only cli, tasks and engine see
+it; a model gets its own frozen dataclass built by `build`. Nothing here knows a model, a dataset or
+a flag.
 """
 
 import contextlib
@@ -21,6 +22,9 @@ from dalle_jax.types import UsageError
 
 ConfigDict = ml_collections.ConfigDict
 T = TypeVar("T")
+
+# A link to configs/ in a checkout; setup.cfg puts the files themselves into the wheel.
+SHIPPED = pathlib.Path(__file__).with_name("configs")
 
 
 def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
@@ -45,28 +49,62 @@ def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def load(path: str) -> ConfigDict:
-    """The locked config that `path` describes: `configs/dalle.py` or `configs/dalle.py:size=smoke`.
+def shipped() -> list[str]:
+    """Names of the configs that the package ships, e.g. `dalle`, in alphabetical order."""
+    return sorted(file.stem for file in SHIPPED.glob("*.py"))
+
+
+def locate(path: str) -> pathlib.Path:
+    """The file of a config: the one at `path` if it exists, otherwise the shipped one of that name.
+
+    Args:
+      path: a .py file or a shipped config, with or without arguments; `dalle`, `dalle.py` and
+        `configs/dalle.py:size=smoke` all name the shipped configs/dalle.py.
 
     Raises:
-      UsageError: if the file does not exist or has no get_config.
+      UsageError: if there is neither, with the nearest name.
     """
-    config = _module(path).get_config(_argument(path))
+    file = pathlib.Path(path.split(":", 1)[0])
+    if file.suffix == ".py" and file.is_file():
+        return file
+    name = file.as_posix().removeprefix("configs/").removesuffix(".py")
+    if name in shipped():
+        return SHIPPED / f"{name}.py"
+    beside = [neighbour.name for neighbour in file.parent.glob("*.py")]
+    near = _suggest(file.name, beside) or _suggest(name, shipped())
+    raise UsageError(
+        f"config {file} does not exist, neither as a .py file nor as a shipped config;{near} "
+        f"shipped are {_listed(shipped())}."
+    )
+
+
+def load(path: str) -> ConfigDict:
+    """The locked config that `path` describes: a file or a shipped name, as `dalle:size=smoke`.
+
+    Raises:
+      UsageError: as `locate`, and if the file has no get_config or refuses its arguments.
+    """
+    config = start_from(path)
     config.lock()
     return config
 
 
+def start_from(path: str) -> ConfigDict:
+    """Like `load`, but unlocked, for config files of one's own: `c = cfg.start_from("dalle")`."""
+    return _module(locate(path)).get_config(_argument(path))
+
+
 def sibling(file: str, name: str):
-    """The module `name`.py beside a config file: `base = config.sibling(__file__, "base")`.
+    """The module `name`.py beside a config file: `base = cfg.sibling(__file__, "base")`.
 
     Config files are loaded by path, so `import base` would depend on the working directory.
     """
-    return _module(str(pathlib.Path(file).with_name(f"{name}.py")))
+    return _module(locate(str(pathlib.Path(file).with_name(f"{name}.py"))))
 
 
 def load_hyper(path: str) -> list[dict[str, Any]]:
     """The sweep of a config file: what its `get_hyper()` returns, a list of dotted overrides."""
-    module = _module(path)
+    module = _module(locate(path))
     if not hasattr(module, "get_hyper"):
         raise UsageError(
             f"{path} has no get_hyper(); give the values with --sweep, or see configs/dvae.py."
@@ -182,13 +220,7 @@ def _argument(path: str) -> str | None:
     return path.split(":", 1)[1] if ":" in path else None
 
 
-def _module(path: str):
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
-        near = (
-            sorted(p.as_posix() for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        )
-        raise UsageError(f"config file {file} does not exist; found beside it: {_listed(near)}.")
+def _module(file: pathlib.Path):
     spec = importlib.util.spec_from_file_location(f"dalle_jax_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

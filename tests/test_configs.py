@@ -1,6 +1,7 @@
 """Every config file, in every size: it loads, locks, fits its model, and refuses what it must."""
 
 import ast
+import configparser
 import pathlib
 import re
 
@@ -80,6 +81,18 @@ def test_an_unknown_argument_is_refused(name):
 def test_a_smoke_size_exists(name):
     assert "smoke" in sizes(name)
     assert load(f"{name}:size=smoke").train.steps <= 500
+
+
+def test_the_package_ships_the_configs():
+    """Through a link in a checkout; package_data names each file for the wheel."""
+    assert cfg.shipped() == FILES
+    for name in FILES:
+        assert cfg.locate(name).resolve() == pathlib.Path(path_of(name))
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["dalle_jax"].split()
+    packaged = {path for pattern in patterns for path in (ROOT / "dalle_jax").glob(pattern)}
+    assert set(cfg.SHIPPED.glob("*.py")) <= packaged
 
 
 # A prior has the shape of its CLIP too: test_every_config_can_be_planned_without_weights_or_data.

@@ -5,8 +5,6 @@ day, `stages.clip_config` that of the CLIP of `stages.clip`. Called by tasks/, w
 by_shape=True)` is what `plan` compiles.
 """
 
-import pathlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,8 +12,6 @@ import jax.numpy as jnp
 from dalle_jax import config as cfg
 from dalle_jax.sampling import networks, stages
 from dalle_jax.types import UsageError
-
-CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def codec(config: cfg.ConfigDict) -> stages.Codec:
@@ -33,8 +29,7 @@ def codec_of(path: str) -> stages.Codec:
     """The codec that a config file describes, without weights.
 
     Args:
-      path: `configs/dvae_paper.py` or `configs/dvae.py:size=smoke`; looked for in the working
-        directory and then, in a checkout, at its root.
+      path: a file or a shipped config, e.g. `configs/dvae.py:size=smoke`; see `cfg.locate`.
 
     Returns:
       A codec whose params are ShapeDtypeStructs, with step 0 and no workdir and fingerprint.
@@ -81,10 +76,7 @@ def clip_of(path: str) -> stages.ClipStage:
 
 
 def _load(field: str, path: str, task: str, wanted: str) -> cfg.ConfigDict:
-    file, colon, argument = path.partition(":")
-    if not pathlib.Path(file).is_file() and (CHECKOUT / file).is_file():
-        file = str(CHECKOUT / file)
-    config = cfg.load(file + colon + argument)
+    config = cfg.load(path)
     if config.task != task:
         raise UsageError(
             f"{field}={path!r} is a config of task {config.task!r}; expected one of {wanted}."
