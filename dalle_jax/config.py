@@ -1,4 +1,4 @@
-"""Config helpers: files with `:args`, typed overrides, validation, sweeps, JSON.
+"""Config helpers: files with `:args`, sizes, typed overrides, validation, sweeps, JSON.
 
 A config is a locked `ml_collections.ConfigDict`, returned by the `get_config(arg)` of a Python
 file: one of `configs/`, which the package ships, or a user's own. Only cli, tasks and engine see
@@ -13,7 +13,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 # A link to configs/ in a checkout; setup.cfg puts the files themselves into the wheel.
 SHIPPED = pathlib.Path(__file__).with_name("configs")
+
+ABSENT = "<absent>"  # in `differences`: the config does not have the field
 
 
 def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
@@ -47,6 +49,25 @@ def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
             )
         values[name] = _parse(name, value if has_value else "true", defaults[name])
     return ConfigDict(values)
+
+
+def size_overrides(
+    args: ConfigDict, sizes: Mapping[str, dict[str, Any]], **fields: str
+) -> dict[str, Any]:
+    """The overrides that a config file's arguments ask for: those of the size, then the others.
+
+    Args:
+      args: values of `parse_args`; `args.size` is a key of `sizes`.
+      sizes: the dotted overrides of each size.
+      **fields: argument -> the dotted field that it sets; 0 leaves the field to the size.
+
+    Raises:
+      UsageError: for an unknown size, with the list of sizes.
+    """
+    if args.size not in sizes:
+        raise UsageError(f"size={args.size!r} is unknown; use one of {', '.join(sizes)}.")
+    given = {field: args[name] for name, field in fields.items() if args[name]}
+    return {**sizes[args.size], **given}
 
 
 def shipped() -> list[str]:
@@ -102,6 +123,11 @@ def sibling(file: str, name: str):
     return _module(locate(str(pathlib.Path(file).with_name(f"{name}.py"))))
 
 
+def sizes(path: str) -> list[str]:
+    """The sizes of a config file: the keys of its `SIZES`, none for a file without."""
+    return list(getattr(_module(locate(path)), "SIZES", ()))
+
+
 def load_hyper(path: str) -> list[dict[str, Any]]:
     """The sweep of a config file: what its `get_hyper()` returns, a list of dotted overrides."""
     module = _module(locate(path))
@@ -113,13 +139,26 @@ def load_hyper(path: str) -> list[dict[str, Any]]:
 
 
 def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
-    """A copy of `config` with dotted keys replaced, each value typed like what it replaces.
+    """A locked copy of `config` with dotted fields replaced; see `apply`."""
+    config = ConfigDict(config.to_dict())
+    apply(config, overrides)
+    config.lock()
+    return config
+
+
+def apply(config: ConfigDict, *overrides: dict[str, Any]) -> None:
+    """Sets dotted fields of an unlocked config; where several dicts name a field, the last wins.
+
+    Args:
+      config: changed in place.
+      *overrides: dotted field -> value, typed like what it replaces. A function is called with the
+        config when all plain values are set: the field follows from others.
 
     Raises:
-      UsageError: for an unknown key (with the nearest known one) or a value of another type.
+      UsageError: for an unknown field (with the nearest known one) or a value of another type.
     """
-    config = ConfigDict(config.to_dict())
-    for key, value in overrides.items():
+    merged = {key: value for values in overrides for key, value in values.items()}
+    for key, value in sorted(merged.items(), key=lambda item: callable(item[1])):
         node, *path = config, *key.split(".")
         for i, name in enumerate(path):
             if not isinstance(node, ConfigDict) or name not in node:
@@ -129,11 +168,10 @@ def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
                     f"{'.'.join(path[:i]) or 'the top level'} has {_listed(keys)}."
                 )
             if i == len(path) - 1:
+                value = value(config) if callable(value) else value
                 node[name] = _parse(key, value, node[name])
             else:
                 node = node[name]
-    config.lock()
-    return config
 
 
 def build(cls: type[T], values: ConfigDict, **extra: Any) -> T:
@@ -167,14 +205,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) -> dict[str, tuple]:
-    """Fields whose values differ: dotted key -> (old, new); `ignore` holds key prefixes."""
+    """Fields whose values differ: dotted key -> (old, new), `ABSENT` for a field that one lacks.
+
+    `ignore` holds prefixes of keys that are not compared.
+    """
     ignore = tuple(ignore)
     a, b = flatten(old), flatten(new)
-    missing = "<absent>"
     return {
-        key: (a.get(key, missing), b.get(key, missing))
+        key: (a.get(key, ABSENT), b.get(key, ABSENT))
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, missing) != b.get(key, missing) and not key.startswith(ignore)
+        if a.get(key, ABSENT) != b.get(key, ABSENT) and not key.startswith(ignore)
     }
 
 

@@ -1,4 +1,4 @@
-"""Configs: files and shipped names, typed overrides, refused typos, JSON and sweeps."""
+"""Configs: files and shipped names, sizes, typed overrides, refused typos, JSON and sweeps."""
 
 import dataclasses
 
@@ -87,6 +87,28 @@ def test_arguments_of_a_config_file():
         cfg.parse_args("sise=smoke", size="base")
 
 
+def test_a_function_follows_from_the_other_overrides(base):
+    """Whatever their order, also from the values of a later dict; a later dict may replace it."""
+    changes = {"deep.er.width": lambda c: c.optim.steps // 4, "optim.steps": 40}
+    got = cfg.ConfigDict(base.to_dict())
+    cfg.apply(got, changes, {"optim.steps": 80})
+    assert (got.optim.steps, got.deep.er.width) == (80, 20)
+    cfg.apply(got, changes, {"deep.er.width": 7})
+    assert (got.optim.steps, got.deep.er.width) == (40, 7)
+    with pytest.raises(UsageError, match="did you mean 'lr'"):
+        cfg.apply(got, {"optim.lrr": lambda c: 1.0})
+
+
+def test_a_size_is_overridden_by_the_other_arguments():
+    sizes = {"smoke": {"train.steps": 60, "model.width": 8}, "big": {"model.width": 512}}
+    args = cfg.parse_args("size=smoke,steps=7", size="big", steps=0, width=0)
+    fields = dict(steps="train.steps", width="model.width")
+    assert cfg.size_overrides(args, sizes, **fields) == {"train.steps": 7, "model.width": 8}
+    assert sizes["smoke"]["train.steps"] == 60
+    with pytest.raises(UsageError, match="size='huge' is unknown; use one of smoke, big."):
+        cfg.size_overrides(cfg.parse_args("size=huge", size="big"), sizes)
+
+
 @pytest.mark.parametrize("path", ["dalle", "dalle.py", "configs/dalle.py", "./configs/dalle.py"])
 def test_a_shipped_config_is_named_from_any_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -111,7 +133,7 @@ def test_a_file_at_the_path_comes_before_a_shipped_config(tmp_path, monkeypatch)
     shipped = cfg.load("dalle:size=emoji")
     assert cfg.differences(shipped, config) == {
         "data.source": ("emoji", "mine"),
-        "extra.width": ("<absent>", 1),
+        "extra.width": (cfg.ABSENT, 1),
     }
 
 
