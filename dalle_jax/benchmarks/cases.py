@@ -7,7 +7,6 @@ case's function returns when its result is on the host. Called by cli/bench.py.
 import functools
 import itertools
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +25,8 @@ from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import prior as prior_sampling
 from dalle_jax.stages import by_shape
 from dalle_jax.stages import prior as prior_stage
-from dalle_jax.types import Array, Params, UsageError
+from dalle_jax.types import Array, Params
 
-CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 PRIOR_STEPS = 50
 
 
@@ -48,9 +46,9 @@ def config_of(
       changes: dotted fields and what they are instead.
 
     Raises:
-      UsageError: for values that configs/bench.py does not take, and where it is not there.
+      UsageError: for values that configs/bench.py does not take.
     """
-    config = _load("bench", f":case={name},attention={attention},size={size}")
+    config = cfg.load(f"bench:case={name},attention={attention},size={size}")
     return cfg.override(config, changes or {})
 
 
@@ -214,7 +212,7 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     for path in sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
         wanted.add("text")
         changes["data.vocab_size"] = int(path.stem.partition("-")[2])
-    config = cfg.override(_load("base"), changes)
+    config = cfg.override(cfg.load("base"), changes)
     batches = pipeline.make(
         config.data,
         config.seed,
@@ -225,16 +223,6 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     )
     numbers = itertools.count()
     return Case(lambda: lambda: batches(next(numbers)), images=batch)
-
-
-def _load(name: str, argument: str = "") -> cfg.ConfigDict:
-    path = CONFIGS / f"{name}.py"
-    if not path.is_file():
-        raise UsageError(
-            f"{path} is missing: bench reads the sizes of its networks there; run it in a clone "
-            "of the repository."
-        )
-    return cfg.load(f"{path}{argument}")
 
 
 def _compiled(function: Callable, *arguments: Any, params: int) -> Case:

@@ -5,8 +5,6 @@ day, `stages.clip_config` that of the CLIP of `stages.clip`. Called by tasks/, w
 shapes_only=True)` is what `plan` compiles.
 """
 
-import pathlib
-
 import flax.linen as nn
 import jax
 
@@ -17,8 +15,6 @@ from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
 from dalle_jax.stages.run import Run
 from dalle_jax.types import UsageError
-
-CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def codec(config: cfg.ConfigDict) -> Codec:
@@ -72,10 +68,7 @@ def _run(config: cfg.ConfigDict, model: nn.Module, *inputs: jax.ShapeDtypeStruct
 
 
 def _load(field: str, path: str, task: str, expected: str) -> cfg.ConfigDict:
-    file, colon, argument = path.partition(":")
-    if not pathlib.Path(file).is_file() and (CHECKOUT / file).is_file():
-        file = str(CHECKOUT / file)
-    config = cfg.load(file + colon + argument)
+    config = cfg.load(path)
     if config.task != task:
         raise UsageError(
             f"{field}={path!r} is a config of task {config.task!r}; expected one of {expected}."

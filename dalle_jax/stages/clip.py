@@ -123,7 +123,8 @@ class ClipStage(Stage):
                     f"data.{field}={ours}, but the CLIP {name} has {theirs}; set "
                     f"--config.data.{field}={theirs}."
                 )
-        if tokenizer is not None and tokenizer.model_bytes != self.tokenizer.model_bytes:
+        own = b"" if self.tokenizer is None else self.tokenizer.model_bytes
+        if tokenizer is not None and tokenizer.model_bytes != own:
             raise UsageError(
                 f"the run's tokenizer is not that of the CLIP {name}, so its ids mean other words; "
                 "use a new --workdir, for which the CLIP's own is taken."

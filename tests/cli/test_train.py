@@ -84,7 +84,7 @@ def test_trains_with_typed_overrides_then_is_a_no_op(command, workdir, capsys):
     assert stored.train.steps == 8 and stored.optim.lr == 0.01
     assert checkpoint.steps(str(workdir))[-1] == 8
     made = [(m["split"], m["training"], m["batch"], m["wanted"]) for m in command.made]
-    assert made == [("train", True, 16, {"image"}), ("validation", False, 16, {"image"})]
+    assert made == [("train", True, 16, {"x", "y"}), ("validation", False, 16, {"x", "y"})]
     assert command("--config.train.steps=8", "--config.optim.lr=0.01") == 0
     assert "nothing to do" in capsys.readouterr().out
 
