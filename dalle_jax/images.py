@@ -8,12 +8,12 @@ import base64
 import io
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dalle_jax.types import Array, UsageError
 
@@ -218,12 +218,20 @@ def contact_sheet(
     return sheet
 
 
-def png_bytes(image: np.ndarray | Image.Image) -> bytes:
-    """PNG of a uint8 [h, w, 3] array or a PIL image; equal pictures give equal bytes."""
+def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
+    """PNG of a uint8 [h, w, 3] array or a PIL image; equal inputs give equal bytes.
+
+    Args:
+      image: the picture.
+      metadata: text that the file carries, as iTXt chunks: PIL gives it back as `image.text`.
+    """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image, dtype=np.uint8))
+    info = PngImagePlugin.PngInfo()
+    for name, text in (metadata or {}).items():
+        info.add_itxt(name, text)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True, pnginfo=info)
     return buffer.getvalue()
 
 

@@ -27,14 +27,17 @@ STOREYS = {
     "importers": {"nn", "models"},
     "planning": {"nn", "models", "engine", "stages", "tasks"},
     "pages": set(),
+    "pipelines": {
+        "nn", "models", "diffusion", "stages", "sampling", "engine", "data", "tasks",
+    },
     "sweeps": {"engine", "pages"},
     "benchmarks": {"nn", "data", "engine", "models", "stages", "sampling", "tasks", "planning"},
     "cli": {
         "nn", "diffusion", "data", "engine", "models", "stages", "sampling", "tasks", "evaluation",
-        "importers", "planning", "pages", "sweeps", "benchmarks",
+        "importers", "planning", "pages", "pipelines", "sweeps", "benchmarks",
     },
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"pipelines"},
 }  # fmt: skip
 
 # Module -> the rooms that may import it; an empty set is nobody.

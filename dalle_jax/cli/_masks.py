@@ -69,37 +69,3 @@ def rectangle(text: str, shape: tuple[int, int], name: str) -> np.ndarray:
     known = np.ones(shape, bool)
     known[y : y + h, x : x + w] = False
     return known
-
-
-def fit(known: np.ndarray, px: int) -> np.ndarray:
-    """A mask cut and resized as `preprocess.crop_center` does the picture.
-
-    Args:
-      known: [h, w] bool.
-      px: side.
-
-    Returns:
-      [px, px, 1] bool: known where all that the pixel covers is.
-
-    Raises:
-      UsageError: if nothing is left to draw, or everything.
-    """
-    side = min(known.shape)
-    top, left = ((n - side) // 2 for n in known.shape)
-    anew = ~known[top : top + side, left : left + side]
-    if anew.shape != (px, px):
-        how = Image.Resampling.BOX if px < side else Image.Resampling.NEAREST
-        levels = Image.fromarray(anew.astype(np.float32)).resize((px, px), how)
-        anew = np.asarray(levels) > 0
-    if not anew.any():
-        raise UsageError(
-            "nothing is masked: the picture would come back as it is. Make what is to be drawn "
-            "anew see-through (or white) in the mask, inside the central square; or use "
-            "--invert_mask."
-        )
-    if anew.all():
-        raise UsageError(
-            "everything is masked, nothing of the picture would stay; use --invert_mask, or "
-            "`sample --pipeline=unclip` for a whole picture."
-        )
-    return ~anew[..., None]

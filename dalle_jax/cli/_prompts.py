@@ -1,7 +1,4 @@
-"""What drawing commands share: prompts, their tokens and folders, progress, their command line.
-
-No command itself; it has no SUMMARY.
-"""
+"""What sampling commands share: prompts and their folders, progress, their command line."""
 
 import argparse
 import pathlib
@@ -12,9 +9,6 @@ import time
 from collections.abc import Callable
 
 from dalle_jax.cli import _flags
-
-MAX_CHARS = 1000  # 256 text slots at the paper's size hold about as many
-_FIRST_PIECE = 260  # ids below are control ids and bytes: characters unseen in training
 
 
 def add_arguments(group) -> None:
@@ -29,6 +23,7 @@ def given(args: argparse.Namespace) -> list[str]:
     Raises:
       UsageError: without any, for an empty or endless one, or a file that cannot be read.
     """
+    from dalle_jax.pipelines.reading import checked
     from dalle_jax.types import UsageError
 
     prompts = list(args.prompt)
@@ -44,48 +39,6 @@ def given(args: argparse.Namespace) -> list[str]:
     if not prompts:
         raise UsageError('there is nothing to draw; give --prompt="…" or --prompts_file=FILE.')
     return [checked(prompt) for prompt in prompts]
-
-
-def checked(prompt: str) -> str:
-    """The prompt, stripped; UsageError if it is empty or endless."""
-    from dalle_jax.types import UsageError
-
-    if not prompt.strip():
-        raise UsageError(f"prompt {prompt!r} is empty; expected a caption.")
-    if len(prompt) > MAX_CHARS:
-        raise UsageError(
-            f"the prompt {short(prompt)!r} has {len(prompt):,} characters; at most "
-            f"{MAX_CHARS:,} are taken: shorten it."
-        )
-    return prompt.strip()
-
-
-def tokens(stage, prompts: list[str], name: str):
-    """Ids [P, T] by the stage's own tokenizer; warns of what it will not read."""
-    from dalle_jax.data import tokenizers
-    from dalle_jax.types import UsageError
-
-    own = stage.tokenizer
-    data = stage.config.data
-    for prompt, row in zip(prompts, own.pieces(prompts), strict=True):
-        if not any(i >= _FIRST_PIECE and own.decode([i]).strip() for i in row):
-            raise UsageError(
-                f"{name} knows no character of the prompt {short(prompt)!r}; its training "
-                "captions were of another script: describe the picture in their words."
-            )
-        unknown = [c for c in dict.fromkeys(prompt) if c.strip() and not _knows(own, c)]
-        if unknown:
-            warn(f"{name} never saw {' '.join(unknown)} in training; in {short(prompt)!r}.")
-        if tokenizers.overlong(row, data.text_len, data.add_bos_eos):
-            warn(
-                f"{name} reads only the first {data.text_len - 2 * data.add_bos_eos} of "
-                f"{len(row)} tokens of {short(prompt)!r}."
-            )
-    return own.encode(prompts, data.text_len, add_bos_eos=data.add_bos_eos)
-
-
-def _knows(own, character: str) -> bool:
-    return any(i >= _FIRST_PIECE and own.decode([i]).strip() for i in own.pieces([character])[0])
 
 
 def folders(out: pathlib.Path, prompts: list[str]) -> list[pathlib.Path]:
@@ -129,11 +82,6 @@ def progress(label: str, start: float, total: int, done: int) -> None:
     is_terminal = sys.stderr.isatty()
     end = "\r" if is_terminal and done < total else "\n"
     print(text.ljust(79) if is_terminal else text, end=end, file=sys.stderr, flush=True)
-
-
-def short(prompt: str) -> str:
-    """At most 60 letters of it."""
-    return prompt if len(prompt) <= 60 else prompt[:57] + "…"
 
 
 def warn(text: str) -> None:

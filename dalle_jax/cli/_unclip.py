@@ -1,16 +1,18 @@
-"""What the commands of DALL-E 2 share: flags for its stages and its drawing, and pictures given.
-
-No command itself; it has no SUMMARY.
-"""
+"""What the commands of DALL-E 2 share: flags for its stages and settings, and given pictures."""
 
 import argparse
+import dataclasses
+import functools
 import pathlib
 import sys
+import time
+import types
 from collections.abc import Sequence
+from typing import Any
 
-from dalle_jax.cli import _flags
+from dalle_jax.cli import _flags, _prompts
 
-WAYS = ("diffusion", "ar", "none", "caption")
+PRIORS = ("diffusion", "ar", "none", "caption")
 _STAGES = {  # flag -> stage
     "clip": "clip",
     "prior_diffusion": "prior",
@@ -50,7 +52,7 @@ def add_prior(group) -> None:
     """Adds --prior and its settings."""
     group.add_argument(
         "--prior",
-        choices=WAYS,
+        choices=PRIORS,
         help="what the decoder is given beside the caption: an image embedding by the diffusion or "
         "the ar prior, none = the text embedding in its place, caption = no embedding at all "
         "(default: the first of these that there is)",
@@ -72,7 +74,7 @@ def add_prior_settings(group) -> None:
     )
 
 
-def add_drawing(group, *, eta: float = 0.0) -> None:
+def add_sampling(group, *, eta: float = 0.0) -> None:
     """Adds the decoder's and the upsamplers' settings."""
     group.add_argument(
         "--steps",
@@ -132,107 +134,107 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name}={value}; expected {lowest} or more.")
     if args.out and pathlib.Path(args.out).is_file():
         raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
-    drawing(args)
+    settings(args)
 
 
-def drawing(args: argparse.Namespace):
-    """`unclip.Settings` of the flags."""
-    from dalle_jax.sampling import unclip
+def settings(args: argparse.Namespace) -> dict:
+    """The flags that are fields of `sampling.unclip.Settings`.
 
-    made = {}
-    if getattr(args, "upsample_steps", None):
-        made["upsample_steps"] = tuple(args.upsample_steps)
-    return unclip.Settings(
+    Raises:
+      UsageError: for values that do not fit together.
+    """
+    from dalle_jax.sampling.unclip import Settings
+
+    fields = dict(
         steps=args.steps,
         sampler=getattr(args, "sampler", "ddim"),
         eta=args.eta,
         guidance=args.guidance,
         chunk=args.batch or 0,
-        **made,
     )
+    if getattr(args, "upsample_steps", None):
+        fields["upsample_steps"] = tuple(args.upsample_steps)
+    Settings(**fields)
+    return fields
 
 
 def folders(args: argparse.Namespace) -> dict[str, str]:
-    """Stage -> folder: of the pretrained set, and what the flags say instead."""
+    """Stage -> folder: of the pretrained set, replaced by what the flags name."""
     from dalle_jax.stages import pretrained
     from dalle_jax.stages.unclip import Unclip
     from dalle_jax.types import UsageError
 
-    found = pretrained.folders(args.pretrained) if args.pretrained else {}
-    if args.pretrained and "decoder" not in found and not args.decoder:
+    folders = pretrained.folders(args.pretrained) if args.pretrained else {}
+    if args.pretrained and "decoder" not in folders and not args.decoder:
         raise UsageError(
             f"the pretrained set {args.pretrained!r} holds no decoder of DALL-E 2, only "
-            f"{', '.join(found)}; give --decoder=DIR."
+            f"{', '.join(folders)}; give --decoder=DIR."
         )
     for flag, stage in _STAGES.items():
         if getattr(args, flag, None):
-            found[stage] = getattr(args, flag)
+            folders[stage] = getattr(args, flag)
     given = getattr(args, "upsampler", None) or []
     if len(given) > len(Unclip.UPSAMPLERS):
         raise UsageError(f"{len(given)} upsamplers; at most {len(Unclip.UPSAMPLERS)} are used.")
     if given:
-        found = {k: v for k, v in found.items() if k not in Unclip.UPSAMPLERS}
-        found |= dict(zip(Unclip.UPSAMPLERS, given, strict=False))
-    return found
+        folders = {k: v for k, v in folders.items() if k not in Unclip.UPSAMPLERS}
+        folders |= dict(zip(Unclip.UPSAMPLERS, given, strict=False))
+    return folders
 
 
-def load(args: argparse.Namespace, *only: str):
-    """The `Unclip` of the flags.
+def model(args: argparse.Namespace):
+    """The `Model` of the flags; warnings go to stderr."""
+    from dalle_jax.pipelines.model import Model
 
-    Args:
-      args: of the command.
-      only: stages that it uses, beside CLIP, decoder and upsamplers.
-
-    Raises:
-      UsageError: for folders or settings that do not fit, before anything compiles.
-    """
-    from dalle_jax.diffusion import schedules
-    from dalle_jax.stages.unclip import Unclip
-
-    found = folders(args)
-    finishes = not getattr(args, "no_upsample", True)
-    wanted = ("decoder", "clip", *only, *(Unclip.UPSAMPLERS if finishes else ()))
-    made = Unclip.load(found, wanted)
-    how = drawing(args)
-    schedules.respace(made.decoder.schedule, how.steps)
-    for stage in made.upsamplers:
-        for steps in how.upsample_steps:
-            schedules.respace(stage.schedule, steps)
-    return made
+    return Model(folders(args), warn=_prompts.warn)
 
 
-def way(args: argparse.Namespace) -> tuple[str, tuple[str, ...]]:
-    """(how a caption becomes an embedding, the stages to load for it)."""
-    found = folders(args)
-    chosen = args.prior
-    if chosen is None:
-        chosen = "diffusion" if "prior" in found else "ar" if "prior_ar" in found else "none"
-    return chosen, {"diffusion": ("prior",), "ar": ("prior_ar",)}.get(chosen, ())
+def common(args: argparse.Namespace, label: str, total: int) -> dict:
+    """Keyword arguments that every call of a `Model` method shares."""
+    progress = functools.partial(_prompts.progress, label, time.monotonic(), total)
+    return dict(seed=args.seed, upsample=not args.no_upsample, progress=progress, **settings(args))
 
 
-def prior_options(args: argparse.Namespace, chosen: str) -> dict:
-    """Keyword arguments of `unclip.image_embeddings` for the prior."""
-    if chosen not in ("diffusion", "ar"):
+def prior_options(args: argparse.Namespace, prior: str) -> dict:
+    """Keyword arguments of `sampling.prior` for the prior of that name."""
+    if prior not in ("diffusion", "ar"):
         return {}
     options = {"guidance_scale": args.prior_guidance}
     if args.prior_draws:
         options["num_draws"] = args.prior_draws
-    if chosen == "diffusion" and args.prior_steps:
+    if prior == "diffusion" and args.prior_steps:
         options["steps"] = args.prior_steps
     return options
 
 
-def read_picture(path: str, px: int) -> tuple:
-    """(uint8 [px, px, 3], the file's uint8 [h, w, 3], notes on what was done to it)."""
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """A picture that was given by its path.
+
+    Attributes:
+      path: of the file.
+      picture: uint8 [px, px, 3], its central square.
+      original: uint8 [h, w, 3].
+      notes: how it was changed.
+    """
+
+    path: str
+    picture: Any
+    original: Any
+    notes: tuple[str, ...]
+
+
+def read_picture(path: str, px: int) -> Given:
+    """The picture of a file; what is done to it is printed as notes on stderr."""
     from PIL import Image
 
     from dalle_jax import images
-    from dalle_jax.data import preprocess
+    from dalle_jax.pipelines.pictures import square
 
-    whole = images.read(path)
+    original = images.read(path)
     with Image.open(path) as image:
         mode = image.mode
-    height, width = whole.shape[:2]
+    height, width = original.shape[:2]
     notes = []
     if mode != "RGB":
         on_white = ", see-through parts on white" if "A" in mode or mode == "P" else ""
@@ -244,25 +246,55 @@ def read_picture(path: str, px: int) -> tuple:
         notes.append(f"{path} is smaller than {px} px and is enlarged.")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return preprocess.crop_center(whole, px), whole, notes
+    return Given(path, square(original, px), original, tuple(notes))
 
 
 def numbers(text: str, name: str, kind: type, is_good, expected: str) -> list:
-    """The numbers of "0,0.25,0.5"; UsageError, which says what was expected, for anything else."""
+    """The numbers of "0,0.25,0.5"; UsageError with `expected` for anything else."""
     from dalle_jax.types import UsageError
 
     try:
-        found = [kind(part) for part in str(text).split(",")]
+        values = [kind(part) for part in str(text).split(",")]
     except ValueError:
-        found = []
-    if not found or not all(is_good(x) for x in found):
+        values = []
+    if not values or not all(is_good(x) for x in values):
         raise UsageError(f"--{name}={text}; expected {expected}, with commas between.")
-    return found
+    return values
 
 
-def cosines(clip, pictures, embedding) -> Sequence[float]:
-    """Of CLIP between pictures [B, h, h, 3] float and embeddings [B, E] or [1, E]."""
+def finish(
+    args: argparse.Namespace,
+    module: types.ModuleType,
+    title: str,
+    blocks: Sequence,
+    stages: dict,
+    notes: Sequence[str] = (),
+) -> int:
+    """Writes the pictures and the page of a command and reports them; returns its exit code."""
+    from dalle_jax.pages import gallery
+
+    name = module.__name__.rpartition(".")[2]
+    out = pathlib.Path(args.out)
+    subtitle = f"{args.steps} steps, guidance {args.guidance:g}, seed {args.seed}"
+    command = _prompts.command(name, module.add_arguments, args)
+    result = gallery.write(
+        out, title, subtitle, blocks, command=command, stages=stages, notes=notes
+    )
+    gallery.report(result, out, args.json)
+    return 0
+
+
+def given_block(given: Given, pictures, **fields):
+    """A `gallery.Block` of a given picture and what was sampled from it."""
     import numpy as np
 
-    z = clip.embed_images(pictures)
-    return [round(float(x), 4) for x in np.sum(z * np.asarray(embedding), axis=-1)]
+    from dalle_jax.pages import gallery
+
+    names, labels = fields.pop("names"), fields.pop("labels")
+    return gallery.Block(
+        pictures=np.concatenate([given.picture[None], pictures.arrays]),
+        names=["given", *names],
+        labels=["given", *labels],
+        metadata=[{}, *(picture.metadata for picture in pictures)],
+        **fields,
+    )

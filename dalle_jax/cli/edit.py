@@ -16,12 +16,11 @@ texts.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
 
-from dalle_jax.cli import _prompts, _unclip
+from dalle_jax.cli import _flags, _unclip
 
 SUMMARY = "change a picture towards a text (DALL-E 2)"
 
@@ -29,7 +28,7 @@ SUMMARY = "change a picture towards a text (DALL-E 2)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _unclip.add_networks(parser)
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     group.add_argument("--image", required=True, metavar="FILE", help="picture")
     group.add_argument("--to", required=True, metavar="TEXT", help="what it is to become")
     group.add_argument(
@@ -42,60 +41,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how far to turn the embedding, each in [0, 1] (default: %(default)s; paper 0.25 to "
         "0.5 at the most)",
     )
-    group = parser.add_argument_group("how to draw")
+    group = parser.add_argument_group("how to sample")
     _unclip.add_guidance(group, 1.0)
-    _unclip.add_drawing(group)
+    _unclip.add_sampling(group)
     _unclip.add_output(parser, "edits")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes; returns the exit code."""
-    import jax
-    import numpy as np
-
+    """Samples and writes; returns the exit code."""
     from dalle_jax import images
-    from dalle_jax.cli import _flags, gallery
-    from dalle_jax.engine import meshes
-    from dalle_jax.sampling import manipulate, unclip
+    from dalle_jax.pages import gallery
+    from dalle_jax.pipelines.reading import checked
 
     _unclip.check(args)
     thetas = _unclip.numbers(
         args.thetas, "thetas", float, lambda t: 0 <= t <= 1, "numbers in [0, 1]"
     )
-    texts = [_prompts.checked(t) for t in (args.to, args.from_) if t is not None]
+    texts = [checked(text) for text in (args.to, args.from_) if text is not None]
     _flags.use_cache(args)
-    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
-    tokens = _prompts.tokens(stages.clip, texts, "CLIP")
-    old = tokens[1] if len(tokens) > 1 else None
-    manipulate.check_captions(tokens[0], old)
-    picture, _, notes = _unclip.read_picture(args.image, stages.image_px)
-    start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
-    one = images.to_float(picture)[None]
-    latent = manipulate.invert(stages, one, drawing)
-    way = manipulate.edit(stages, latent, tokens[0], old, thetas)
-    tell = functools.partial(_prompts.progress, "edit", start, len(thetas))
-    indices = np.zeros(len(thetas), int)  # the same noise for all
-    small = manipulate.sample(
-        stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
-    )
-    drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)
-    shown = np.concatenate([one, drawn])
-    embedded = stages.clip.embed_texts(tokens)
-    near = [_unclip.cosines(stages.clip, shown, z[None]) for z in embedded]
-    gallery.clear(out)
-    labels = [" ".join(f"{x:.3f}" for x in some) for some in zip(*near, strict=True)]
-    names = ["given", *(f"theta {t:g}" for t in thetas)]
-    figures = {"image": args.image, "to": args.to, "from": args.from_, "theta": thetas}
-    figures |= {f"cosine_{name}": x for name, x in zip(("to", "from"), near, strict=False)}
-    was = "" if args.from_ is None else f", “{args.from_}”"
-    block = gallery.Block(
+    model = _unclip.model(args)
+    px = model.unclip(upsample=not args.no_upsample).image_px
+    given = _unclip.read_picture(args.image, px)
+    start, common = time.monotonic(), _unclip.common(args, "edit", len(thetas))
+    edited = model.edit(given.picture, args.to, args.from_, thetas=thetas, **common)
+    gallery.clear(pathlib.Path(args.out))
+    clip = model.unclip(upsample=False).clip
+    own = clip.embed_images(images.to_float(given.picture)[None])
+    cosines = {}
+    for name, z in zip(("to", "from"), clip.embed_texts(clip.tokenize(texts)), strict=False):
+        each = [picture.figures[f"cosine_{name}"] for picture in edited]
+        cosines[f"cosine_{name}"] = [round(float(own[0] @ z), 4), *each]
+    labels = [" ".join(f"{x:.3f}" for x in each) for each in zip(*cosines.values(), strict=True)]
+    before = "" if args.from_ is None else f", “{args.from_}”"
+    block = _unclip.given_block(
+        given,
+        edited,
         folder="",
         title=args.to,
-        text=f"With each picture its CLIP cosine to “{args.to}”{was}. "
+        text=f"With each picture its CLIP cosine to “{args.to}”{before}. "
         f"{time.monotonic() - start:.1f} seconds.",
-        pictures=np.concatenate([picture[None], images.to_uint8(drawn)]),
-        names=["given", *(f"{n:02d}" for n in range(1, len(thetas) + 1))],
-        labels=[f"{name} · {label}" for name, label in zip(names, labels, strict=True)],
-        figures=figures,
+        names=[f"{n:02d}" for n in range(1, len(thetas) + 1)],
+        labels=[f"theta {t:g} · {label}" for t, label in zip(thetas, labels[1:], strict=True)],
+        figures={
+            "image": args.image,
+            "to": args.to,
+            "from": args.from_,
+            "theta": thetas,
+            **cosines,
+        },
     )
-    return gallery.finish(args, sys.modules[__name__], "An edit", [block], stages.parts, notes)
+    block.labels[0] = f"given · {labels[0]}"
+    module = sys.modules[__name__]
+    return _unclip.finish(args, module, "An edit", [block], edited.stages, given.notes)

@@ -14,7 +14,7 @@ from dalle_jax.cli import _unclip
 from dalle_jax.cli import evaluate_parts as parts
 
 DALLE = "dalle"
-WAYS = (*_unclip.WAYS, DALLE)
+WAYS = (*_unclip.PRIORS, DALLE)
 SUITES = ("shapes", "distribution", "variations", "inpainting")
 
 
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ddim",
         help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
     )
-    _unclip.add_drawing(group)
+    _unclip.add_sampling(group)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -63,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
         )
     scales(args)
     given = [way for way in (args.ways or "").split(",") if way]
-    known = WAYS if args.suite == "shapes" else _unclip.WAYS
+    known = WAYS if args.suite == "shapes" else _unclip.PRIORS
     if set(given) - set(known):
         raise UsageError(f"--ways={args.ways}; expected some of {', '.join(known)}.")
     for name in ("workdir", "dvae"):

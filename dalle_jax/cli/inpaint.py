@@ -16,12 +16,11 @@ results.json.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
 
-from dalle_jax.cli import _prompts, _unclip
+from dalle_jax.cli import _flags, _unclip
 
 SUMMARY = "draw part of a picture anew, as a text says (DALL-E 2)"
 
@@ -32,7 +31,7 @@ _GREY = 128
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _unclip.add_networks(parser, "prior_diffusion", "prior_ar", "inpainter")
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     group.add_argument("--image", required=True, metavar="FILE", help="picture")
     group.add_argument(
         "--prompt", required=True, metavar="TEXT", help="what the whole picture is to show"
@@ -46,74 +45,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates", type=int, default=CANDIDATES, metavar="N", help="default: %(default)s"
     )
     group.add_argument("--keep", type=int, metavar="K", help=f"pictures kept (default: {KEEP})")
-    group = parser.add_argument_group("how to draw")
+    group = parser.add_argument_group("how to sample")
     _unclip.add_prior(group)
     _unclip.add_guidance(group, GUIDANCE)
-    _unclip.add_drawing(group)
+    _unclip.add_sampling(group)
     _unclip.add_output(parser, "inpainted")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes; returns the exit code."""
-    import jax
+    """Samples and writes; returns the exit code."""
     import numpy as np
 
-    from dalle_jax import images
-    from dalle_jax.cli import _flags, _masks, gallery
-    from dalle_jax.engine import meshes
-    from dalle_jax.sampling import unclip
+    from dalle_jax.cli import _masks
+    from dalle_jax.pages import gallery
+    from dalle_jax.pipelines.pictures import fit_mask
+    from dalle_jax.pipelines.reading import checked
     from dalle_jax.types import UsageError
 
     _unclip.check(args)
-    prompt = _prompts.checked(args.prompt)
+    prompt = checked(args.prompt)
     if bool(args.mask) == bool(args.rect):
         raise UsageError("give either --mask=FILE or --rect=x,y,w,h: what is to be drawn anew.")
     if args.keep and args.keep > args.candidates:
         raise UsageError(f"--keep={args.keep} is more than --candidates={args.candidates}.")
     _flags.use_cache(args)
-    way, names = _unclip.way(args)
-    stages = _unclip.load(args, *names, "inpaint")
-    unclip.check_prior(stages, way)
-    text = _prompts.tokens(stages.clip, [prompt], "CLIP")[0]
-    picture, whole, notes = _unclip.read_picture(args.image, stages.image_px)
-    read, given = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
-    known = read(given, whole.shape[:2], args.image)
-    known = _masks.fit(~known if args.invert_mask else known, stages.image_px)
-    start, out = time.monotonic(), pathlib.Path(args.out)
-    drawn = unclip.sample_best(
-        stages,
-        way,
-        text,
-        _unclip.drawing(args),
-        num_candidates=args.candidates,
+    model = _unclip.model(args)
+    prior = model.choose_prior(args.prior)
+    stages = model.unclip("inpaint", upsample=not args.no_upsample)
+    given = _unclip.read_picture(args.image, stages.image_px)
+    read, where = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
+    mask = read(where, given.original.shape[:2], args.image)
+    known = fit_mask(~mask if args.invert_mask else mask, stages.image_px)
+    start = time.monotonic()
+    inpainted = model.inpaint(
+        given.picture,
+        prompt,
+        known[..., 0],
+        candidates=args.candidates,
         keep=args.keep or min(KEEP, args.candidates),
-        key=jax.random.key(args.seed),
-        known=(images.to_float(picture), known),
-        mesh=meshes.local(),
-        progress=functools.partial(_prompts.progress, "inpaint", start, args.candidates),
-        **_unclip.prior_options(args, way),
+        prior=prior,
+        prior_options=_unclip.prior_options(args, prior),
+        **_unclip.common(args, "inpaint", args.candidates),
     )
-    gallery.clear(out)
-    masked = np.where(known, picture, np.uint8(_GREY))
-    scores = [round(float(drawn.scores[i]), 5) for i in drawn.candidates]
+    gallery.clear(pathlib.Path(args.out))
+    masked = np.where(known, given.picture, np.uint8(_GREY))
+    scores = [picture.score for picture in inpainted]
     by = "plain decoder" if stages.inpainter is None else "decoder tuned to inpaint"
     block = gallery.Block(
         folder="",
         title=prompt,
-        text=f"{1 - known.mean():.0%} of the picture drawn anew by the {by}, prior {way}; "
+        text=f"{1 - known.mean():.0%} of the picture drawn anew by the {by}, prior {prior}; "
         f"{len(scores)} of {args.candidates}, ranked by CLIP, best first. "
         f"{time.monotonic() - start:.1f} seconds.",
-        pictures=np.concatenate([picture[None], masked[None], images.to_uint8(drawn.images)]),
+        pictures=np.concatenate([given.picture[None], masked[None], inpainted.arrays]),
         names=["given", "masked", *(f"{n:02d}" for n in range(1, len(scores) + 1))],
         labels=["given", "masked", *(f"{n} · {s:.3f}" for n, s in enumerate(scores, 1))],
         figures={
             "image": args.image,
             "prompt": prompt,
-            "prior": way,
+            "prior": prior,
             "drawn_anew": round(float(1 - known.mean()), 4),
-            "candidates": [int(i) for i in drawn.candidates],
+            "candidates": [picture.candidate for picture in inpainted],
             "score": scores,
         },
+        metadata=[{}, {}, *(picture.metadata for picture in inpainted)],
     )
     module = sys.modules[__name__]
-    return gallery.finish(args, module, "Inpainting", [block], stages.parts, notes)
+    return _unclip.finish(args, module, "Inpainting", [block], inpainted.stages, given.notes)

@@ -13,12 +13,11 @@ the CLIP cosines of each to both.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
 
-from dalle_jax.cli import _prompts, _unclip
+from dalle_jax.cli import _flags, _unclip
 
 SUMMARY = "draw the pictures between two pictures (DALL-E 2)"
 
@@ -26,7 +25,7 @@ SUMMARY = "draw the pictures between two pictures (DALL-E 2)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _unclip.add_networks(parser)
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; give two"
     )
@@ -43,21 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="slerp",
         help="from one picture's noise to the other's, or one for all (default: %(default)s)",
     )
-    group = parser.add_argument_group("how to draw")
+    group = parser.add_argument_group("how to sample")
     _unclip.add_guidance(group, 1.0)
-    _unclip.add_drawing(group)
+    _unclip.add_sampling(group)
     _unclip.add_output(parser, "interpolation")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes; returns the exit code."""
-    import jax
+    """Samples and writes; returns the exit code."""
     import numpy as np
 
-    from dalle_jax import images
-    from dalle_jax.cli import _flags, gallery
-    from dalle_jax.engine import meshes
-    from dalle_jax.sampling import manipulate, unclip
+    from dalle_jax.pages import gallery
     from dalle_jax.types import UsageError
 
     _unclip.check(args)
@@ -66,40 +61,28 @@ def run(args: argparse.Namespace) -> int:
     if args.num < 2:
         raise UsageError(f"--num={args.num}; expected 2 (both ends) or more.")
     _flags.use_cache(args)
-    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
-    given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
-    pair = np.stack([picture for picture, _, _ in given])
-    start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
-    ends = manipulate.invert(stages, images.to_float(pair), drawing)
-    thetas = np.linspace(0, 1, args.num)
-    way = manipulate.between(stages, ends, thetas, args.noise, key=key)
-    tell = functools.partial(_prompts.progress, "between", start, args.num)
-    indices = np.arange(args.num)
-    small = manipulate.sample(
-        stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
-    )
-    # One noise for the upsamplers, so that the way is as smooth as the decoder's.
-    drawn = unclip.upsample(stages, small, drawing, key=key, indices=0 * indices, mesh=mesh)
-    near = [_unclip.cosines(stages.clip, drawn, z[None]) for z in ends.z]
-    gallery.clear(out)
-    labels = [f"{t:.2f} · {a:.3f} {b:.3f}" for t, a, b in zip(thetas, *near, strict=True)]
+    model = _unclip.model(args)
+    px = model.unclip(upsample=not args.no_upsample).image_px
+    first, second = (_unclip.read_picture(path, px) for path in args.image)
+    start = time.monotonic()
+    between = model.interpolate(
+        first.picture, second.picture, args.num, noise=args.noise,
+        **_unclip.common(args, "between", args.num),
+    )  # fmt: skip
+    gallery.clear(pathlib.Path(args.out))
+    figures = {name: [p.figures[name] for p in between] for name in between[0].figures}
+    labels = [f"{t:.2f} · {a:.3f} {b:.3f}" for t, a, b in zip(*figures.values(), strict=True)]
     block = gallery.Block(
         folder="",
         title="From one picture to the other",
-        text=f"Between {args.image[0]} and {args.image[1]}, noise {args.noise}; with each picture "
-        "its place on the way and its CLIP cosines to both. "
+        text=f"Between {first.path} and {second.path}, noise {args.noise}; with each picture its "
+        "place on the path and its CLIP cosines to both. "
         f"{time.monotonic() - start:.1f} seconds.",
-        pictures=np.concatenate([pair[:1], images.to_uint8(drawn), pair[1:]]),
+        pictures=np.concatenate([first.picture[None], between.arrays, second.picture[None]]),
         names=["given_1", *(f"{n:02d}" for n in range(1, args.num + 1)), "given_2"],
         labels=["given", *labels, "given"],
-        figures={
-            "images": args.image,
-            "noise": args.noise,
-            "theta": [round(float(t), 4) for t in thetas],
-            "cosine_first": near[0],
-            "cosine_second": near[1],
-        },
+        figures={"images": args.image, "noise": args.noise, **figures},
+        metadata=[{}, *(picture.metadata for picture in between), {}],
     )
-    notes = [note for _, _, some in given for note in some]
-    module = sys.modules[__name__]
-    return gallery.finish(args, module, "Interpolation", [block], stages.parts, notes)
+    module, notes = sys.modules[__name__], first.notes + second.notes
+    return _unclip.finish(args, module, "Interpolation", [block], between.stages, notes)

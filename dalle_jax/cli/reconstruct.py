@@ -13,12 +13,10 @@ the cosine of what is left to the whole embedding.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
-import time
 
-from dalle_jax.cli import _prompts, _unclip
+from dalle_jax.cli import _flags, _prompts, _unclip
 
 SUMMARY = "draw pictures from part of their CLIP embedding (DALL-E 2)"
 
@@ -26,7 +24,7 @@ SUMMARY = "draw pictures from part of their CLIP embedding (DALL-E 2)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _unclip.add_networks(parser, "prior_ar", "pca")
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; repeatable"
     )
@@ -36,21 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="components to keep (default: 1/16, 1/8, 1/4, 1/2 and all of them; paper "
         "20,30,40,80,120,160,200,320)",
     )
-    group = parser.add_argument_group("how to draw")
+    group = parser.add_argument_group("how to sample")
     _unclip.add_guidance(group, 1.0)
-    _unclip.add_drawing(group)
+    _unclip.add_sampling(group)
     _unclip.add_output(parser, "reconstructions")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes; returns the exit code."""
-    import jax
-    import numpy as np
-
-    from dalle_jax import images
-    from dalle_jax.cli import _flags, gallery
-    from dalle_jax.engine import meshes
-    from dalle_jax.sampling import manipulate, unclip
+    """Samples and writes; returns the exit code."""
+    from dalle_jax.pages import gallery
 
     _unclip.check(args)
     dims = None
@@ -58,40 +50,31 @@ def run(args: argparse.Namespace) -> int:
         expected = "whole numbers of 1 or more"
         dims = _unclip.numbers(args.dims, "dims", int, lambda d: d >= 1, expected)
     _flags.use_cache(args)
-    # The prior is only opened for its PCA.
-    stages = _unclip.load(args, "pca", *(() if args.pca else ("prior_ar",)))
-    drawing, mesh = _unclip.drawing(args), meshes.local()
-    width = stages.clip.model.config.joint_width
-    dims = dims or sorted({max(1, width // n) for n in (16, 8, 4, 2, 1)})
+    model = _unclip.model(args)
+    stages = model.unclip(upsample=not args.no_upsample)
     given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
-    pictures = np.stack([picture for picture, _, _ in given])
-    start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
-    latent, cosines = manipulate.truncate(stages, images.to_float(pictures), dims, key=key)
-    tell = functools.partial(_prompts.progress, "reconstruct", start, len(latent.z))
-    indices = np.zeros(len(latent.z), int)  # the same noise for all
-    small = manipulate.sample(
-        stages, latent, drawing, key=key, indices=indices, mesh=mesh, progress=tell
-    )
-    drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)
-    drawn = images.to_uint8(drawn).reshape(len(pictures), len(dims), *pictures.shape[1:])
-    blocks = []
+    out, blocks, rebuilt = pathlib.Path(args.out), [], None
     folders = _prompts.folders(out, [pathlib.Path(path).stem for path in args.image])
-    for i, folder in enumerate(folders):
+    for i, (folder, each) in enumerate(zip(folders, given, strict=True), 1):
+        common = _unclip.common(args, f"{i}/{len(given)} {each.path}", len(dims or range(5)))
+        rebuilt = model.reconstruct(each.picture, dims, **common)
         gallery.clear(folder)
-        near = [round(float(x), 4) for x in cosines[i]]
-        labels = [f"{d} of {width} · {x:.3f}" for d, x in zip(dims, near, strict=True)]
-        blocks.append(
-            gallery.Block(
-                folder=str(folder.relative_to(out)),
-                title=args.image[i],
-                text="The picture, and what is drawn from so many components of its embedding; "
-                "with the cosine of these to the whole embedding.",
-                pictures=np.concatenate([pictures[i : i + 1], drawn[i]]),
-                names=["given", *(f"{d:03d}" for d in dims)],
-                labels=["given", *labels],
-                figures={"image": args.image[i], "dims": dims, "cosine": near},
-            )
+        figures = {name: [p.figures[name] for p in rebuilt] for name in rebuilt[0].figures}
+        block = _unclip.given_block(
+            each,
+            rebuilt,
+            folder=str(folder.relative_to(out)),
+            title=each.path,
+            text="The picture, and pictures from so many components of its embedding; with the "
+            "cosine of these to the whole embedding.",
+            names=[f"{d:03d}" for d in figures["dims"]],
+            labels=[
+                f"{d} of {stages.clip.joint_width} · {x:.3f}"
+                for d, x in zip(figures["dims"], figures["cosine"], strict=True)
+            ],
+            figures={"image": each.path, **figures},
         )
-    notes = [note for _, _, some in given for note in some]
+        blocks.append(block)
+    notes = [note for each in given for note in each.notes]
     module = sys.modules[__name__]
-    return gallery.finish(args, module, "Reconstructions", blocks, stages.parts, notes)
+    return _unclip.finish(args, module, "Reconstructions", blocks, rebuilt.stages, notes)

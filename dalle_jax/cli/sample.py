@@ -21,11 +21,11 @@ import json
 import pathlib
 import time
 
-from dalle_jax.cli import _flags, _prompts, _unclip, sample_unclip
+from dalle_jax.cli import _flags, _prompts, _unclip
 
 SUMMARY = "draw pictures for captions and rank them with CLIP"
 
-CANDIDATES, KEEP = 32, 8
+UNCLIP_GUIDANCE = 2.0
 PIPELINES = ("dalle", "unclip")
 _DALLE_ONLY = ("workdir", "dvae", "image", "keep_rows", "temperature", "top_k", "top_p", "no_cache")
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dvae", metavar="DIR", help="codec, if it is no longer where the DALL-E's config says"
     )
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     _prompts.add_arguments(group)
     group.add_argument("--image", metavar="FILE", help="complete this picture")
     group.add_argument(
@@ -57,10 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates",
         type=int,
         metavar="N",
-        help=f"pictures drawn per prompt (default: {CANDIDATES}; without a CLIP, as many as kept)",
+        help="pictures sampled per prompt (default: 32, without a CLIP as many as are kept; "
+        "pipeline unclip: 8)",
     )
-    group.add_argument("--keep", type=int, metavar="K", help=f"pictures kept (default: {KEEP})")
-    group = parser.add_argument_group("how to draw")
+    group.add_argument(
+        "--keep", type=int, metavar="K", help="pictures kept (default: 8; unclip: 4)"
+    )
+    group = parser.add_argument_group("how to sample")
     group.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     group.add_argument("--top_k", type=int, default=0, help="likeliest codes only; 0 = all")
     group.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; 1 = all")
@@ -68,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         help="classifier-free guidance scale; 1 = off (default: 1, which needs no training with "
-        f"data.caption_drop; pipeline unclip: {sample_unclip.GUIDANCE})",
+        f"data.caption_drop; pipeline unclip: {UNCLIP_GUIDANCE})",
     )
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     group.add_argument(
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no_cache", action="store_true", help="without the key/value cache: slow, same pictures"
     )
-    sample_unclip.add_arguments(parser)
+    _add_unclip(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--out", default="samples", metavar="DIR", help="default: %(default)s")
     group.add_argument("--json", action="store_true", help="print all scores as JSON")
@@ -85,95 +88,161 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _flags.add_cache(parser)
 
 
+def _add_unclip(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags that only pipeline unclip has."""
+    group = parser.add_argument_group("pipeline unclip (DALL-E 2)")
+    _unclip.add_stages(group, "prior_diffusion", "prior_ar")
+    _unclip.add_prior(group)
+    group.add_argument(
+        "--sampler",
+        choices=("ddim", "ddpm", "dpmpp"),
+        default="ddim",
+        help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
+    )
+    _unclip.add_sampling(group)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Draws, ranks and writes; returns the exit code."""
+    """Samples, ranks and writes; returns the exit code."""
     prompts = _prompts.given(args)
     is_unclip = args.pipeline == "unclip"
     if args.guidance is None:
-        args.guidance = sample_unclip.GUIDANCE if is_unclip else 1.0
+        args.guidance = UNCLIP_GUIDANCE if is_unclip else 1.0
     _check(args)
     _flags.use_cache(args)
     with _flags.job(args):
-        if is_unclip:
-            command = _prompts.command("sample", add_arguments, args)
-            return sample_unclip.run(args, prompts, command)
         return _run(args, prompts)
 
 
 def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     import jax
 
-    from dalle_jax.cli import sample_page
-    from dalle_jax.engine import distributed, meshes
-    from dalle_jax.sampling import categorical, rerank
+    from dalle_jax.engine import distributed
+    from dalle_jax.pages import gallery, samples
+    from dalle_jax.pipelines.reading import short
 
-    distributed.agree(
-        {"the command": _prompts.command("sample", add_arguments, args), "prompts": prompts}
-    )
-    dalle, clip = _stages(args)
-    codec = dalle.codec
-    categorical.check(args.temperature, args.top_k, args.top_p, args.guidance, codec.num_codes)
-    if args.guidance != 1 and not dalle.config.data.caption_drop:
-        _prompts.warn(
-            "--guidance has little meaning: this DALL-E was trained with data.caption_drop=0."
-        )
-    candidates, keep = _counts(args, clip is not None)
-    text = _prompts.tokens(dalle, prompts, "DALL-E")
-    clip_text = None if clip is None else _prompts.tokens(clip, prompts, "CLIP")
-    given, prefix, rows = _prefix(args, codec)
-
-    out = pathlib.Path(args.out)
-    mesh = meshes.local()
-    chunk = args.batch or rerank.fitting_chunk(dalle, args.guidance) * mesh.size
-    results: dict[int, dict] = {}
+    command = _prompts.command("sample", add_arguments, args)
+    distributed.agree({"the command": command, "prompts": prompts})
+    is_unclip = args.pipeline == "unclip"
+    sample, context = (_unclip_sampler if is_unclip else _dalle_sampler)(args, prompts)
+    out, results = pathlib.Path(args.out), {}
     folders = _prompts.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
-        prompt, folder = prompts[i], folders[i]
-        start = time.monotonic()
-        label = f"{i + 1}/{len(prompts)} {_prompts.short(prompt)}"
-        drawn = rerank.sample_best(
-            dalle,
-            clip,
-            text[i],
-            None if clip is None else clip_text[i],
-            num_candidates=candidates,
-            keep=keep,
-            chunk=chunk,
-            key=jax.random.key(args.seed),
-            progress=functools.partial(_prompts.progress, label, start, candidates),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            guidance=args.guidance,
-            prefix=prefix,
-            use_cache=not args.no_cache,
-            mesh=mesh,
-        )
+        start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {short(prompts[i])}"
+        pictures = sample(prompts[i], label)
         seconds = time.monotonic() - start
-        results[i] = sample_page.write(args, folder, prompt, drawn, seconds, dalle, clip, rows)
-    distributed.wait_for_all("all prompts are drawn")
+        results[i] = samples.write(folders[i], pictures, seconds, command, context)
+    distributed.wait_for_all("all prompts are sampled")
     if jax.process_index() != 0:
         return 0
-    everything = [results.get(i) or sample_page.read(folder) for i, folder in enumerate(folders)]
-    sample_page.write_pages(
-        args,
-        out,
-        everything,
-        given,
-        dalle,
-        clip,
-        _prompts.command("sample", add_arguments, args),
-    )
-    report = [{k: v for k, v in result.items() if k != "pictures"} for result in everything]
+    results = [results.get(i) or samples.read(folder) for i, folder in enumerate(folders)]
+    if is_unclip:
+        blocks, title = samples.blocks(out, folders, results), "Pictures from captions"
+        result = gallery.write(
+            out, title, context.subtitle, blocks, command=command, stages=context.stages
+        )
+        gallery.report(result, out, args.json)
+        return 0
+    samples.write_page(out, results, command, context)
     if args.json:
-        print(json.dumps(report, indent=1))
-    else:
-        for result in report:
-            best = result["kept"][0]
-            score = "" if best["score"] is None else f", best score {best['score']:.3f}"
-            print(f"{best['file']}  {_prompts.short(result['prompt'])} ({candidates} drawn{score})")
-        print(f"{out / 'index.html'}")
+        results = [{k: v for k, v in result.items() if k != "pictures"} for result in results]
+        print(json.dumps(results, indent=1))
+        return 0
+    for result in results:
+        best, count = result["kept"][0], len(result["scores"] or result["kept"])
+        score = "" if best["score"] is None else f", best score {best['score']:.3f}"
+        print(f"{best['file']}  {short(result['prompt'])} ({count} sampled{score})")
+    print(f"{out / 'index.html'}")
     return 0
+
+
+def _dalle_sampler(args: argparse.Namespace, prompts: list[str]):
+    """((prompt, label) -> Pictures by DALL-E, the `samples.Context` of all)."""
+    from dalle_jax.pages import samples
+    from dalle_jax.pipelines import dalle, reading
+    from dalle_jax.pipelines.model import load
+    from dalle_jax.pipelines.pictures import counts, describe, square
+
+    given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
+    model = load(args.pretrained or "", **{k: v for k, v in given.items() if v})
+    model.warn = _prompts.warn
+    ranker, stage = model.ranker, model.dalle  # CLIP first: it is the quicker one to find wrong
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    options |= dict(guidance=args.guidance)
+    dalle.check(stage, **options, warn=_prompts.warn)
+    # Every prompt is checked before the first one takes its time.
+    reading.read(stage, prompts, "DALL-E", _prompts.warn)
+    if ranker is not None:
+        reading.read(ranker, prompts, "CLIP", _prompts.warn)
+    counts(
+        args.candidates, args.keep, dalle.CANDIDATES, dalle.KEEP, ranker is not None, _prompts.warn
+    )
+    picture, prefix, total = None, None, args.candidates or dalle.CANDIDATES
+    if args.image:
+        picture = square(args.image, stage.image_px)
+        prefix = dalle.encode_rows(stage, args.image, args.keep_rows)
+
+    def sample(prompt: str, label: str):
+        return dalle.sample(
+            stage,
+            ranker,
+            prompt,
+            candidates=args.candidates,
+            keep=args.keep,
+            seed=args.seed,
+            batch=args.batch or 0,
+            use_cache=not args.no_cache,
+            prefix=prefix,
+            progress=functools.partial(_prompts.progress, label, time.monotonic(), total),
+            warn=lambda text: None,  # reported above
+            **options,
+        )
+
+    return sample, samples.Context(
+        subtitle=f"Seed {args.seed}, temperature {args.temperature}",
+        settings=options | {"seed": args.seed, "image": args.image},
+        given=picture,
+        stages={"dalle": describe(stage), "clip": ranker and describe(ranker)},
+    )
+
+
+def _unclip_sampler(args: argparse.Namespace, prompts: list[str]):
+    """The same for DALL-E 2."""
+    from dalle_jax.pages import samples
+    from dalle_jax.pipelines import reading, unclip
+    from dalle_jax.pipelines.pictures import describe
+    from dalle_jax.sampling.unclip import check_prior
+    from dalle_jax.stages.unclip import Unclip
+
+    model = _unclip.model(args)
+    prior = model.choose_prior(args.prior)
+    names = {kind: name for name, kind in Unclip.PRIORS.items()}
+    stages = model.unclip(
+        *([names[prior]] if prior in names else []), upsample=not args.no_upsample
+    )
+    check_prior(stages, prior)
+    reading.read(stages.clip, prompts, "CLIP", _prompts.warn)
+    model.warn = lambda text: None  # reported above
+    total = args.candidates or unclip.CANDIDATES
+
+    def sample(prompt: str, label: str):
+        return model.sample(
+            prompt,
+            pipeline="unclip",
+            candidates=args.candidates,
+            keep=args.keep,
+            prior=prior,
+            prior_options=_unclip.prior_options(args, prior),
+            **_unclip.common(args, label, total),
+        )
+
+    names = ("seed", "steps", "sampler", "eta", "guidance", "prior_steps", "prior_guidance")
+    return sample, samples.Context(
+        subtitle=f"unCLIP, prior {prior}, {args.steps} steps, guidance {args.guidance}",
+        settings={"prior": prior} | {name: getattr(args, name) for name in names},
+        stages={name: describe(stage) for name, stage in stages.parts.items()},
+        is_unclip=True,
+    )
 
 
 def _check(args) -> None:
@@ -206,7 +275,7 @@ def _check_pipeline(args) -> None:
     from dalle_jax.types import UsageError
 
     ours, both = argparse.ArgumentParser(), argparse.ArgumentParser()
-    sample_unclip.add_arguments(ours)
+    _add_unclip(ours)
     add_arguments(both)
     names = [action.dest for action in ours._actions if action.dest != "help"]
     names = _DALLE_ONLY if args.pipeline == "unclip" else names
@@ -219,51 +288,3 @@ def _check_pipeline(args) -> None:
             )
     if args.pipeline == "unclip":
         _unclip.check(args)
-
-
-def _stages(args):
-    from dalle_jax.stages import pretrained
-    from dalle_jax.stages.clip import ClipStage
-    from dalle_jax.stages.dalle import DalleStage
-
-    shipped = pretrained.folders(args.pretrained) if args.pretrained else {}
-    clip_dir = args.clip or shipped.get("clip")
-    dvae_dir = args.dvae or shipped.get("dvae", "")
-    # CLIP first: it is the quicker one to find wrong.
-    clip = ClipStage.load(clip_dir) if clip_dir else None
-    dalle_dir = args.workdir or shipped.get("dalle", f"{args.pretrained}/dalle")
-    return DalleStage.load(dalle_dir, codec=dvae_dir), clip
-
-
-def _counts(args, has_clip: bool) -> tuple[int, int]:
-    """(candidates, keep)."""
-    if has_clip:
-        candidates = args.candidates or max(CANDIDATES, args.keep or 0)
-        return candidates, args.keep or min(KEEP, candidates)
-    keep = args.keep or min(KEEP, args.candidates or KEEP)
-    if args.candidates and args.candidates > keep:
-        _prompts.warn(
-            f"nothing ranks without --clip: drawing only the {keep} pictures that are kept."
-        )
-    return keep, keep
-
-
-def _prefix(args, codec):
-    """(the given picture as the codec sees it uint8, its first codes [1, R*g], R)."""
-    import numpy as np
-
-    from dalle_jax import images
-    from dalle_jax.data import preprocess
-    from dalle_jax.types import UsageError
-
-    if not args.image:
-        return None, None, 0
-    rows = codec.grid // 2 if args.keep_rows is None else args.keep_rows
-    if not 0 < rows < codec.grid:
-        raise UsageError(
-            f"--keep_rows={rows}; this codec has {codec.grid} rows of codes: keep 1 to "
-            f"{codec.grid - 1} of them."
-        )
-    given = preprocess.crop_center(images.read(args.image), codec.image_px)
-    codes = np.asarray(codec.encode(images.to_float(given)[None])).reshape(1, -1)
-    return given, codes[:, : rows * codec.grid], rows

@@ -14,12 +14,11 @@ and results.json with the CLIP cosine of each to the picture given.
 """
 
 import argparse
-import functools
 import pathlib
 import sys
 import time
 
-from dalle_jax.cli import _prompts, _unclip
+from dalle_jax.cli import _flags, _prompts, _unclip
 
 SUMMARY = "draw variations of a picture (DALL-E 2)"
 
@@ -27,67 +26,51 @@ SUMMARY = "draw variations of a picture (DALL-E 2)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _unclip.add_networks(parser)
-    group = parser.add_argument_group("what to draw")
+    group = parser.add_argument_group("what to sample")
     group.add_argument(
         "--image", action="append", required=True, metavar="FILE", help="picture; repeatable"
     )
     group.add_argument("--n", type=int, default=8, help="variations of each (default: %(default)s)")
-    group = parser.add_argument_group("how to draw")
+    group = parser.add_argument_group("how to sample")
     _unclip.add_guidance(group, 1.0)
-    _unclip.add_drawing(group, eta=1.0)
+    _unclip.add_sampling(group, eta=1.0)
     _unclip.add_output(parser, "variations")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws and writes; returns the exit code."""
-    import dataclasses
-
-    import jax
-    import numpy as np
-
-    from dalle_jax import images
-    from dalle_jax.cli import _flags, gallery
-    from dalle_jax.engine import meshes
-    from dalle_jax.sampling import manipulate, unclip
+    """Samples and writes; returns the exit code."""
+    from dalle_jax.pages import gallery
 
     _unclip.check(args)
     _flags.use_cache(args)
     if args.eta == 0 and args.n > 1:
-        _prompts.warn("at --eta=0 all variations are the picture itself: drawing one.")
+        _prompts.warn("at --eta=0 all variations are the picture itself: sampling one.")
     count = 1 if args.eta == 0 else args.n
-    stages, drawing, mesh = _unclip.load(args), _unclip.drawing(args), meshes.local()
-    given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
-    out, blocks = pathlib.Path(args.out), []
-    still = dataclasses.replace(drawing, eta=0.0)
-    key, draw = jax.random.key(args.seed), functools.partial(unclip.upsample, stages)
+    model = _unclip.model(args)
+    px = model.unclip(upsample=not args.no_upsample).image_px
+    given = [_unclip.read_picture(path, px) for path in args.image]
+    out, blocks, stages = pathlib.Path(args.out), [], {}
     folders = _prompts.folders(out, [pathlib.Path(path).stem for path in args.image])
-    for i, (folder, (picture, _, _)) in enumerate(zip(folders, given, strict=True), 1):
-        start, label = time.monotonic(), f"{i}/{len(given)} {args.image[i - 1]}"
-        one = images.to_float(picture)[None]
-        latent = manipulate.invert(stages, one, still)
-        again = manipulate.vary(stages, latent, 1, still, key=key, mesh=mesh)
-        tell = functools.partial(_prompts.progress, label, start, count)
-        varied = manipulate.vary(stages, latent, count, drawing, key=key, mesh=mesh, progress=tell)
-        small = np.concatenate([again, varied])
-        indices = np.concatenate([[0], np.arange(count)])
-        drawn = draw(small, drawing, key=key, indices=indices, mesh=mesh)
-        near = _unclip.cosines(stages.clip, drawn, stages.clip.embed_images(one))
+    for i, (folder, each) in enumerate(zip(folders, given, strict=True), 1):
+        start = time.monotonic()
+        common = _unclip.common(args, f"{i}/{len(given)} {each.path}", count)
+        varied = model.vary(each.picture, count, with_reconstruction=True, **common)
         gallery.clear(folder)
-        numbers = [f"{n:02d}" for n in range(count + 1)]
-        labels = [f"eta 0 · {near[0]:.3f}"]
-        labels += [f"{n} · {x:.3f}" for n, x in enumerate(near[1:], 1)]
-        blocks.append(
-            gallery.Block(
-                folder=str(folder.relative_to(out)),
-                title=args.image[i - 1],
-                text="The picture, what the unchanged latent draws, and variations; each with its "
-                f"CLIP cosine to the picture. {time.monotonic() - start:.1f} seconds.",
-                pictures=np.concatenate([picture[None], images.to_uint8(drawn)]),
-                names=["given", *numbers],
-                labels=["given", *labels],
-                figures={"image": args.image[i - 1], "eta": args.eta, "cosine": near},
-            )
+        cosines = [round(float(x), 4) for x in varied.scores]
+        labels = [f"eta 0 · {cosines[0]:.3f}"]
+        labels += [f"{n} · {x:.3f}" for n, x in enumerate(cosines[1:], 1)]
+        block = _unclip.given_block(
+            each,
+            varied,
+            folder=str(folder.relative_to(out)),
+            title=each.path,
+            text="The picture, what the unchanged latent gives, and variations; each with its CLIP "
+            f"cosine to the picture. {time.monotonic() - start:.1f} seconds.",
+            names=[f"{n:02d}" for n in range(count + 1)],
+            labels=labels,
+            figures={"image": each.path, "eta": args.eta, "cosine": cosines},
         )
-    notes = [note for _, _, some in given for note in some]
-    module = sys.modules[__name__]
-    return gallery.finish(args, module, "Variations", blocks, stages.parts, notes)
+        blocks.append(block)
+        stages = varied.stages
+    notes = [note for each in given for note in each.notes]
+    return _unclip.finish(args, sys.modules[__name__], "Variations", blocks, stages, notes)

@@ -43,13 +43,14 @@ class Unclip:
     pca: Pca | None = None
 
     @classmethod
-    def load(cls, folders: Mapping[str, str], only: Sequence[str] = ()) -> "Unclip":
+    def load(cls, folders: Mapping[str, str | Stage], only: Sequence[str] = ()) -> "Unclip":
         """The stages in these folders.
 
         Args:
           folders: stage -> workdir or exported folder: `decoder`, and any of `clip`, `prior` (the
             diffusion prior), `prior_ar`, `inpaint`, `upsampler_1`, `upsampler_2`, and `pca` (a
-            file). Without a clip, it is where the decoder's config says or in the folder beside it.
+            file). A stage that is open already may take its folder's place. Without a clip, it is
+            where the decoder's config says or in the folder beside it.
           only: names to load, beside clip and decoder; () = all of them.
 
         Raises:
@@ -66,12 +67,16 @@ class Unclip:
                 "there is no decoder; give --decoder=DIR (the workdir of a run of "
                 "configs/decoder.py) or a pretrained set that holds one."
             )
+        decoder, clip = folders["decoder"], folders.get("clip", "")
         # Opened first: a folder that is missing or of another task is reported as such.
-        opened = Run.open(folders["decoder"], "diffusion")
-        clip_folder = run.companion(opened.folder, opened.config, "clip", folders.get("clip", ""))
-        clip = ClipStage.load(clip_folder)
-        _check_one_clip({k: v for k, v in folders.items() if k not in ("clip", "pca")}, clip)
-        decoder = UnetStage.of(opened, clip).check_is_decoder()
+        opened = decoder.run if isinstance(decoder, Stage) else Run.open(decoder, "diffusion")
+        if not isinstance(clip, Stage):
+            clip = ClipStage.load(run.companion(opened.folder, opened.config, "clip", clip))
+        unopened = {k: v for k, v in folders.items() if not isinstance(v, Stage)}
+        _check_one_clip({k: v for k, v in unopened.items() if k not in ("clip", "pca")}, clip)
+        if not isinstance(decoder, Stage):
+            decoder = UnetStage.of(opened, clip)
+        decoder.check_is_decoder()
         priors = {
             kind: _prior(folders[name], clip, kind)
             for name, kind in cls.PRIORS.items()
@@ -127,36 +132,39 @@ def _check_one_clip(folders: Mapping[str, str], clip: ClipStage) -> None:
             )
 
 
-def _prior(folder: str, clip: ClipStage, kind: str) -> PriorStage:
-    stage = PriorStage.load(folder, clip)
+def _prior(folder: str | Stage, clip: ClipStage, kind: str) -> PriorStage:
+    stage = folder if isinstance(folder, Stage) else PriorStage.load(folder, clip)
     if stage.kind != kind:
         raise UsageError(
-            f"{folder!r} holds a prior of kind {stage.kind!r}; expected {kind!r}: give it as "
+            f"{stage.folder!r} holds a prior of kind {stage.kind!r}; expected {kind!r}: give it as "
             f"--prior_{stage.kind}."
         )
     return stage
 
 
-def _inpainter(folder: str, clip: ClipStage) -> UnetStage:
-    stage = UnetStage.load(folder, clip).check_is_decoder()
-    if not stage.model.config.inpaint:
+def _inpainter(folder: str | Stage, clip: ClipStage) -> UnetStage:
+    stage = folder if isinstance(folder, Stage) else UnetStage.load(folder, clip)
+    if not stage.check_is_decoder().model.config.inpaint:
         raise UsageError(
-            f"{folder!r} holds a decoder that is shown no masks; train one with "
+            f"{stage.folder!r} holds a decoder that is shown no masks; train one with "
             "--config.loss.inpaint=true, or leave it out: the plain decoder inpaints too."
         )
     return stage
 
 
-def _upsamplers(names: Sequence[str], folders: Mapping[str, str], px: int) -> tuple[UnetStage, ...]:
+def _upsamplers(
+    names: Sequence[str], folders: Mapping[str, str | Stage], px: int
+) -> tuple[UnetStage, ...]:
     stages = []
     for name in names:
         if name not in folders:
             continue
-        stage = UnetStage.load(folders[name])
+        folder = folders[name]
+        stage = folder if isinstance(folder, Stage) else UnetStage.load(folder)
         if stage.low_res_px != px:
             takes = f"pictures of {stage.low_res_px} px" if stage.low_res_px else "no pictures"
             raise UsageError(
-                f"{name} {folders[name]!r} takes {takes}, but the stage before it draws {px} px; "
+                f"{name} {stage.folder!r} takes {takes}, but the stage before it draws {px} px; "
                 "give upsamplers in order, each trained on the size before it."
             )
         stages.append(stage)

@@ -156,7 +156,7 @@ def test_without_a_clip_the_kept_are_those_drawn(folders, tmp_path, capsys):
     assert draw(folders, out, "--keep=2", "--candidates=9", clip=False) == 0
     result = json.loads(next(out.glob("*/scores.json")).read_text())
     assert result["scores"] is None and [k["candidate"] for k in result["kept"]] == [0, 1]
-    assert "nothing ranks without --clip" in capsys.readouterr().err
+    assert "nothing ranks without a CLIP" in capsys.readouterr().err
 
 
 def test_a_smaller_second_run_leaves_no_stale_pictures(folders, tmp_path):
@@ -216,7 +216,7 @@ def test_warnings_name_what_is_not_read(folders, tmp_path, capsys):
 def test_bad_input_exits_2_before_anything_is_drawn(
     folders, tmp_path, picture, capsys, monkeypatch, flags, says
 ):
-    monkeypatch.setattr(rerank, "draw_best", lambda *a, **k: pytest.fail("it drew"))
+    monkeypatch.setattr(rerank, "sample_best", lambda *a, **k: pytest.fail("it drew"))
     text = tmp_path / "text.png"
     text.write_text("not a picture")
     names = {**folders, "picture": picture, "text": str(text)}

@@ -76,7 +76,7 @@ def test_known_pixels_come_back_bit_for_bit_and_starts_may_be_given(drawer, rng,
     [
         ({"sampler": "euler"}, "ddim, ddpm, dpmpp"),
         ({"eta": 2.0}, "eta=2.0"),
-        ({"sampler": "dpmpp", "eta": 0.5}, "draws no noise"),
+        ({"sampler": "dpmpp", "eta": 0.5}, "adds no noise"),
     ],
 )
 def test_options_out_of_range_are_refused(drawer, options, says):
