@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dalle_jax.data import scenes
-from dalle_jax.data.builders import drawing
+from dalle_jax.data.builders import rendering
 from dalle_jax.data.builders import shapes as builder
 from dalle_jax.types import UsageError
 
@@ -36,7 +36,7 @@ def test_lies_where_sources_look_for_it(path):
 
 
 def test_records_hold_picture_caption_and_scene(path):
-    assert {name: len(source(path, name)) for name in drawing.HELD_OUT} == {
+    assert {name: len(source(path, name)) for name in rendering.HELD_OUT} == {
         "train": 80,
         "validation": 16,
         "held_out": 16,
@@ -60,13 +60,13 @@ def test_held_out_combinations_are_in_their_split_only(path):
 def test_same_bytes_from_two_processes(path, tmp_path):
     # The files differ in the order of protocol buffer fields; the records in nothing.
     other = builder.prepare(tmp_path, **SIZES, workers=2, progress=None)
-    for split in drawing.HELD_OUT:
+    for split in rendering.HELD_OUT:
         for a, b in zip(raw(path, split), raw(other, split), strict=True):
             assert a == b
 
 
 def test_sets_are_a_function_of_the_seed():
-    draws = [drawing.draw_example(0, split="train", seed=s, image_px=32).png for s in (0, 0, 1)]
+    draws = [rendering.draw_example(0, split="train", seed=s, image_px=32).png for s in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert Image.open(io.BytesIO(draws[0])).size == (32, 32)
 
@@ -118,17 +118,17 @@ def test_unknown_kinds_are_refused(tmp_path, kinds):
 
 def test_interrupted_set_is_drawn_again(tmp_path, monkeypatch):
     sizes = SIZES | {"num_train": 8, "num_eval": 4}
-    draw = drawing.draw_example
+    draw = rendering.draw_example
 
     def stop_in_the_middle(index, **example):
         if index == 5:
             raise KeyboardInterrupt
         return draw(index, **example)
 
-    monkeypatch.setattr(drawing, "draw_example", stop_in_the_middle)
+    monkeypatch.setattr(rendering, "draw_example", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
         builder.prepare(tmp_path, **sizes, progress=None)
-    monkeypatch.setattr(drawing, "draw_example", draw)
+    monkeypatch.setattr(rendering, "draw_example", draw)
     lines = []
     path = builder.prepare(tmp_path, **sizes, progress=lines.append)
     assert len(source(path, "train")) == 8

@@ -1,6 +1,6 @@
 """The `emoji` set: real pictures with human-written captions, in eight openly licensed styles.
 
-Pictures come from `emoji_sources`; words from emojibase (Unicode CLDR labels and tags). About
+Pictures come from `npm_packages`; words from emojibase (Unicode CLDR labels and tags). About
 11.5 thousand pairs, 1,949 labels, most of them drawn in five or more styles, so that a pair of
 label and style can be held out while both its parts are seen: a compositional test.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.data.builders import emoji_sources, store
+from dalle_jax.data.builders import npm_packages, store
 from dalle_jax.types import UsageError
 
 NAME = "emoji"
@@ -73,7 +73,7 @@ def read_meanings(data: Iterable[Mapping[str, Any]]) -> dict[str, Meaning]:
 
 
 def join(
-    archives: Mapping[emoji_sources.Package, emoji_sources.Archive],
+    archives: Mapping[npm_packages.Package, npm_packages.Archive],
     skin_tones: bool = False,
 ) -> tuple[list[Picture], Counter]:
     """Every drawing whose meaning is known, sorted by id, and why others were left out.
@@ -81,7 +81,7 @@ def join(
     A drawing is matched by its Unicode sequence, else by its name (`emojione`, `fxemoji` and
     `noto-v1` have no or few sequences); a style draws a meaning once, the first by name.
     """
-    meanings = read_meanings(archives[emoji_sources.LABELS].json("en/data.json"))
+    meanings = read_meanings(archives[npm_packages.LABELS].json("en/data.json"))
     by_name = {_slug(m.label): m for m in reversed(meanings.values())}
     pictures: dict[tuple[str, str], Picture] = {}
     left_out: Counter = Counter()
@@ -104,7 +104,7 @@ def join(
     return sorted(pictures.values(), key=lambda p: p.id), left_out
 
 
-def _icons(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+def _icons(archive: npm_packages.Archive) -> Iterator[tuple[str, list[str], dict[str, str]]]:
     """Iconify's format: name, its Unicode sequences, a whole SVG document."""
     sequences = defaultdict(list)
     for hexcode, name in archive.json("chars.json").items():
@@ -121,7 +121,7 @@ def _icons(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dic
         yield name, sequences[name], {"svg": svg}
 
 
-def _webps(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dict[str, bytes]]]:
+def _webps(archive: npm_packages.Archive) -> Iterator[tuple[str, list[str], dict[str, bytes]]]:
     for path, data in sorted(archive.files.items()):
         if path.endswith(".webp"):
             stem = pathlib.PurePosixPath(path).stem
@@ -208,7 +208,7 @@ def prepare(
     skin_tones: bool = False,
     overwrite: bool = False,
     workers: int = 1,
-    archives: Mapping[emoji_sources.Package, emoji_sources.Archive] | None = None,
+    archives: Mapping[npm_packages.Package, npm_packages.Archive] | None = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
     """Fetches, joins, renders and writes the set; its folder and a summary.
 
@@ -222,7 +222,7 @@ def prepare(
       archives: opened packages instead of fetched ones (tests).
 
     Raises:
-      UsageError: for a size out of range; see `emoji_sources.packages`.
+      UsageError: for a size out of range; see `npm_packages.packages`.
     """
     if not 8 <= image_px <= 1024:
         raise UsageError(f"--image_px={image_px} is out of range; emoji take 8 to 1024 pixels.")
@@ -231,11 +231,11 @@ def prepare(
     data_dir = pathlib.Path(data_dir)
     config = f"{image_px}px" + ("_tones" if skin_tones else "")
     target = store.folder(data_dir, NAME, config)
-    pins = [f"{p.name}@{p.version}" for p in (emoji_sources.LABELS, *emoji_sources.STYLES)]
+    pins = [f"{p.name}@{p.version}" for p in (npm_packages.LABELS, *npm_packages.STYLES)]
     recipe = {"kind": NAME, "image_px": image_px, "skin_tones": skin_tones, "packages": pins}
     if store.already_done(target, recipe, overwrite):
         return target, store.read_json(target / "prepare.json")
-    archives = archives or emoji_sources.packages(data_dir / "downloads")
+    archives = archives or npm_packages.packages(data_dir / "downloads")
     pictures, left_out = join(archives, skin_tones)
     splits = assign_splits(pictures)
     skipped: dict[str, str] = {}
@@ -272,7 +272,7 @@ def prepare(
             },
             description="Emoji in eight openly licensed styles with their CLDR labels and tags.",
             homepage="https://emojibase.dev",
-            licence=", ".join(sorted({p.licence for p in emoji_sources.STYLES})) + "; see NOTICE",
+            licence=", ".join(sorted({p.licence for p in npm_packages.STYLES})) + "; see NOTICE",
         )
     summary = {
         "examples": {split: len(part) for split, part in splits.items()},

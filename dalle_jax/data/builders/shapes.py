@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from dalle_jax.data import scenes
-from dalle_jax.data.builders import drawing
+from dalle_jax.data.builders import rendering
 from dalle_jax.types import UsageError
 
 _REPORT_SECONDS = 2.0
@@ -42,7 +42,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     # Set by `prepare` before building; neither changes a byte of the result.
-    processes = None  # of drawing.pool
+    processes = None  # of rendering.pool
     report: Callable[[str], None] | None = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -68,15 +68,15 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         del dl_manager
         config = self.builder_config
-        sizes = {name: config.num_eval for name in drawing.HELD_OUT} | {"train": config.num_train}
+        sizes = {name: config.num_eval for name in rendering.HELD_OUT} | {"train": config.num_train}
         progress = _Progress(sum(sizes.values()), self.report)
         return {
-            name: self._generate_examples(name, sizes[name], progress) for name in drawing.HELD_OUT
+            name: self._generate_examples(name, sizes[name], progress) for name in rendering.HELD_OUT
         }
 
     def _generate_examples(self, split: str, num: int, progress: "_Progress"):
         config = self.builder_config
-        drawn = drawing.draw_examples(
+        drawn = rendering.draw_examples(
             num,
             self.processes,
             split=split,
@@ -150,7 +150,7 @@ def prepare(
     logging.set_verbosity(logging.ERROR)  # TFDS warns of every config made at run time
     try:
         # TFDS prints what it does to stdout, which belongs to the results of commands.
-        with contextlib.redirect_stdout(io.StringIO()), drawing.pool(workers) as processes:
+        with contextlib.redirect_stdout(io.StringIO()), rendering.pool(workers) as processes:
             config = ShapesConfig(name=f"{image_px}px", **wanted)
             builder = Shapes(data_dir=str(data_dir), config=config, file_format="array_record")
             builder.processes, builder.report = processes, progress

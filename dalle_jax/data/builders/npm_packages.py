@@ -168,7 +168,7 @@ def _npm_pack(package: Package, downloads: pathlib.Path) -> None:
         raise UsageError(
             f"npm is not on the PATH; it fetches {spec} and seven other picture sets. Install it "
             "(apt-get install npm, or https://nodejs.org), or run `npm pack` for the packages of "
-            f"dalle_jax/data/builders/emoji_sources.py elsewhere and copy the files to {downloads}."
+            f"dalle_jax/data/builders/npm_packages.py elsewhere and copy the files to {downloads}."
         )
     print(f"  fetching {spec}", flush=True)
     command = [npm, "pack", "--silent", "--ignore-scripts", spec]
