@@ -157,9 +157,9 @@ def _emoji(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
 
 
 def _pairs(args: argparse.Namespace) -> tuple[pathlib.Path, dict[str, Any]]:
-    from dalle_jax.data.builders import formats, pairs
+    from dalle_jax.data.builders import items, pairs
 
-    fields = formats.Fields(args.image_field, args.text_field, args.images)
+    fields = items.Fields(args.image_field, args.text_field, args.images)
     options = pairs.Options(args.image_px, args.validation, fields, args.workers)
     return pairs.prepare(
         args.data_dir, args.name, args.source_kind, args.input, options, args.overwrite

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dalle_jax.data.builders import formats
+from dalle_jax.data.builders import formats, items, webdataset
 from dalle_jax.types import UsageError
 
 
@@ -16,7 +16,7 @@ def found(kind, path, **fields):
     """Captions of good items by id, and reasons of bad ones."""
     good, bad = {}, {}
     total = 0.0
-    for unit in formats.units(kind, path, formats.Fields(**fields)):
+    for unit in formats.units(kind, path, items.Fields(**fields)):
         total += unit.share
         at = 0.0
         for raw in unit.read():
@@ -81,9 +81,9 @@ def test_a_header_that_would_fill_the_memory_ends_the_tar(tmp_path, kind):
             add(tar, f"{name}.png")
             add(tar, f"{name}.txt", b"words")
         header = tarfile.TarInfo("long")
-        header.type, header.size = kind, formats.MAX_HEADER_BYTES + 1
+        header.type, header.size = kind, webdataset.MAX_HEADER_BYTES + 1
         tar.fileobj.write(header.tobuf(tarfile.USTAR_FORMAT))
-        tar.fileobj.write(b"x" * (formats.MAX_HEADER_BYTES + 512))
+        tar.fileobj.write(b"x" * (webdataset.MAX_HEADER_BYTES + 512))
     assert found("wds", tmp_path) == (
         {"bomb/a": ["words"]},
         {"bomb": "damaged tar: the rest is lost"},
@@ -104,7 +104,7 @@ def test_gzipped_tar_and_pattern(tmp_path):
 
 
 def test_oversized_members_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(items, "MAX_IMAGE_BYTES", 10)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "p1.png", b"x" * 11)
         add(tar, "p1.txt", b"one")

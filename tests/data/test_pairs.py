@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import sources
-from dalle_jax.data.builders import formats, pairs
+from dalle_jax.data.builders import formats, items, pairs, staging
 from dalle_jax.types import UsageError
 
 
@@ -116,7 +116,7 @@ MAKERS = {
 
 def run(tmp_path, kind, path, **changes):
     overwrite = changes.pop("overwrite", False)
-    fields = formats.Fields(**changes.pop("fields", {}))
+    fields = items.Fields(**changes.pop("fields", {}))
     options = pairs.Options(fields=fields, **{"validation": 0.0, **changes})
     return pairs.prepare(tmp_path / "data", "mine", kind, path, options, overwrite)
 
@@ -264,7 +264,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("kind", ["folder", "wds", "parquet"])
 def test_interrupted_run_goes_on_where_it_stopped(tmp_path, kind, monkeypatch):
     path = MAKERS[kind](tmp_path)
-    monkeypatch.setattr(pairs, "_PART", 2)
+    monkeypatch.setattr(staging, "_PART", 2)
     monkeypatch.setattr(formats, "_GROUP", 4)
     unbroken = tmp_path / "unbroken"
     pairs.prepare(unbroken, "mine", kind, path, pairs.Options(validation=0.3))
@@ -311,7 +311,7 @@ def test_changed_file_is_read_again_after_an_interruption(tmp_path, monkeypatch)
 def test_two_processes_do_not_write_one_set(tmp_path):
     path = make_folder(tmp_path)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pairs._staging(tmp_path / "data" / "mine" / "original" / "staging"))
+        stack.enter_context(staging.locked(tmp_path / "data" / "mine" / "original" / "staging"))
         with pytest.raises(UsageError, match="another process is preparing"):
             run(tmp_path, "folder", path)
 

@@ -7,7 +7,6 @@ label and style can be held out while both its parts are seen: a compositional t
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import pathlib
 import re
@@ -137,7 +136,7 @@ def captions(picture: Picture) -> list[str]:
     style, label = picture.style, picture.meaning.label
     words = set(re.findall(r"\w+", label.lower()))
     tags = [t for t in picture.meaning.tags if not set(re.findall(r"\w+", t.lower())) <= words]
-    tags.sort(key=lambda tag: _hash(f"{picture.id} {tag}"))
+    tags.sort(key=lambda tag: store.uniform_hash(f"{picture.id} {tag}"))
     plain = f"{style} style {label}"
     out = [plain, f"{label}, {style} style"]
     if tags:
@@ -161,9 +160,9 @@ def assign_splits(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
     for picture in pictures:
         key = f"{picture.meaning.base}\n{picture.style}"
         enough = len(styles[picture.meaning.base]) > OTHER_STYLES
-        if enough and _hash(f"held out\n{key}") < HELD_OUT_SHARE:
+        if enough and store.uniform_hash(f"held out\n{key}") < HELD_OUT_SHARE:
             splits["held_out"].append(picture)
-        elif _hash(f"validation\n{key}") < VALIDATION_SHARE:
+        elif store.uniform_hash(f"validation\n{key}") < VALIDATION_SHARE:
             splits["validation"].append(picture)
         else:
             splits["train"].append(picture)
@@ -309,8 +308,3 @@ def _slug(text: str) -> str:
 def _plain(text: str) -> str:
     """Typographic apostrophes and quotes as typed on a keyboard."""
     return text.translate({0x2019: "'", 0x2018: "'", 0x201C: '"', 0x201D: '"'}).strip()
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text only."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
