@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dalle_jax.data import scenes
+from dalle_jax.data import polygons, scenes
 from dalle_jax.types import UsageError
 
 
@@ -64,7 +64,7 @@ def test_layout_is_inside_apart_and_true():
             low, high = item.radius, 1 - item.radius
             assert low <= item.x <= high and low <= item.y <= high
         for a, b in itertools.combinations(scene.objects, 2):
-            reach = sum(item.radius * scenes.EXTENT[item.shape] for item in (a, b))
+            reach = sum(item.radius * polygons.EXTENT[item.shape] for item in (a, b))
             assert math.hypot(a.x - b.x, a.y - b.y) >= reach + 0.05
         if scene.relation:
             a, b = scene.objects
