@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         config,
         0,
         split=args.split,
-        wanted={"image", "text"},
+        fields={"image", "text"},
         tokenizer=tokenizers.Tokenizer(clip.tokenizer_bytes),
         training=False,
         batch=batch,

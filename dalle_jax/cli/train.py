@@ -81,7 +81,7 @@ def _train(args: argparse.Namespace, config) -> int:
             config.data,
             config.seed,
             split=split,
-            wanted=wanted,
+            fields=wanted,
             tokenizer=tokenizer,
             training=training,
             batch=batch,

@@ -257,7 +257,7 @@ def test_list_of_pictures_gives_the_first(tmp_path):
 
 
 def test_missing_set_says_what_is_there_and_how_to_prepare(toy):
-    with pytest.raises(UsageError, match="Found under .*: toy.*prepare emoji .*--image_px=8"):
+    with pytest.raises(UsageError, match="Sets under .*: toy.*prepare emoji .*--image_px=8"):
         sources.open_split(data_config(toy, "emoji"), "train")
     with pytest.raises(UsageError, match="prepare tfds --name=coco_captions"):
         sources.open_split(data_config(toy, "coco_captions"), "train")

@@ -134,5 +134,5 @@ def test_refuses_what_it_cannot_read(image):
 
 
 def test_refuses_captions_outside_the_grammar():
-    with pytest.raises(UsageError, match="no caption of the shapes set"):
+    with pytest.raises(UsageError, match="not a caption of the shapes set"):
         judge.judge("an armchair", np.zeros((32, 32, 3), np.uint8))

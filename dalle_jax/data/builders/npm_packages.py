@@ -1,7 +1,7 @@
-"""The packages that the emoji set is made of: pinned versions, checksums, licences.
+"""The npm packages that hold the emoji set's pictures and labels: versions, checksums, licences.
 
-`packages` fetches them with `npm pack`, an ordinary client, once; nothing is unpacked to disk and
-nothing of a package is run (`npm pack` of a registry package runs no script).
+`packages` fetches them once with `npm pack`. No package is unpacked to disk and no code of a
+package runs (`npm pack` of a registry package runs no script).
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Package:
       name: with its scope.
       version: exact.
       sha256: of the tarball that `npm pack` writes.
-      style: what captions call the style; "" for the labels.
+      style: name of the style in captions; "" for the labels.
       licence: SPDX name.
-      author: who is to be named.
-      url: where the pictures come from.
+      author: for the attribution.
+      url: home of the pictures.
     """
 
     name: str
@@ -133,16 +133,16 @@ STYLES = (
 
 
 def packages(downloads: pathlib.Path) -> dict[Package, "Archive"]:
-    """Every package, fetched into `downloads` unless it is there, checked, opened.
+    """Opens every package; fetches into `downloads` those that are missing and checks all.
 
     Raises:
-      UsageError: if npm is missing or fails, or a tarball is not the pinned one.
+      UsageError: if npm is missing or fails, or if a tarball is not the pinned one.
     """
     return {package: Archive(fetch(package, downloads)) for package in (LABELS, *STYLES)}
 
 
 def fetch(package: Package, downloads: pathlib.Path) -> bytes:
-    """The tarball's bytes, equal to the pinned checksum.
+    """The tarball's bytes, which have the pinned checksum.
 
     Raises:
       UsageError: as `packages`.
@@ -152,10 +152,10 @@ def fetch(package: Package, downloads: pathlib.Path) -> bytes:
     if not path.is_file():
         _npm_pack(package, downloads)
     data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != package.sha256:
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 != package.sha256:
         raise UsageError(
-            f"{path} has sha256 {found}; {package.name}@{package.version} is {package.sha256}. "
+            f"{path} has sha256 {sha256}; {package.name}@{package.version} is {package.sha256}. "
             "The download was cut or replaced: delete the file and run the command again."
         )
     return data
@@ -182,16 +182,16 @@ def _npm_pack(package: Package, downloads: pathlib.Path) -> None:
     if problem or not (downloads / package.file).is_file():
         raise UsageError(
             f"`npm pack {spec}` failed in {downloads}: {problem or 'it wrote no file'}. Check the "
-            "network and `npm config get registry`, then run the command again; what was fetched "
-            "is kept."
+            "network and `npm config get registry`, then run the command again; it continues with "
+            "this package."
         )
 
 
 class Archive:
-    """A package's regular files in memory: the largest, 16 MB, is read in 0.2 s."""
+    """A package's regular files in memory; reading the largest, 16 MB, takes 0.2 s."""
 
     def __init__(self, data: bytes):
-        """From the tarball's bytes."""
+        """Reads the tarball's bytes."""
         self.files: dict[str, bytes] = {}
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as tar:
             for member in tar:
@@ -208,7 +208,7 @@ class Archive:
         """
         if name not in self.files:
             raise UsageError(
-                f"the package has no {name}; it has {', '.join(sorted(self.files)[:8])}. Another "
-                "version is laid out differently: use the pinned one."
+                f"the package has no {name}; it has {', '.join(sorted(self.files)[:8])}. Other "
+                "versions have other files: use the pinned one."
             )
         return json.loads(self.files[name])
