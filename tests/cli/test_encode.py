@@ -98,7 +98,7 @@ def encode(*args):
     return main.main(["encode", "--workdir=runs/fake", "--compilation_cache=", *args])
 
 
-def test_codes_stand_where_the_pictures_stood(prepared, codec, capfd):
+def test_codes_have_the_order_of_the_pictures(prepared, codec, capfd):
     assert encode("--name=coded", "--batch=10") == 0
     assert len(codec.devices) == len(jax.local_devices())
     captured = capfd.readouterr()

@@ -123,7 +123,7 @@ def fake_pictures(labels=400, styles=6):
             yield emoji.Picture(f"style {s}", meaning)
 
 
-def test_held_out_pairs_are_drawn_in_four_other_styles():
+def test_held_out_labels_exist_in_four_other_styles():
     splits = emoji.assign_splits(fake_pictures())
     sizes = {k: len(v) for k, v in splits.items()}
     assert sum(sizes.values()) == 200 * 6 + 200 * 4
@@ -169,8 +169,8 @@ def test_prepare_writes_a_set_and_counts_what_is_blank(tmp_path, archives):
     assert sum(summary["examples"].values()) == 5
     assert summary["skipped"] == {"emojione/1F419": "blank on white"}
     source = sources.open_split(data_config(tmp_path), "train")
-    found = {source[i].id: source[i] for i in range(len(source))}
-    example = found["noto/1F419"]
+    examples = {source[i].id: source[i] for i in range(len(source))}
+    example = examples["noto/1F419"]
     assert example.captions[0] == "noto style octopus"
     assert Image.open(io.BytesIO(example.image)).size == (16, 16)
     again, stored = emoji.prepare(tmp_path, 16)  # there is no npm call: it is there
@@ -200,7 +200,7 @@ def fake_npm(tmp_path, monkeypatch, script):
     monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
 
 
-def test_checksum_is_verified_and_downloads_are_kept(tmp_path, monkeypatch):
+def test_checksum_is_verified_and_downloads_are_reused(tmp_path, monkeypatch):
     data = tarball({"x.json": {"a": 1}})
     (tmp_path / "file.tgz").write_bytes(data)
     package = dataclasses.replace(npm_packages.STYLES[0], sha256=hashlib.sha256(data).hexdigest())
@@ -219,7 +219,7 @@ def test_checksum_is_verified_and_downloads_are_kept(tmp_path, monkeypatch):
         npm_packages.fetch(package, downloads)
 
 
-def test_npm_failure_is_told(tmp_path, monkeypatch):
+def test_npm_failure_is_reported(tmp_path, monkeypatch):
     fake_npm(tmp_path, monkeypatch, "echo ENOTFOUND registry >&2; exit 1")
     with pytest.raises(UsageError, match="npm pack @iconify-json/noto@1.2.9.*ENOTFOUND"):
         npm_packages.fetch(npm_packages.STYLES[0], tmp_path / "downloads")

@@ -104,7 +104,7 @@ def test_shapes_and_types(tokenizer):
 def test_processes_together_are_one(tokenizer, count, changes):
     """Bit for bit, with everything random on, broken records, and another number of threads."""
     broken = (3, 4, 20, 21, 22)
-    whole = build(tokenizer, source=FakeSource(50, broken), **changes)
+    single_process = build(tokenizer, source=FakeSource(50, broken), **changes)
     parts = [
         build(tokenizer, source=FakeSource(50, broken), process=(i, count),
               **(changes | dict(threads=1 + i, cache_mib=i)))
@@ -113,14 +113,14 @@ def test_processes_together_are_one(tokenizer, count, changes):
     for step in (0, 1, 5, 6, 13):
         slices = [part(step) for part in parts]
         together = {k: np.concatenate([s[k] for s in slices]) for k in slices[0]}
-        assert_same(whole(step), together)
-        assert whole.ids(step) == [name for part in parts for name in part.ids(step)]
+        assert_same(single_process(step), together)
+        assert single_process.ids(step) == [name for part in parts for name in part.ids(step)]
 
 
 def test_no_other_processs_rows_are_ever_decoded(tokenizer):
     """Not one more record is read than there are rows; which rows may be any."""
-    whole, part = FakeSource(50), FakeSource(50)
-    everything = build(tokenizer, source=whole, batch=12)
+    full, part = FakeSource(50), FakeSource(50)
+    everything = build(tokenizer, source=full, batch=12)
     for rows in ([4, 5, 6, 7], [0, 1, 6, 7]):  # a block, and two: hosts on a torus
         part.reads = 0
         mine = pipeline.Pipeline(
@@ -263,7 +263,7 @@ def test_a_batch_may_be_written_to(tokenizer):
     assert_same(batches(0), copy)
 
 
-def test_cut_captions_are_counted_and_said_once(tokenizer, caplog):
+def test_cut_captions_are_counted_and_logged_once(tokenizer, caplog):
     batches = build(tokenizer, text_len=2, fields={"text"})
     for step in range(3):
         assert batches(step)["text"].shape == (8, 2)

@@ -155,7 +155,7 @@ def test_parse_refuses_what_is_no_caption(caption):
     assert len(str(refusal.value)) < 700
 
 
-def test_layout_free_scene_is_not_drawn():
+def test_layout_free_scene_is_not_rendered():
     with pytest.raises(UsageError, match="no layout"):
         scenes.render(scenes.parse_caption("a red cube on a white background"), 32)
 
@@ -166,7 +166,7 @@ def test_unknown_names_are_refused(arguments):
         scenes.sample_scene(np.random.default_rng(0), *arguments)
 
 
-def test_hard_negatives_are_distinct_captions_that_say_something_false():
+def test_hard_negatives_are_distinct_false_captions():
     rng = np.random.default_rng(0)
     for scene in sampled("any", 30):
         negatives = scenes.hard_negatives(scene, rng, 1000)
