@@ -1,4 +1,4 @@
-"""The order: a permutation per together, the same however it is asked for, and well mixed."""
+"""The order: a permutation per epoch, the same in any number of calls, and well mixed."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,8 @@ from dalle_jax.data import order
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 97, 1000, 30_000])
 def test_each_epoch_is_a_permutation(size):
-    for together in (0, 1, 7):
-        seen = order.shuffled(np.arange(size) + together * size, size, seed=3)
+    for epoch in (0, 1, 7):
+        seen = order.shuffled(np.arange(size) + epoch * size, size, seed=3)
         np.testing.assert_array_equal(np.sort(seen), np.arange(size))
 
 
