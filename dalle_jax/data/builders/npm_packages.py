@@ -46,90 +46,60 @@ class Package:
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
+# fmt: off
 LABELS = Package(
-    "emojibase-data",
-    "17.0.0",
+    "emojibase-data", "17.0.0",
     "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    "",
-    "MIT",
-    "Miles Johnson",
-    "https://github.com/milesj/emojibase",
+    "", "MIT", "Miles Johnson", "https://github.com/milesj/emojibase",
 )
 
 STYLES = (
     Package(
-        "@iconify-json/noto",
-        "1.2.9",
+        "@iconify-json/noto", "1.2.9",
         "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "noto",
-        "Apache-2.0",
-        "Google Inc",
-        "https://github.com/googlefonts/noto-emoji",
+        "noto", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji",
     ),
     Package(
-        "@iconify-json/noto-v1",
-        "1.2.5",
+        "@iconify-json/noto-v1", "1.2.5",
         "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        "noto v1",
-        "Apache-2.0",
-        "Google Inc",
-        "https://github.com/googlefonts/noto-emoji",
+        "noto v1", "Apache-2.0", "Google Inc", "https://github.com/googlefonts/noto-emoji",
     ),
     Package(
-        "@iconify-json/twemoji",
-        "1.2.5",
+        "@iconify-json/twemoji", "1.2.5",
         "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        "twemoji",
-        "CC-BY-4.0",
-        "Twitter, Inc and other contributors",
+        "twemoji", "CC-BY-4.0", "Twitter, Inc and other contributors",
         "https://github.com/jdecked/twemoji",
     ),
     Package(
-        "@iconify-json/openmoji",
-        "1.2.29",
+        "@iconify-json/openmoji", "1.2.29",
         "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
-        "openmoji",
-        "CC-BY-SA-4.0",
-        "OpenMoji, the open-source emoji and icon project",
+        "openmoji", "CC-BY-SA-4.0", "OpenMoji, the open-source emoji and icon project",
         "https://github.com/hfg-gmuend/openmoji",
     ),
     Package(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
+        "@iconify-json/fluent-emoji-flat", "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "fluent flat",
-        "MIT",
-        "Microsoft Corporation",
+        "fluent flat", "MIT", "Microsoft Corporation",
         "https://github.com/microsoft/fluentui-emoji",
     ),
     Package(
-        "@iconify-json/emojione",
-        "1.2.3",
+        "@iconify-json/emojione", "1.2.3",
         "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
-        "emojione",
-        "CC-BY-4.0",
-        "Emoji One",
-        "https://github.com/EmojiTwo/emojitwo",
+        "emojione", "CC-BY-4.0", "Emoji One", "https://github.com/EmojiTwo/emojitwo",
     ),
     Package(
-        "@iconify-json/fxemoji",
-        "1.2.2",
+        "@iconify-json/fxemoji", "1.2.2",
         "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-        "fxemoji",
-        "Apache-2.0",
-        "Mozilla",
-        "https://github.com/mozilla/fxemoji",
+        "fxemoji", "Apache-2.0", "Mozilla", "https://github.com/mozilla/fxemoji",
     ),
     Package(
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
+        "@lobehub/fluent-emoji-3d", "1.1.0",
         "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-        "fluent 3d",
-        "MIT",
-        "Microsoft Corporation, packaged by LobeHub",
+        "fluent 3d", "MIT", "Microsoft Corporation, packaged by LobeHub",
         "https://github.com/microsoft/fluentui-emoji",
     ),
 )
+# fmt: on
 
 
 def packages(downloads: pathlib.Path) -> dict[Package, "Archive"]:
