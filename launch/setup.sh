@@ -2,8 +2,9 @@
 # demo.sh, local_cluster.sh and test.sh source this file. It creates a virtual environment, installs
 # the package into it if its dependencies have changed, and sets `python` to its interpreter.
 #
-#   PYTHON=python3.13   the Python to use (default: python3, or the first of 3.13 … 3.11 that runs)
-#   VENV=DIR            folder of the environment (default: .venv-3.11, one per Python version)
+#   PYTHON=python3.13   the Python to use (default: the first of 3.12, 3.13, 3.11 and python3 that
+#                       runs; on 3.11 the newest JAX is 0.10.2)
+#   VENV=DIR            folder of the environment (default: .venv-3.12, one per Python version)
 
 # glibc 2.35 and newer then allocates large pages; older versions ignore it. A step of
 # `bench clip_train` takes 1.9 instead of 2.1 CPU seconds, one of unet_train 2.6 instead of 2.7. If
@@ -41,7 +42,7 @@ setup_python() {
 # Prints an interpreter of Python 3.11 or newer.
 _find_python() {
   local name interpreter versions=""
-  for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+  for name in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
     interpreter=$(_runs "$name") || interpreter=$(_in_pyenv "$name") || continue
     if "$interpreter" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       echo "$interpreter"
