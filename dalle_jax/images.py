@@ -1,7 +1,7 @@
-"""Pictures at the edge of the house: uint8 <-> [-1, 1], reading files, labelled grids, PNG.
+"""Pictures at the edges of the package: uint8 <-> [-1, 1], reading files, labelled grids, PNG.
 
-Inside, a picture is float32 [B, h, w, 3] in [-1, 1]; uint8 exists only in files, batches on
-their way in, and here. Nothing in this file knows a model, a dataset or a flag.
+Everywhere else a picture is float32 [B, h, w, 3] in [-1, 1]; uint8 occurs only in files, in input
+batches and here. Nothing in this file depends on a model, a dataset or a flag.
 """
 
 import base64
@@ -17,12 +17,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from dalle_jax.types import Array, UsageError
 
-# 8192 x 8192. Pillow itself only warns below 179 million pixels, and a 100-kilobyte PNG can hold
-# that many: half a gigabyte once decoded.
+# 8192 x 8192. Pillow only warns below 179 million pixels, which a PNG of 100 kilobytes can hold:
+# half a gigabyte after decoding.
 MAX_PIXELS = 2**26
 
-# What photo folders hold. Not Pillow's full list: its EPS reader starts Ghostscript, and nothing
-# that is loaded may run code.
+# The formats in photo folders. Pillow reads more, but its EPS reader starts Ghostscript, and no
+# input may run code.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 _INK, _PAPER = (24, 24, 27), (255, 255, 255)
@@ -36,7 +36,7 @@ def to_float(images: Array) -> Array:
       images: uint8, any shape. numpy in, numpy out; jax arrays and tracers stay in jax.
 
     Raises:
-      TypeError: if `images` is not uint8 (a float picture is probably in range already).
+      TypeError: if `images` is not uint8 (a float picture is probably in [-1, 1] already).
     """
     if images.dtype != np.uint8:
         raise TypeError(f"to_float takes uint8 pictures in [0, 255]; got {images.dtype}.")
@@ -62,10 +62,10 @@ def to_uint8(images: Array) -> Array:
 
 
 def read(path: str | pathlib.Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The picture in a file: uint8 [h, w, 3] RGB, turned as its EXIF says, first frame only.
+    """The first frame of the picture in a file: uint8 [h, w, 3] RGB, turned by its EXIF.
 
     Raises:
-      UsageError: if the file is missing, is no picture, is damaged, or decodes to more than
+      UsageError: if the file is missing, not a picture, damaged, or decodes to more than
         `max_pixels`.
     """
     path = pathlib.Path(path)
@@ -78,9 +78,10 @@ def read(path: str | pathlib.Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 def decode(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The picture in `data`: uint8 [h, w, 3] RGB. `name` is what an error calls it.
+    """The picture in `data`: uint8 [h, w, 3] RGB; errors use `name`.
 
-    Transparency is laid on white: an icon's see-through pixels are often black underneath.
+    A transparent picture is composited on white, because the transparent pixels of an icon are
+    often black.
 
     Raises:
       UsageError: as `read`.
@@ -90,7 +91,7 @@ def decode(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np
             width, height = image.size
             if width * height > max_pixels:  # before a single pixel is decoded
                 raise _too_large(name, f"{width} x {height}", max_pixels)
-            image.draft("RGB", image.size)  # CMYK JPEGs: let the decoder convert
+            image.draft("RGB", image.size)  # the decoder converts CMYK JPEGs
             image.load()
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UsageError:
@@ -99,7 +100,7 @@ def decode(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np
         raise _too_large(name, "far too many", max_pixels) from error
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's readers raise a dozen kinds on damaged files
+    except Exception as error:  # Pillow raises many types of error on damaged files
         kind = "is empty" if not data else "is not a picture that can be decoded"
         raise UsageError(
             f"{name} {kind} ({str(error) or type(error).__name__}); "
@@ -115,7 +116,7 @@ def _too_large(name: str, size: str, max_pixels: int) -> UsageError:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16L", "I;16B", "I", "F"):
-        # Pillow's own conversion clips at 255, which turns 16-bit greys white.
+        # Pillow's conversion clips at 255, which turns 16-bit greys white.
         grey = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode != "F" else max(float(grey.max()), 1e-12)
         levels = np.clip(np.nan_to_num(grey) / top, 0, 1) * 255
@@ -134,13 +135,13 @@ def grid(
     scale: int = 1,
     pad: int = 4,
 ) -> Image.Image:
-    """One RGB picture of all `images` in rows of `columns`, labels drawn under them.
+    """One RGB picture of all `images` in rows of `columns`, with labels under them.
 
     Args:
       images: uint8 [n, h, w, 3], n >= 1.
       columns: pictures in a row; 0 = as square as possible.
-      labels: one text per picture, wrapped to its width, four lines at most. Small pictures
-        need `scale` so that a word fits: 32 px at scale 4 is readable.
+      labels: one text per picture, wrapped to its width, at most four lines. Small pictures need
+        `scale` so that a word fits: labels under 32 px at scale 4 are readable.
       scale: every pixel becomes scale x scale pixels, unblurred.
       pad: white pixels between the pictures.
 
@@ -168,7 +169,7 @@ def grid(
         pad + rows * (height + pad) + sum(px + pad if px else 0 for px in text_px),
     )
     sheet = Image.new("RGB", sheet_size, _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     top = pad
     for row in range(rows):
         for column in range(min(columns, n - row * columns)):
@@ -176,7 +177,7 @@ def grid(
             cell = Image.fromarray(images[i]).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(cell, (left, top))
             for k, line in enumerate(lines[i]):
-                draw.text((left, top + height + pad // 2 + k * line_px), line, _INK, font)
+                canvas.text((left, top + height + pad // 2 + k * line_px), line, _INK, font)
         top += height + pad + (text_px[row] + pad if text_px[row] else 0)
     return sheet
 
@@ -187,13 +188,13 @@ def contact_sheet(
     scale: int = 4,
     pad: int = 6,
 ) -> Image.Image:
-    """Titled grids one below the other: a prompt, then its ranked pictures with their scores.
+    """Titled grids below each other: a prompt, then its ranked pictures with their scores.
 
     Args:
-      rows: (title, images uint8 [n, h, w, 3], labels or None) for each block, one at least.
-      columns: as `grid`.
-      scale: as `grid`.
-      pad: as `grid`.
+      rows: (title, images uint8 [n, h, w, 3], labels or None) for each block, at least one.
+      columns: as for `grid`.
+      scale: as for `grid`.
+      pad: as for `grid`.
     """
     blocks = [(title, grid(images, columns, labels, scale, pad)) for title, images, labels in rows]
     if not blocks:
@@ -207,13 +208,13 @@ def contact_sheet(
         for lines, (_, block) in zip(titles, blocks, strict=True)
     ]
     sheet = Image.new("RGB", (width, sum(heights) + pad), _PAPER)
-    draw = ImageDraw.Draw(sheet)
+    canvas = ImageDraw.Draw(sheet)
     top = pad
     for lines, (_, block), height in zip(titles, blocks, heights, strict=True):
         for k, line in enumerate(lines):
-            draw.text((pad, top + k * line_px), line, _INK, font)
+            canvas.text((pad, top + k * line_px), line, _INK, font)
         sheet.paste(block, (0, top + len(lines) * line_px + pad // 2))
-        draw.line((pad, top + height - pad, width - pad, top + height - pad), (228, 228, 231))
+        canvas.line((pad, top + height - pad, width - pad, top + height - pad), (228, 228, 231))
         top += height
     return sheet
 
@@ -236,13 +237,13 @@ def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | Non
 
 
 def data_uri(image: np.ndarray | Image.Image | bytes) -> str:
-    """`data:image/png;base64,…` of a picture (or of PNG bytes), for pages that stand alone."""
+    """`data:image/png;base64,…` for a picture (or for PNG bytes), for self-contained pages."""
     data = image if isinstance(image, bytes) else png_bytes(image)
     return "data:image/png;base64," + base64.b64encode(data).decode("ascii")
 
 
 def _font(width: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, in a size at which about twelve letters fit the picture."""
+    """Pillow's font in a size at which about twelve letters fit the picture."""
     return ImageFont.load_default(size=min(16, max(9, width // 9)))
 
 
@@ -252,8 +253,8 @@ def _line_px(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in lines no wider than `width`; what does not fit four lines ends in an ellipsis."""
-    text = " ".join(str(text)[:2000].split())  # a 10,000-letter caption is cut before measuring
+    """`text` in at most four lines no wider than `width`; a longer text ends in an ellipsis."""
+    text = " ".join(str(text)[:2000].split())  # cut a long caption before measuring
     lines = []
     while text and len(lines) < _MAX_LABEL_LINES:
         fits = len(text)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the launchers. Reads their flags, checks the mesh, runs commands or prints them.
+# The launchers source this file: it reads flags, checks the mesh, and runs or prints commands.
 #
-#   PYTHON=python3.13   the Python that checks, with this package installed (default: python3)
+#   PYTHON=python3.13   a Python with this package, which checks the mesh (default: python3)
 
 python=${PYTHON:-python3}
 dry_run=""
@@ -11,8 +11,8 @@ fail() {
   exit 2
 }
 
-# read_flags NAME… : sets a variable for each --NAME=VALUE that the caller's `arguments` hold, and
-# `train` to what stands after `--`. --dry_run and --help are always understood.
+# read_flags NAME… : sets a variable for each --NAME=VALUE in the caller's `arguments`, and `train`
+# to the words after `--`. --dry_run and --help are always accepted.
 read_flags() {
   local _word _flag # not `name`: a caller has a flag of that name
   train=()
@@ -39,7 +39,7 @@ refuse() {
   exit 2
 }
 
-# act COMMAND… : runs it; with --dry_run prints it as a shell would read it.
+# act COMMAND… : runs the command; with --dry_run prints it with shell quotes.
 act() {
   if [[ $dry_run ]]; then
     printf '%s\n' "$(quoted "$@")"
@@ -48,7 +48,7 @@ act() {
   fi
 }
 
-# quoted WORD… : the words on one line, with quotes only where a shell needs them.
+# quoted WORD… : the words on one line, with quotes only if a shell needs them.
 quoted() {
   local word line=""
   for word in "$@"; do
@@ -58,7 +58,7 @@ quoted() {
   printf '%s' "${line# }"
 }
 
-# check_mesh HOSTS DEVICES_PER_HOST : refuses what the devices and the config do not agree on.
+# check_mesh HOSTS DEVICES_PER_HOST : refuses a config whose mesh does not fit the devices.
 check_mesh() {
   local argument config=()
   for argument in "${train[@]}"; do
@@ -69,13 +69,14 @@ check_mesh() {
   JAX_PLATFORMS=cpu "$python" -m dalle_jax mesh "${config[@]}" --hosts="$1" --devices_per_host="$2" >&2 || exit
 }
 
-# tpu_slice TYPE : sets chips, per_host (chips of a host), topology, accelerator (GKE's name) and
-# runtime (the TPU VM's image). v4 and v5p count TensorCores, two a chip; v5litepod and v6e chips.
-# shellcheck disable=SC2034  # the callers use them
+# tpu_slice TYPE : sets chips, hosts, per_host (chips per host), topology, accelerator (GKE's name)
+# and runtime (the TPU VM's image). v4 and v5p types count TensorCores, two per chip; v5litepod and
+# v6e types count chips.
+# shellcheck disable=SC2034  # the callers use the variables
 tpu_slice() {
   local family=${1%-*} size=${1##*-}
   [[ $1 =~ ^(v4|v5litepod|v5p|v6e)-[0-9]+$ ]] ||
-    fail "--type=$1 is no TPU slice; write v4-256, v5litepod-256, v5p-256 or v6e-256"
+    fail "--type=$1 is not a TPU slice; write v4-256, v5litepod-256, v5p-256 or v6e-256"
   case $family in
     v4) chips=$((size / 2)) accelerator=tpu-v4-podslice runtime=tpu-ubuntu2204-base ;;
     v5p) chips=$((size / 2)) accelerator=tpu-v5p-slice runtime=v2-alpha-tpuv5 ;;

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to ranked pictures and a page. DALL-E: data, a VQ-VAE, a discrete VAE, a CLIP, a
-# DALL-E; about a quarter of an hour on two CPU cores. DALL-E 2 (--pipeline=unclip): data, a CLIP, a
-# prior, a decoder, an inpainter, an upsampler. Run it again after an interruption: it goes on.
+# Trains a full pipeline and writes ranked pictures and a page. DALL-E: data, a VQ-VAE, a discrete
+# VAE, a CLIP, a DALL-E; about a quarter of an hour on two CPU cores. DALL-E 2 (--pipeline=unclip):
+# data, a CLIP, a prior, a decoder, an inpainter, an upsampler. After an interruption the same
+# command continues.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,12 +13,12 @@ usage: bash launch/demo.sh [--pipeline=dalle|unclip] [--data=shapes|emoji] [--si
 
   --pipeline=NAME  dalle: DALL-E (default) · unclip: DALL-E 2
   --data=NAME      shapes: generated scenes (default) · emoji: real pictures (needs npm; dalle only)
-  --size=SIZE      dalle only: which size of configs/{vqvae,dvae,clip,dalle}.py to train
+  --size=SIZE      dalle only: size to train in configs/{vqvae,dvae,clip,dalle}.py
                    (default: demo for shapes, emoji_demo for emoji)
-  --out=DIR        where everything goes (default: runs/demo, runs/demo-emoji, runs/demo-unclip)
+  --out=DIR        folder for all results (default: runs/demo, runs/demo-emoji, runs/demo-unclip)
   --dry_run        print the commands and do nothing
 
-PYTHON=python3.13 bash launch/demo.sh   chooses the Python.
+PYTHON=python3.13 bash launch/demo.sh   selects the Python.
 TEXT
 }
 
@@ -40,7 +41,7 @@ for argument in "$@"; do
   esac
 done
 if [[ $pipeline == unclip ]]; then
-  [[ $data == shapes ]] || refuse "--data=$data: the demo of DALL-E 2 draws shapes"
+  [[ $data == shapes ]] || refuse "--data=$data: the demo of DALL-E 2 samples shapes"
   [[ ! $size ]] || refuse "--size=$size: the demo of DALL-E 2 has one size"
   size=demo out=${out:-runs/demo-unclip}
 elif [[ $data == emoji ]]; then
@@ -57,24 +58,24 @@ if [[ ! $dry_run ]]; then
   source launch/setup.sh
   setup_python ""
   mkdir -p "$logs"
-  if command -v flock >/dev/null; then # held by the steps too, should this script be killed
+  if command -v flock >/dev/null; then # the steps hold it too, if this script is killed
     exec 9>"$out/.lock"
     flock -n 9 || {
-      echo "error: another demo is at work in $out, or a step of one that was killed:" >&2
-      echo "wait for it, or find it with: ps x | grep $out" >&2
+      echo "error: another demo is at work in $out, or a step of a killed one:" >&2
+      echo "wait for it, or look for it with: ps x | grep $out" >&2
       exit 1
     }
   fi
 fi
 
-train() { # NAME CORE CONFIG [FLAG…]: a stage by configs/CONFIG.py
+train() { # NAME CORE CONFIG [FLAG…]: trains a stage with configs/CONFIG.py
   local name=$1 core=$2 config=$3
   shift 3
   start "$name" "$core" train "--config=configs/$config.py:size=$size" "--workdir=$out/$name" \
     "--config.data.data_dir=$sets" "$@"
 }
 
-# Steps that are to be run again if a network has just been trained.
+# renew NAME…: repeats these steps if a network has just been trained.
 renew() {
   local name
   ((ran == 0)) || for name in "$@"; do rm -f "$logs/$name.done"; done
@@ -82,7 +83,8 @@ renew() {
 
 dalle() {
   # ---- Data --------------------------------------------------------------------------------------
-  # As many scenes as the demo looks at; every other has one object: a quarter of an hour teaches that.
+  # As many scenes as training reads. Every other scene has one object, which a quarter of an hour
+  # is enough to learn.
   local scenes=() stages candidates=32 prompt
   [[ $data$size == shapesdemo ]] &&
     scenes=(--num_train=20000 "--kinds=single,count,single,binding,single,relation")
@@ -96,26 +98,27 @@ dalle() {
   train dvae both dvae "--config.init_from=$out/vqvae"
   finish dvae
 
-  # ---- DALL-E on its codes, CLIP beside it -------------------------------------------------------
+  # ---- DALL-E on its codes, CLIP in parallel -----------------------------------------------------
   train clip 1 clip
   train dalle 0 dalle "--config.stages.dvae=$out/dvae"
   finish dalle
   finish clip
 
-  # ---- What has it learnt? -----------------------------------------------------------------------
+  # ---- Evaluation and samples --------------------------------------------------------------------
   renew evaluate samples completion report
   stages=("--workdir=$out/dalle" "--clip=$out/clip")
   if [[ $data == shapes ]]; then
-    # Single objects right at once, 120 prompts x 2 pictures: .45 (two seeds: .425, .479); guidance
-    # 3: .31, guidance 1.5: .40. (With 16 and 24 prompts one and the same model was judged .23 and
-    # .43.)
+    # Accuracy on single objects without reranking, 120 prompts x 2 pictures: .45 (two seeds: .425,
+    # .479); at guidance 3 .31, at guidance 1.5 .40. (With 16 and 24 prompts the same model scored
+    # .23 and .43.)
     stages+=("--guidance=2" "--top_p=0.8" "--temperature=0.9")
-    # 16 prompts a skill, as many held-out ones, 8 candidates each: about a minute of one core.
+    # 16 prompts per skill, as many held-out ones, 8 candidates each: about a minute on one core.
     start evaluate 1 evaluate --suite=shapes "${stages[@]}" --prompts_per_skill=16 --candidates=8 \
       --out="$out/evaluation"
   else
-    stages+=("--guidance=2" "--top_p=0.8" "--temperature=0.9") # as README's pictures were drawn
-    # CLIP knows words that the hour's DALL-E seldom draws: its best of 512 are far better than of 32.
+    stages+=("--guidance=2" "--top_p=0.8" "--temperature=0.9") # as for README's pictures
+    # CLIP knows words that DALL-E seldom samples after an hour of training: the best 8 of 512
+    # candidates are far better than the best 8 of 32.
     [[ $size == emoji ]] && candidates=512
     start evaluate 1 evaluate --suite=retrieval --clip="$out/clip" --split=held_out \
       --out="$out/evaluation"
@@ -123,7 +126,7 @@ dalle() {
   start samples 0 sample "${stages[@]}" --prompts_file="launch/prompts/$data.txt" \
     --candidates="$candidates" --keep=8 --out="$out/samples"
   finish samples
-  # The best picture of the first prompt, its lower half drawn anew; `sample` names folders so.
+  # Completes the best picture of the first prompt; the folder's name is the prompt.
   prompt=$(head -n 1 "launch/prompts/$data.txt")
   start completion 0 sample "${stages[@]}" --prompt="$prompt" \
     --image="$out/samples/${prompt// /-}/01.png" --candidates=8 --keep=8 --out="$out/completion"
@@ -132,8 +135,8 @@ dalle() {
 }
 
 unclip() {
-  # ---- Data: small pictures, and some twice as large for the upsampler ---------------------------
-  local kinds="--kinds=single,count,single,binding,single,relation" drawing
+  # ---- Data: small pictures, and larger ones for the upsampler -----------------------------------
+  local kinds="--kinds=single,count,single,binding,single,relation" stages
   start prepare 0 prepare shapes --data_dir="$sets" --image_px=32 --num_train=20000 "$kinds"
   start prepare64 1 prepare shapes --data_dir="$sets" --image_px=64 --num_train=6000 "$kinds"
   finish prepare
@@ -145,7 +148,7 @@ unclip() {
   finish clip
   finish upsampler
 
-  # ---- The decoder, then beside each other what it is tuned to and the prior ----------------------
+  # ---- The decoder; then the inpainter, which continues from it, in parallel with the prior ------
   train decoder both decoder "--config.stages.clip=$out/clip"
   finish decoder
   train prior 1 prior_diffusion "--config.stages.clip=$out/clip"
@@ -156,29 +159,29 @@ unclip() {
     --config.train.eval_batches=1
   finish prior
 
-  # ---- What have they learnt? --------------------------------------------------------------------
+  # ---- Evaluation and samples --------------------------------------------------------------------
   renew evaluate samples variations interpolation edited inpainted report
-  drawing=("--clip=$out/clip" "--decoder=$out/decoder")
-  # Every way from caption to picture, 8 prompts a skill and as many held-out ones.
-  start evaluate 1 evaluate --suite=shapes --pipeline=unclip "${drawing[@]}" \
+  stages=("--clip=$out/clip" "--decoder=$out/decoder")
+  # Every path from caption to picture, 8 prompts per skill and as many held-out ones.
+  start evaluate 1 evaluate --suite=shapes --pipeline=unclip "${stages[@]}" \
     --prior_diffusion="$out/prior" --prompts_per_skill=8 --candidates=1 --sampler=dpmpp \
     --steps=logsnr12 --out="$out/evaluation"
   finish inpainter
-  drawing+=("--upsampler=$out/upsampler" --steps=25)
-  start samples 0 sample --pipeline=unclip "${drawing[@]}" --prior_diffusion="$out/prior" \
+  stages+=("--upsampler=$out/upsampler" --steps=25)
+  start samples 0 sample --pipeline=unclip "${stages[@]}" --prior_diffusion="$out/prior" \
     --prompts_file=launch/prompts/shapes.txt --candidates=8 --keep=4 --guidance=2 --out="$out/samples"
   finish samples
-  start variations 0 vary "${drawing[@]}" --image=launch/pictures/red-cube.png \
+  start variations 0 vary "${stages[@]}" --image=launch/pictures/red-cube.png \
     --image=launch/pictures/two-shapes.png --n=8 --out="$out/variations"
   finish variations
-  start interpolation 0 interpolate "${drawing[@]}" --image=launch/pictures/red-cube.png \
+  start interpolation 0 interpolate "${stages[@]}" --image=launch/pictures/red-cube.png \
     --image=launch/pictures/blue-star.png --num=8 --out="$out/interpolation"
   finish evaluate
-  start edited 1 edit "${drawing[@]}" --image=launch/pictures/red-cube.png \
+  start edited 1 edit "${stages[@]}" --image=launch/pictures/red-cube.png \
     --from="a red cube on a white background" --to="a blue cube on a white background" \
     --guidance=3 --out="$out/edited"
   finish interpolation
-  start inpainted 0 inpaint "${drawing[@]}" --prior_diffusion="$out/prior" \
+  start inpainted 0 inpaint "${stages[@]}" --prior_diffusion="$out/prior" \
     --inpainter="$out/inpainter" --image=launch/pictures/red-cube.png --rect=34,0,30,64 \
     --prompt="a red cube to the left of a green star on a white background" --candidates=8 \
     --keep=4 --out="$out/inpainted"
@@ -196,7 +199,7 @@ if [[ $dry_run ]]; then
 elif ((ran == 0)); then
   echo "nothing left to do: $out is finished (rm -r $out starts over)"
 else
-  say "finished"
+  log "finished"
 fi
 cat <<TEXT
 

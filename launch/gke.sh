@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run over many hosts of a GKE cluster: a JobSet through kubectl, or a workload through xpk.
+# Starts one run on many hosts of a GKE cluster: a JobSet with kubectl, or a workload with xpk.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/cluster.sh
@@ -13,9 +13,9 @@ usage: bash launch/gke.sh --name=NAME --image=IMAGE (--tpu=v5litepod-256 | --gpu
 
   --image   a container image whose working directory is this checkout, with the package installed
   --with    jobset: a manifest for `kubectl apply` (default) · xpk: `xpk workload create`
-  --slices  xpk only: as many TPU slices, joined by the data-centre network
+  --slices  xpk only: number of TPU slices, joined by the data-centre network
 
-A host that is preempted restarts all; they go on from the last checkpoint.
+If a host is preempted, all hosts restart and continue from the last checkpoint.
 TEXT
 }
 
@@ -55,7 +55,7 @@ fi
 ((slices == 1)) || fail "--slices=$slices needs --with=xpk, which joins slices"
 
 if [[ $tpu ]]; then
-  # GKE tells every TPU host of the others.
+  # GKE announces all TPU hosts to each other.
   others=--distributed resource=google.com/tpu
   selector="cloud.google.com/gke-tpu-accelerator: $accelerator
                 cloud.google.com/gke-tpu-topology: $topology"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A job of several processes on this machine, to see it work: the smoke DALL-E, its data and codec
-# first. The processes talk through localhost as hosts would through their network.
+# Trains the smoke DALL-E in several processes on this machine, after its data and codec. The
+# processes communicate through localhost as hosts do through their network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,20 +9,20 @@ usage() {
 usage: bash launch/local_cluster.sh N [--devices=D] [--out=DIR] [--port=P] [--dry_run] [-- FLAG…]
 
   N            processes, e.g. 4
-  --devices=D  faked CPU devices of each (default: 2)
-  --out=DIR    where everything goes (default: runs/local_cluster)
-  --port=P     of process 0 (default: a free one)
+  --devices=D  simulated CPU devices per process (default: 2)
+  --out=DIR    folder for all results (default: runs/local_cluster)
+  --port=P     port of process 0 (default: a free one)
   --dry_run    print the commands and do nothing
   -- FLAG…     for every process, e.g. -- --config.train.steps=200 --reshard
 
-Lines of process i begin with [pi]; the numbers are those of the operating system, too:
+The output lines of process i begin with [pi]. The script prints every process id:
 
-  kill PID      all save the same step and end with 143; the same command goes on
-  kill -9 PID   the others end within 20 seconds, saying why; the same command goes on from the
-                last checkpoint, with another N after `-- --reshard`
-  Ctrl-C        like kill; twice: at once
+  kill PID      all processes save the same step and exit with code 143; the same command continues
+  kill -9 PID   the other processes exit within 20 seconds and print the reason; the same command
+                continues from the last checkpoint, with another N after `-- --reshard`
+  Ctrl-C        like kill; a second Ctrl-C ends the processes at once
 
-N x D must divide the batch of 16. PYTHON=python3.13 bash launch/local_cluster.sh 4 chooses the
+N x D must divide the batch of 16. PYTHON=python3.13 bash launch/local_cluster.sh 4 selects the
 Python.
 TEXT
 }
@@ -55,7 +55,7 @@ fi
 
 pids=() names=() interrupted="" stopped=""
 
-# step NAME COMMAND…: starts it in the background; its lines begin with [NAME].
+# step NAME COMMAND…: starts the command in the background; its lines begin with [NAME].
 step() {
   local name=$1
   shift
@@ -69,19 +69,19 @@ step() {
 }
 
 prefix() {
-  # Ctrl-C is for the processes: what they say while they end is to be seen. Without gloo's chatter.
+  # Ctrl-C must not end awk, which prints the processes' last lines. Gloo's log lines are dropped.
   trap '' INT TERM
   awk -v name="[$1] " '!/^\[Gloo\]/ { print name $0; fflush() }'
 }
 
-# finish: waits for all that were started; exits if one of them failed.
+# finish: waits for all started processes; exits if one of them failed.
 finish() {
   local pid code worst=0 i=0
   for pid in "${pids[@]}"; do
     while :; do
       interrupted="" code=0
       wait "$pid" || code=$?
-      [[ $interrupted ]] || break # else `wait` only told of the signal
+      [[ $interrupted ]] || break # otherwise a signal interrupted `wait`
     done
     if ((code)); then echo "[${names[i]}] process $pid ended with exit code $code"; fi
     if ((code > worst)); then worst=$code; fi
@@ -93,7 +93,7 @@ finish() {
   if ((worst)); then exit "$worst"; fi
 }
 
-# Whatever ends this script ends what it started.
+# The end of this script ends its processes.
 stop() {
   interrupted=1
   if ((${#pids[@]} == 0)); then
@@ -101,7 +101,7 @@ stop() {
   elif [[ $stopped ]]; then
     kill -KILL "${pids[@]}" 2>/dev/null || true
   else
-    echo "stopping: every process saves the same step; once more ends them at once"
+    echo "stopping: every process saves the same step; a second signal ends them at once"
     kill -TERM "${pids[@]}" 2>/dev/null || true
   fi
   stopped=$1
@@ -129,7 +129,7 @@ step codec train --config=configs/dvae.py:size=smoke --workdir="$out/dvae" \
 
 # ---- DALL-E: N processes -------------------------------------------------------------------------
 export XLA_FLAGS="--xla_force_host_platform_device_count=$devices --xla_cpu_multi_thread_eigen=false"
-export JAX_PLATFORMS=cpu # a GPU here would belong to all of them
+export JAX_PLATFORMS=cpu # the processes would compete for a GPU
 for ((i = 0; i < count; i++)); do
   step "p$i" train --config=configs/dalle.py:size=smoke --workdir="$out/dalle" \
     --config.data.data_dir="$out/data" --config.stages.dvae="$out/dvae" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on one core of this machine: two such runs on two cores beat two that share both.
+# Trains on one core of this machine: two runs on a core each are faster than two that share both.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/cluster.sh

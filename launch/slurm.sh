@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits launch/slurm.sbatch: one run over the GPUs of several nodes of a SLURM cluster.
+# Submits launch/slurm.sbatch: one run on the GPUs of several nodes of a SLURM cluster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/cluster.sh
@@ -14,7 +14,7 @@ usage: bash launch/slurm.sh --nodes=16 [--gpus_per_node=8] [--processes=node|gpu
   --processes  one process per node (default) or per GPU
   --container  an image with this package's dependencies, run by pyxis
 
-When the time is up the run saves and ends; the same command goes on.
+At its time limit the run saves and exits; the same command continues it.
 TEXT
 }
 
@@ -33,5 +33,5 @@ options=(--nodes="$nodes" --gpus-per-node="$gpus_per_node" --export="$exported")
 [[ $partition ]] && options+=(--partition="$partition")
 [[ $account ]] && options+=(--account="$account")
 before=()
-[[ $mounts ]] && before=(env MOUNTS="$mounts") # not in --export, which parts its items at commas
+[[ $mounts ]] && before=(env MOUNTS="$mounts") # not in --export, which splits at commas
 act "${before[@]}" sbatch "${options[@]}" launch/slurm.sbatch "${train[@]}"

@@ -1,14 +1,14 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # logs, out, dry_run and python are the caller's
-# Sourced by demo.sh: runs steps beside each other, each on its cores, tells how they get on, and
-# does not do again what is done. Reads $out, $logs, $dry_run and, from setup.sh on, $python.
+# demo.sh sources this file: it runs steps in parallel, each on its cores, reports their progress,
+# and skips finished steps. It reads $out, $logs, $dry_run and, after setup.sh, $python.
 
-# One thread for each device. CLIP and DALL-E train beside each other, a core each: the transformer
-# gains little from a second one (batch 16: 52 pictures a second on one core, 56 with a device on
-# each of two; threads are no better). A codec does: 217 on one core, 371 on two.
+# One thread per device. CLIP and DALL-E train in parallel on one core each, because a second core
+# helps the transformer little (batch 16: 52 pictures a second on one core, 56 with a device on each
+# of two; threads are no better). It helps a codec: 217 on one core, 371 on two.
 one_thread="--xla_cpu_multi_thread_eigen=false"
 two_devices="--xla_force_host_platform_device_count=2"
-cores="" # the cores that we may use, not those that the machine has: 0,2-3 -> 0 2 3
+cores="" # the cores that this process may use: 0,2-3 -> 0 2 3
 if command -v taskset >/dev/null; then
   for range in $(taskset -cp $$ | sed 's/.*: //; s/,/ /g'); do
     cores+=" $(seq -s ' ' "${range%-*}" "${range#*-}")"
@@ -16,11 +16,11 @@ if command -v taskset >/dev/null; then
 fi
 
 started=$SECONDS
-running="" # names of the steps at work; $logs/NAME.pid has their process ids
-ran=0      # steps that were not already done
+running="" # names of the running steps; $logs/NAME.pid has their process ids
+ran=0      # number of steps that were not finished before
 
-# pinned N|both COMMAND…: runs the command in this (sub)shell's place on our Nth core, or on the
-# first two with a device for each.
+# pinned N|both COMMAND…: replaces this (sub)shell by the command on the Nth core, or on the first
+# two cores with a device on each.
 pinned() {
   local core flags="${XLA_FLAGS:-} $one_thread"
   if [[ $1 != both ]]; then
@@ -37,7 +37,7 @@ pinned() {
   exec "$@"
 }
 
-# start NAME CORE|both|any COMMAND…: in the background, unless it was finished before with these words.
+# start NAME CORE|both|any COMMAND…: runs a step in the background, unless the same command is done.
 start() {
   local name=$1 core=$2 command
   shift 2
@@ -51,7 +51,7 @@ start() {
   fi
   ran=$((ran + 1))
   rm -f "$logs/$name.done"
-  say "$name: started (log: $logs/$name.log)"
+  log "$name: started (log: $logs/$name.log)"
   (
     if [[ $core == any ]]; then
       exec "$python" -m dalle_jax "$@"
@@ -64,18 +64,18 @@ start() {
   running+=" $name"
 }
 
-# finish NAME: waits for it, telling how all that run are getting on; ends the demo if it failed.
+# finish NAME: waits for a step and reports the progress of all; ends the demo if it failed.
 finish() {
-  local name=$1 code=0 told=$SECONDS pid begun other
+  local name=$1 code=0 reported=$SECONDS pid begun other
   [[ " $running " == *" $name "* ]] || return 0
   pid=$(<"$logs/$name.pid")
   while kill -0 "$pid" 2>/dev/null; do
-    if ((SECONDS - told >= every)); then
+    if ((SECONDS - reported >= every)); then
       progress
-      told=$SECONDS
+      reported=$SECONDS
     fi
     sleep 0.5
-    for other in $running; do # one that failed beside it must not be found out minutes later
+    for other in $running; do # report the failure of a parallel step at once
       [[ $other == "$name" ]] || kill -0 "$(<"$logs/$other.pid")" 2>/dev/null || finish "$other"
     done
   done
@@ -92,18 +92,18 @@ finish() {
   begun=$(tail -n 1 "$logs/$name.started")
   printf '%s\n%s\n' "$(head -n 1 "$logs/$name.started")" "$((SECONDS - begun))" >"$logs/$name.done"
   rm "$logs/$name.started" "$logs/$name.pid"
-  say "$name: done in $(clock $((SECONDS - begun)))"
+  log "$name: done in $(clock $((SECONDS - begun)))"
 }
 
 clock() {
   printf '%d:%02d' $(($1 / 60)) $(($1 % 60))
 }
 
-say() {
+log() {
   printf '%s[%s] %s\n' "$clear" "$(clock $((SECONDS - started)))" "$*"
 }
 
-# The last line of every running step; on a terminal they share one line that is written over.
+# Prints the last line of every running step; on a terminal all of them on one rewritten line.
 progress() {
   local name line all="" count
   count=$(wc -w <<<"$running")
@@ -112,7 +112,7 @@ progress() {
     if [[ $clear ]]; then
       all+="$name ${line:0:$((width / count - ${#name} - 4))} · "
     elif [[ $line ]]; then
-      say "$name: ${line:0:160}"
+      log "$name: ${line:0:160}"
     fi
   done
   if [[ $clear && $all ]]; then printf '%s%s' "$clear" "${all% · }"; fi
@@ -122,7 +122,7 @@ if [[ -t 1 ]]; then
   clear=$'\r\e[K' width=$(tput cols 2>/dev/null || echo 100) every=1
 fi
 
-# Whatever ends the demo ends what it started; training saves when it is asked to stop.
+# The end of the demo ends its steps; training saves at SIGTERM.
 stop() {
   local name
   for name in $running; do kill "$(<"$logs/$name.pid")" 2>/dev/null || true; done

@@ -149,7 +149,7 @@ def test_grid_places_every_picture_unblurred(rng):
         np.testing.assert_array_equal(sheet[top : top + 16 : 2, left : left + 16 : 2], picture)
 
 
-def test_labels_are_drawn_under_the_picture(rng):
+def test_labels_are_under_the_picture(rng):
     pictures = np.zeros((2, 32, 32, 3), np.uint8)
     bare = np.asarray(images.grid(pictures, columns=2, scale=4))
     sheet = np.asarray(images.grid(pictures, 2, ["a red cube", ""], scale=4))

@@ -1,4 +1,4 @@
-"""launch: demo and local cluster with a stub in the place of Python; scripts pass shellcheck."""
+"""launch: the demo and the local cluster with a stub instead of Python; shellcheck."""
 
 import os
 import pathlib
@@ -17,13 +17,13 @@ UNCLIP_STEPS = [
     "samples", "variations", "interpolation", "edited", "inpainted", "report",
 ]  # fmt: skip
 
-# Tells what it was called with, then does what the test has asked of that step.
+# Records its arguments, then fails or hangs at the step that the test names.
 STUB = """#!/usr/bin/env bash
 [[ $1 == -c ]] && exit 0
 echo "$*" >>"$STUB_CALLS"
 echo "step 7/9 loss 0.5"
 case "$*" in
-  *"$STUB_FAIL"*) echo "error: the stub was told to fail" >&2; exit 3 ;;
+  *"$STUB_FAIL"*) echo "error: the stub fails on request" >&2; exit 3 ;;
   *$STUB_HANG*) exec sleep 60 ;; # a pattern
 esac
 """
@@ -31,7 +31,7 @@ esac
 
 @pytest.fixture
 def house(tmp_path) -> pathlib.Path:
-    """A copy of what the demo reads, with a stub environment that counts as installed."""
+    """A copy of the files that the demo reads, with a stub environment that counts as installed."""
     for name in ("launch", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("setup.cfg", "pyproject.toml", "constraints.txt"):
@@ -78,44 +78,44 @@ def test_the_demo_runs_every_step_once(house, data):
     done = demo(house, f"--data={data}", "--out=runs/x")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "runs/x/index.html" in done.stdout
-    made = calls(house)
-    assert len(made) == len(STEPS)
-    where = {name: i for i, call in enumerate(made) for name in STEPS if f"/{name}.py" in call}
-    assert where["vqvae"] < where["dvae"] < where["dalle"]
+    commands = calls(house)
+    assert len(commands) == len(STEPS)
+    order = {name: i for i, call in enumerate(commands) for name in STEPS if f"/{name}.py" in call}
+    assert order["vqvae"] < order["dvae"] < order["dalle"]
     assert {p.stem for p in (house / "runs/x/logs").glob("*.done")} == set(STEPS)
 
     started = time.monotonic()
     again = demo(house, f"--data={data}", "--out=runs/x")
     assert again.returncode == 0 and "nothing left to do" in again.stdout
-    assert calls(house) == made and time.monotonic() - started < 10
+    assert calls(house) == commands and time.monotonic() - started < 10
 
 
 def test_the_demo_of_dalle_2_runs_every_step_once(house):
     done = demo(house, "--pipeline=unclip", "--out=runs/x")
     assert done.returncode == 0, done.stdout + done.stderr
-    made = calls(house)
+    commands = calls(house)
     assert {p.stem for p in (house / "runs/x/logs").glob("*.done")} == set(UNCLIP_STEPS)
-    assert len(made) == len(UNCLIP_STEPS)
+    assert len(commands) == len(UNCLIP_STEPS)
 
     def place(part):
-        return next(i for i, call in enumerate(made) if part in call)
+        return next(i for i, call in enumerate(commands) if part in call)
 
-    # Whose workdir a step reads has been trained before.
+    # A stage is trained before the first step that reads its workdir.
     order = ["x/clip ", "x/decoder ", "init_from=runs/x/decoder", "inpaint --clip", "report --demo"]
     assert sorted(order, key=place) == order
-    for call in made:  # pictures that are given are there
+    for call in commands:  # the input pictures exist
         for word in call.split():
             if word.startswith("--image=launch/"):
                 assert (house / word.removeprefix("--image=")).is_file()
     again = demo(house, "--pipeline=unclip", "--out=runs/x")
-    assert "nothing left to do" in again.stdout and calls(house) == made
+    assert "nothing left to do" in again.stdout and calls(house) == commands
 
 
 def test_a_failed_step_fails_the_demo_and_is_tried_again(house):
     failed = demo(house, fail="configs/dvae.py")
     assert failed.returncode == 3
     assert "dvae failed with exit code 3" in failed.stderr
-    assert "the stub was told to fail" in failed.stderr
+    assert "the stub fails on request" in failed.stderr
     before = len(calls(house))
     assert demo(house).returncode == 0
     assert not any("prepare" in call or "vqvae.py" in call for call in calls(house)[before:])
@@ -130,8 +130,8 @@ def test_a_failure_in_the_background_is_not_lost(house):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_the_demo_ends_its_children(house, number):
     process = subprocess.Popen(
-        # As a terminal starts it: a test runner in the background may be ignoring SIGINT. Not by
-        # preexec_fn, which forks, and JAX is multithreaded.
+        # With SIGINT's default action, which a test runner in the background may ignore. Not by
+        # preexec_fn, because it forks and JAX is multithreaded.
         ["env", "--default-signal=INT", "bash", "launch/demo.sh"],
         cwd=house,
         env=environment(house, hang="configs/[cd][la]"),
@@ -186,10 +186,12 @@ def cluster(house: pathlib.Path, *arguments: str, **stub: str) -> subprocess.Com
 def test_a_local_cluster_prepares_then_trains_in_n_processes(house):
     done = cluster(house, "3", "--out=runs/x", "--port=9000", "--", "--config.train.steps=5")
     assert done.returncode == 0, done.stdout + done.stderr
-    made = calls(house)
-    assert len(made) == 5 and "prepare shapes" in made[0] and "configs/dvae.py" in made[1]
+    commands = calls(house)
+    assert (
+        len(commands) == 5 and "prepare shapes" in commands[0] and "configs/dvae.py" in commands[1]
+    )
     for i in range(3):
-        (call,) = [c for c in made if f"--process_id={i} " in c]
+        (call,) = [c for c in commands if f"--process_id={i} " in c]
         assert "--coordinator=localhost:9000 --process_count=3" in call
         assert call.endswith("--config.train.steps=5")
         assert f"[p{i}] step 7/9 loss 0.5" in done.stdout.splitlines()
@@ -198,7 +200,7 @@ def test_a_local_cluster_prepares_then_trains_in_n_processes(house):
 def test_a_failed_process_fails_the_local_cluster(house):
     done = cluster(house, "2", fail="--process_id=1")
     assert done.returncode == 3
-    assert "[p1] error: the stub was told to fail" in done.stdout
+    assert "[p1] error: the stub fails on request" in done.stdout
     assert "[p1] process" in done.stdout and "ended with exit code 3" in done.stdout
     # Without a codec there is nothing to train.
     before = len(calls(house))
@@ -220,7 +222,7 @@ def test_stopping_a_local_cluster_ends_its_processes(house, number, code):
         if len(calls(house)) == 4:
             break
         time.sleep(0.05)
-    time.sleep(0.2)  # the script comes to its `wait`
+    time.sleep(0.2)  # until the script is in its `wait`
     process.send_signal(number)
     out = process.communicate(timeout=20)[0]
     assert process.returncode == code, out

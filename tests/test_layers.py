@@ -23,7 +23,7 @@ STOREYS = {
     "tasks": {
         "nn", "models", "diffusion", "stages", "sampling", "engine.task", "engine.checkpoint",
     },
-    "evaluation": {"nn", "models", "sampling", "data.scenes"},
+    "evaluation": {"nn", "models", "sampling", "data.scenes", "data.polygons"},
     "importers": {"nn", "models"},
     "planning": {"nn", "models", "engine", "stages", "tasks"},
     "pages": set(),

@@ -217,7 +217,7 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
         config.data,
         config.seed,
         split=config.data.split,
-        wanted=wanted,
+        fields=wanted,
         training=True,
         batch=batch,
     )

@@ -1,7 +1,7 @@
-"""Which part of a picture is to be drawn anew: a PNG's alpha channel, black and white, a rectangle.
+"""Masks for inpainting from a PNG's alpha channel, a black-and-white picture or a rectangle.
 
-No command itself; it has no SUMMARY. Masks are bool arrays, True where the picture is known, as
-everywhere in this house.
+This is not a command; it has no SUMMARY. Masks are bool arrays, True for known pixels, as
+everywhere in this package.
 """
 
 import numpy as np
@@ -10,32 +10,32 @@ from PIL import Image
 from dalle_jax import images
 from dalle_jax.types import UsageError
 
-_EDGE = 24  # levels from black or white that still are
-_MAX_GREY = 0.05  # share of pixels between: soft edges
+_EDGE = 24  # levels that still count as black or white
+_MAX_GREY = 0.05  # share of grey pixels: soft edges
 
 
 def read(path: str, shape: tuple[int, int], name: str) -> np.ndarray:
     """The mask in a file.
 
     Args:
-      path: a picture with an alpha channel, see-through where it is to be drawn anew; or a black
-        and white one, white there.
-      shape: (h, w) of the picture that it is for.
-      name: of that picture.
+      path: a picture with an alpha channel, whose transparent pixels are to be sampled; or a
+        black-and-white picture, whose white pixels are.
+      shape: (h, w) of the masked picture.
+      name: of the masked picture.
 
     Returns:
-      [h, w] bool, True where the picture is known.
+      [h, w] bool, True for known pixels.
 
     Raises:
-      UsageError: for a mask of another size, or neither with alpha nor black and white.
+      UsageError: for a mask with another size, or one without alpha that is not black and white.
     """
-    images.read(path)  # that it is a picture, and no larger than we decode
+    images.read(path)  # checks that it is a picture and its size
     with Image.open(path) as image:
         width, height = image.size
         if (height, width) != tuple(shape):
             raise UsageError(
-                f"the mask {path} is {width} x {height}, but {name} is {shape[1]} x {shape[0]}; a "
-                "mask has a pixel for each of the picture's: draw it at that size."
+                f"the mask {path} is {width} x {height}, but {name} is {shape[1]} x {shape[0]}; "
+                "resize the mask to the picture's size."
             )
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             return np.asarray(image.convert("RGBA"))[..., 3] == 255
@@ -44,17 +44,17 @@ def read(path: str, shape: tuple[int, int], name: str) -> np.ndarray:
     if between.mean() > _MAX_GREY:
         raise UsageError(
             f"the mask {path} has no alpha channel and is not black and white "
-            f"({between.mean():.0%} of it is between); make what is to be drawn anew see-through, "
-            "or white on black."
+            f"({between.mean():.0%} of its pixels are grey); make the pixels to sample "
+            "transparent, or white on black."
         )
     return grey <= _EDGE
 
 
 def rectangle(text: str, shape: tuple[int, int], name: str) -> np.ndarray:
-    """The mask of "x,y,w,h", pixels from the upper left corner of the picture.
+    """The mask for "x,y,w,h", in pixels from the upper left corner of the picture.
 
     Returns:
-      [h, w] bool, False inside.
+      [h, w] bool, False inside the rectangle.
 
     Raises:
       UsageError: for other text, or a rectangle that is not inside the picture.

@@ -3,14 +3,14 @@
   python -m dalle_jax encode --workdir=runs/dvae --name=shapes_codes
   python -m dalle_jax train --config=configs/dalle.py --config.data.source=shapes_codes …
 
-The set, its folder and its keys are those that the codec was trained on, unless given here. The
-codes stand in the order of the pictures, so a run on them sees the batches that a run on the
-pictures would see. All local devices work on a batch together.
+The set, its folder and its keys are those of the codec's training, unless flags override them. The
+codes have the order of the pictures, so a run on them sees the batches that a run on the pictures
+would see. Each batch is divided among all local devices.
 """
 
 import argparse
 
-from dalle_jax.cli import _flags
+from dalle_jax.cli import _flags, _sets
 
 SUMMARY = "store the codes of a set's pictures for faster DALL-E training"
 
@@ -19,32 +19,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _flags.add_workdir(parser, "a trained dVAE or VQ-VAE: a run's folder or an exported one")
     parser.add_argument("--name", required=True, metavar="SET", help="name of the set to write")
-    parser.add_argument("--source", metavar="SET", help="set to encode (default: the codec's own)")
-    parser.add_argument(
-        "--data_dir", metavar="DIR", help="where prepared sets live (default: the codec's own)"
-    )
+    _sets.add_flags(parser, "the codec", "encode")
     parser.add_argument(
         "--split",
         default="train,validation",
         metavar="NAMES",
-        help="splits to encode, with commas (default: %(default)s)",
+        help="splits to encode, separated by commas (default: %(default)s)",
     )
     parser.add_argument(
         "--crop",
         choices=("none", "center"),
-        help="how a picture is made square: squeezed or cut (default: none if the codec was "
-        "trained so, else center)",
+        help="none squeezes a picture to a square, center cuts one out (default: none if the codec "
+        "was trained with it, else center)",
     )
-    for key in ("image_key", "caption_key", "label_template"):
-        parser.add_argument(f"--{key}", help=f"as data.{key} of a config")
     parser.add_argument(
-        "--batch", type=int, default=256, metavar="N", help="pictures at once (default: 256)"
+        "--batch", type=int, default=256, metavar="N", help="pictures per batch (default: 256)"
     )
     parser.add_argument(
         "--threads", type=int, default=2, metavar="N", help="decoding threads (default: 2)"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a set of that name made otherwise"
+        "--overwrite", action="store_true", help="replace an existing set of that name"
     )
     _flags.add_cache(parser)
 
@@ -56,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     _flags.use_cache(args)
 
     from dalle_jax import images
-    from dalle_jax.config import ConfigDict
     from dalle_jax.data import sources
     from dalle_jax.data.builders import codes, store
     from dalle_jax.engine import meshes, metrics, sharding
@@ -72,19 +66,16 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--split={args.split!r} names no split; expected e.g. train,validation.")
     if jax.process_count() > 1:
         raise UsageError(
-            f"encode was started in {jax.process_count()} processes; it writes one set, so start "
-            "it in one (it uses all devices of that machine)."
+            f"encode was started in {jax.process_count()} processes, but it writes one set; start "
+            "it in one process, which uses all devices of that machine."
         )
 
     codec = Codec.load(args.workdir)
-    config = ConfigDict(codec.config.data.to_dict())
-    for key in ("source", "data_dir", "image_key", "caption_key", "label_template"):
-        if getattr(args, key) is not None:
-            config[key] = getattr(args, key)
+    config = _sets.data_config(args, codec.config)
     if args.name == config.source:
-        raise UsageError(f"--name={args.name!r} is the set to encode; give the codes another name.")
-    opened = {split: sources.open_split(config, split) for split in splits}
-    for split, source in opened.items():
+        raise UsageError(f"--name={args.name!r} is the set to encode; choose another.")
+    sources_by_split = {split: sources.open_split(config, split) for split in splits}
+    for split, source in sources_by_split.items():
         if "image" not in source.fields:
             raise UsageError(
                 f"{config.source!r} has no pictures in {split!r}; it holds "
@@ -93,15 +84,15 @@ def run(args: argparse.Namespace) -> int:
 
     mesh = meshes.local()
     batch = -(-args.batch // mesh.size) * mesh.size
-    layout = sharding.batch_sharding(mesh)
+    batch_sharding = sharding.batch_sharding(mesh)
 
     def encode(pictures):
-        return codec.encode(jax.device_put(images.to_float(pictures), layout))
+        return codec.encode(jax.device_put(images.to_float(pictures), batch_sharding))
 
     path, summary = codes.write(
         data_dir=config.data_dir,
         name=args.name,
-        splits=opened,
+        splits=sources_by_split,
         encode=encode,
         codec=dict(
             fingerprint=codec.fingerprint,
@@ -120,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     total = sum(summary["recipe"]["splits"].values())
     lost = sum(summary["skipped"].values())
     metrics.say(
-        f"{path}: codes of {total - lost:,} pictures, {codec.grid} x {codec.grid} of "
-        f"{codec.num_codes}" + (f"; {lost:,} skipped: {summary['skipped']}" if lost else "")
+        f"{path}: codes of {total - lost:,} pictures, each {codec.grid} x {codec.grid} of "
+        f"{codec.num_codes} codes" + (f"; {lost:,} skipped: {summary['skipped']}" if lost else "")
     )
     return 0

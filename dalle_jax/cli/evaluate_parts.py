@@ -67,7 +67,7 @@ def batches(args: argparse.Namespace, config, wanted: set[str], tokenizer=None) 
     split = args.split or data.eval_split
     size = min(BATCH, args.num_examples)
     pictures = pipeline.make(
-        data, args.seed, split=split, wanted=wanted, tokenizer=tokenizer, training=False, batch=size
+        data, args.seed, split=split, fields=wanted, tokenizer=tokenizer, training=False, batch=size
     )
     num = min(args.num_examples, pictures.num_examples)
 

@@ -2,8 +2,8 @@
 
   python -m dalle_jax export --workdir=runs/dvae --out=shipped/dvae
 
-Every command that takes a stage's workdir takes the exported folder as well. Only training does
-not: the optimiser stays behind.
+Every command that takes a stage's workdir also takes the exported folder, except `train`: the
+export has no optimiser state.
 """
 
 import argparse
@@ -15,30 +15,24 @@ SUMMARY = "write a trained stage as a small folder (safetensors) to ship"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    _flags.add_workdir(parser, "what to export; its averaged weights when it kept an average")
+    _flags.add_workdir(parser, "run to export; its averaged weights if it has an average")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--dtype",
         default="float16",
         metavar="TYPE",
-        help="storage: float16 (default), bfloat16 or float32; read back as float32",
+        help="stored type: float16 (default), bfloat16 or float32; loaded as float32",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports."""
-    import pathlib
+    from dalle_jax.engine import metrics
+    from dalle_jax.stages import export
 
-    from dalle_jax.engine import checkpoint, metrics
-    from dalle_jax.stages.clip import ClipStage
-
-    done = checkpoint.export(args.workdir, args.out, args.dtype)
-    if checkpoint.load_config(args.workdir).task == "clip":
-        clip = ClipStage.load(args.workdir)
-        origin = clip.origin or clip.fingerprint
-        (pathlib.Path(args.out) / checkpoint.ORIGIN).write_text(origin)
+    result = export.export(args.workdir, args.out, args.dtype)
     metrics.say(
-        f"{args.out}: step {done['step']}, {done['parameters']:,} numbers as {args.dtype}, "
-        f"{metrics.size(done['bytes'])}"
+        f"{args.out}: step {result['step']}, {result['parameters']:,} numbers as {args.dtype}, "
+        f"{metrics.size(result['bytes'])}"
     )
     return 0

@@ -85,7 +85,7 @@ def _train(args: argparse.Namespace, config) -> int:
             config.data,
             config.seed,
             split=split,
-            wanted=set(task.batch_spec),
+            fields=set(task.batch_spec),
             tokenizer=tokenizer,
             training=training,
             batch=batch,

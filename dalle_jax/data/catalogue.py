@@ -1,10 +1,11 @@
-"""Where pictures and words are in the stock TFDS sets: one literal table.
+"""The features of the stock TFDS sets that hold pictures and captions: one literal table.
 
-A set of ours holds `image` and `captions`; the sets of the TFDS catalogue do not agree with one
-another. `STOCK[name]` says where to look, so that `data.source=coco_captions` is all a config
-needs. Keys are paths: `a/b` enters a dictionary, `[]` stands for every element of a list.
+Sets that `prepare` writes hold `image` and `captions`; every set of the TFDS catalogue has feature
+names of its own. `STOCK[name]` lists them, so that a config needs only
+`data.source=coco_captions`. Keys are paths: `a/b` enters a dictionary, `[]` stands for every
+element of a list.
 
-*Source:* feature descriptions of tfds 4.9.10's builders (docs/data.md has the same table).
+Source: feature descriptions of tfds 4.9.10's builders (docs/data.md has the same table).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Stock:
-    """Paths of one set. `caption_key` or `label_template` is empty, never both."""
+    """Paths of one set; either `caption_key` or `label_template` is empty."""
 
     image_key: str = "image"
     caption_key: str = ""

@@ -1,12 +1,12 @@
-"""The order of examples and every random number of the data side, as functions of (seed, position).
+"""The order of examples and every random number in `data`, as functions of (seed, position).
 
 Position p counts examples since the start of training: step * global batch + place in the batch.
-Nothing is drawn one after the other, so there is no state to save, any step can be computed
-first, and any number of processes computes the same thing. Integer arithmetic only: the order is
-the same on every platform and with every version of numpy.
+No random number depends on an earlier one, so there is no state to save, any step can be computed
+first, and any number of processes computes the same values. All arithmetic is on integers: the
+order is the same on every platform and with every version of numpy.
 
 grain's `MapDataset.range(n).shuffle().repeat()[p]` has the first two properties, but takes 27 us
-an index, 0.9 ms for a batch of 32; `shuffled` takes 0.1 ms for that batch.
+per index, 0.9 ms for a batch of 32; `shuffled` takes 0.1 ms for that batch.
 """
 
 import functools
@@ -19,16 +19,16 @@ _BLOCK = 4096
 
 
 def shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Which example stands at each position: int64 in [0, size), a new permutation every epoch.
+    """The example at each position: int64 in [0, size), a new permutation in every epoch.
 
     A Feistel network over a grid of a x b >= size cells: each round shifts one coordinate by a
-    hash of the other, which can be undone, so distinct positions of an epoch give distinct
-    examples. The few cells beyond `size` are sent through again until they land inside.
+    hash of the other, which is invertible, so distinct positions in an epoch give distinct
+    examples. The few cells beyond `size` pass through again until they are inside.
 
     Args:
       positions: int64 [B], >= 0.
       size: examples in the split, >= 1.
-      seed: of the run.
+      seed: the run's.
     """
     positions = np.asarray(positions, np.int64)
     out = np.empty_like(positions)
@@ -40,18 +40,18 @@ def shuffled(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def hashed(positions: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Random uint64 [B] of each position; streams (caption choice, crop, …) are independent."""
+    """A random uint64 [B] per position; streams (caption choice, crop, …) are independent."""
     return _mix(_start(seed, stream) + np.asarray(positions, np.int64).astype(np.uint64) * _GOLDEN)
 
 
 def uniform(positions: np.ndarray, seed: int, stream: int) -> np.ndarray:
-    """Random float64 [B] in [0, 1) of each position."""
+    """A random float64 [B] in [0, 1) per position."""
     return (hashed(positions, seed, stream) >> np.uint64(11)) * 2.0**-53
 
 
 @functools.lru_cache(maxsize=8)
 def _block(block: int, size: int, seed: int) -> np.ndarray:
-    """`shuffled` of one block of positions: 30 numpy calls cost the same for 32 as for 4096."""
+    """`shuffled` for one block of positions: 30 numpy calls take as long for 32 as for 4096."""
     return _shuffled(np.arange(block * _BLOCK, (block + 1) * _BLOCK), size, seed)
 
 
@@ -75,9 +75,9 @@ def _start(seed: int, stream: int) -> np.ndarray:
 def _feistel(cells: np.ndarray, key: np.ndarray, a: int, b: int) -> np.ndarray:
     a, b = np.uint64(a), np.uint64(b)
     x, y = cells // b, cells % b
-    for turn in range(4):
-        x = (x + _mix(y + key + np.uint64(2 * turn)) % a) % a
-        y = (y + _mix(x + key + np.uint64(2 * turn + 1)) % b) % b
+    for round_ in range(4):
+        x = (x + _mix(y + key + np.uint64(2 * round_)) % a) % a
+        y = (y + _mix(x + key + np.uint64(2 * round_ + 1)) % b) % b
     return x * b + y
 
 

@@ -1,12 +1,12 @@
 """Global batches, seekable by step: `pipeline(step)` is this process's slice of that batch.
 
-The batch of a step is a pure function of (seed, step): which examples, which captions, crops,
-BPE-dropout and dropped captions. Position p = step * batch + place counts through shuffled epochs;
-each process reads the places that its devices hold (`rows`) and decodes no other record. So the
-data state of a checkpoint is one integer, valid for any mesh and number of processes.
+The batch of a step is a pure function of (seed, step): its examples, captions, crops, BPE-dropout
+and dropped captions. Position p = step * batch + place counts through shuffled epochs; each process
+reads the places that its devices hold (`rows`) and decodes no other record. So the data state of a
+checkpoint is one integer, valid for any mesh and number of processes.
 
-A record that cannot be used is replaced by the one at the next position that can, everywhere in
-the same way; it is counted in `skipped` and named in `skipped_ids`.
+The next usable record replaces one that cannot be used, in every process alike; `skipped` counts
+such records and `skipped_ids` names them.
 """
 
 import collections
@@ -23,16 +23,16 @@ from dalle_jax.data import order, preprocess, sources, tokenizers
 from dalle_jax.types import UsageError
 
 _LOG = logging.getLogger(__name__)
-_WANTED = ("image", "text", "codes")
+_FIELDS = ("image", "text", "codes")
 # Streams of random numbers; stream 0 is the order itself.
 _CAPTION, _DROP, _DROPOUT, _CROP = 1, 2, 3, 4
-_NAMED = 100  # ids of skipped records that are kept
+_NAMED = 100  # skipped records that are named
 _GIVE_UP = 1000  # unusable records in a row
 
 
 @dataclasses.dataclass(frozen=True)
 class _Item:
-    """A record read, decoded and, where nothing random follows, cropped and tokenised."""
+    """A record after decoding; also cropped and tokenised, unless these steps are random."""
 
     image: np.ndarray | None  # uint8 [px, px, 3], or [h, w, 3] if the crop is random
     captions: list[str]
@@ -52,9 +52,9 @@ class Pipeline:
 
     Attributes:
       num_examples: examples in the split.
-      skipped: reason -> how many distinct records this process could not use.
+      skipped: reason -> number of distinct records that this process could not use.
       skipped_ids: "id: reason" of the first 100 of them.
-      truncated: captions served that were longer than text_len and were cut.
+      truncated: number of captions in batches that were cut at text_len.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class Pipeline:
         data_config,
         seed: int,
         *,
-        wanted: set[str],
+        fields: set[str],
         tokenizer: tokenizers.Tokenizer | None = None,
         training: bool,
         batch: int,
         rows: Sequence[int] | None = None,
     ):
         """See `make`; `source` needs len(), [i] -> sources.Example and .fields."""
-        _check(source, data_config, wanted, tokenizer, training, batch)
+        _check(source, data_config, fields, tokenizer, training, batch)
         self._source = source
         self._config = data_config
         self._seed = int(seed)
-        self._wanted = frozenset(wanted)
+        self._fields = frozenset(fields)
         self._tokenizer = tokenizer
         self._training = training
         self._batch = batch
@@ -99,7 +99,7 @@ class Pipeline:
         """This process's rows of the global batch of `step`, b = len(rows).
 
         Returns:
-          Of these, what was wanted: image uint8 [b, px, px, 3], text int32 [b, text_len],
+          The batch's fields, some of image uint8 [b, px, px, 3], text int32 [b, text_len] and
           codes int32 [b, g*g].
 
         Raises:
@@ -108,24 +108,24 @@ class Pipeline:
         positions = self._positions(step)
         items = [item for _, item in self._resolve(positions)]
         batch = {}
-        if "image" in self._wanted:
+        if "image" in self._fields:
             pictures = [item.image for item in items]
             if self._random_crop:
                 seeds = order.hashed(positions, self._seed, _CROP).tolist()
                 pictures = self._map(self._cropped, list(zip(pictures, seeds, strict=True)))
             batch["image"] = np.stack(pictures)
-        if "text" in self._wanted:
+        if "text" in self._fields:
             batch["text"] = self._text(positions, items)
-        if "codes" in self._wanted:
+        if "codes" in self._fields:
             batch["codes"] = np.stack([item.codes for item in items])
         return batch
 
     def ids(self, step: int) -> list[str]:
-        """Ids of the examples of `self(step)`, for reports."""
+        """Ids of the examples in `self(step)`, for reports."""
         return [self._source[index].id for index, _ in self._resolve(self._positions(step))]
 
     def close(self) -> None:
-        """Ends the decoding threads and forgets the cache."""
+        """Stops the decoding threads and empties the cache."""
         if self._pool is not None:
             self._pool.shutdown()
         self._cache = {}
@@ -149,9 +149,9 @@ class Pipeline:
                 if position - first >= min(_GIVE_UP, 2 * self.num_examples):
                     raise UsageError(
                         f"{position - first} records in a row cannot be used "
-                        f"({dict(self.skipped)}; first: {self.skipped_ids[0]}). Is this the right "
-                        "set, and are data.image_key and data.caption_key right? "
-                        "Else prepare it again."
+                        f"({dict(self.skipped)}; first: {self.skipped_ids[0]}). Check data.source, "
+                        "data.image_key and data.caption_key; if they are right, prepare the set "
+                        "again."
                     )
                 indices[slot] = self._indices(np.array([position]))[0]
                 items[slot] = self._items(indices[slot : slot + 1])[0]
@@ -159,8 +159,8 @@ class Pipeline:
 
     def _items(self, indices: Sequence[int]) -> list[_Item | None]:
         """Items from the cache or freshly decoded; None for records that cannot be used."""
-        found = {i: self._cache.get(i) for i in indices}
-        missing = [i for i, item in found.items() if item is None and i not in self._bad]
+        items = {i: self._cache.get(i) for i in indices}
+        missing = [i for i, item in items.items() if item is None and i not in self._bad]
         examples = preprocess.read(self._source, missing)
         for index, example, item in zip(
             missing, examples, self._map(self._load, examples), strict=True
@@ -168,35 +168,35 @@ class Pipeline:
             if isinstance(item, preprocess.BadRecord):
                 self._skip(index, getattr(example, "id", f"record {index}"), item)
                 continue
-            found[index] = item
-            # Nothing is ever evicted: each epoch reads everything once, so what is in the cache
-            # is as good as what would replace it.
+            items[index] = item
+            # Nothing is ever evicted: each epoch reads every record once, so a cached record is as
+            # useful as one that would replace it.
             if item.nbytes <= self._cache_room:
                 with self._lock:
                     if index not in self._cache:
                         self._cache_room -= item.nbytes
                         self._cache[index] = item
-        return [found[i] for i in indices]
+        return [items[i] for i in indices]
 
     def _load(self, example) -> _Item | preprocess.BadRecord:
-        """An example as read, without anything random; what is wrong with it if it is unusable."""
+        """The example without its random steps; a BadRecord if it cannot be used."""
         config = self._config
         if isinstance(example, preprocess.BadRecord):
             return example
         try:
             image = codes = tokens = None
             captions, cut = [], []
-            if "image" in self._wanted:
+            if "image" in self._fields:
                 image = preprocess.decode(example.image, example.id)
                 if not self._random_crop:
                     image = self._crop(image, config.image_px)
-            if "codes" in self._wanted:
+            if "codes" in self._fields:
                 if example.codes is None:
                     raise preprocess.BadRecord("no codes")
                 codes = np.asarray(example.codes, np.int32)
                 if (codes < 0).any():  # `encode` could not decode the picture
                     raise preprocess.BadRecord("no codes")
-            if "text" in self._wanted:
+            if "text" in self._fields:
                 if not example.captions:
                     raise preprocess.BadRecord("no caption")
                 captions = list(example.captions) if self._training else example.captions[:1]
@@ -243,7 +243,7 @@ class Pipeline:
                 place = cut.index(True)
                 _LOG.warning(
                     "caption %.60r has more than data.text_len=%d tokens and is cut; raise "
-                    "data.text_len if many are (Pipeline.truncated counts them)",
+                    "data.text_len if many captions are cut (Pipeline.truncated counts them)",
                     items[place].captions[choice[place]],
                     config.text_len,
                 )
@@ -259,7 +259,7 @@ class Pipeline:
         return tokenizers.pack(rows, config.text_len, config.add_bos_eos), cut
 
     def _map(self, function: Callable, jobs: list) -> list:
-        """[function(job) for job in jobs], in `threads` chunks where that pays."""
+        """[function(job) for job in jobs], in one chunk per thread if there are enough jobs."""
         if self._pool is None or len(jobs) < 2 * self._threads:
             return [function(job) for job in jobs]
         chunks = [jobs[k :: self._threads] for k in range(self._threads)]
@@ -275,36 +275,36 @@ def make(
     seed: int,
     *,
     split: str,
-    wanted: set[str],
+    fields: set[str],
     tokenizer: tokenizers.Tokenizer | None = None,
     training: bool,
     batch: int,
     rows: Sequence[int] | None = None,
 ) -> Pipeline:
-    """The pipeline of a split of the set that a config's `data` section names.
+    """The pipeline for a split of the set that a config's `data` section names.
 
     Args:
       data_config: the `data` section of a config (configs/base.py).
       seed: of the run.
       split: a TFDS split expression.
-      wanted: which of image, text, codes the batches hold.
-      tokenizer: needed for text; None takes the prepared set's own.
+      fields: of a batch, some of image, text, codes.
+      tokenizer: for text; None opens the prepared set's own.
       training: shuffled epochs, augmentation, a random caption, BPE-dropout, caption_drop. False
         gives the split in order (it wraps at the end), central crops and the first caption.
       batch: examples in the global batch.
-      rows: the places in it, of 0 to batch - 1, that this process reads; None = all.
+      rows: places in the global batch, 0 to batch - 1, that this process reads; None = all.
 
     Raises:
-      UsageError: for a set, split, crop or size that cannot work, before anything is read.
+      UsageError: for a set, split, crop or size that cannot work, before a record is read.
     """
     source = sources.open_split(data_config, split)
-    if "text" in wanted and "text" in source.fields and tokenizer is None:
+    if "text" in fields and "text" in source.fields and tokenizer is None:
         tokenizer = tokenizers.find(data_config)
     return Pipeline(
         source,
         data_config,
         seed,
-        wanted=wanted,
+        fields=fields,
         tokenizer=tokenizer,
         training=training,
         batch=batch,
@@ -312,15 +312,15 @@ def make(
     )
 
 
-def _check(source, config, wanted, tokenizer, training, batch) -> None:
-    """Raises UsageError for what cannot work."""
-    if unknown := set(wanted) - set(_WANTED):
-        raise ValueError(f"wanted holds {unknown}; a batch can hold {_WANTED}.")
-    if lacking := sorted(set(wanted) - set(source.fields)):
+def _check(source, config, fields, tokenizer, training, batch) -> None:
+    """Raises UsageError for arguments that cannot work."""
+    if unknown := set(fields) - set(_FIELDS):
+        raise ValueError(f"fields hold {unknown}; a batch can hold {_FIELDS}.")
+    if lacking := sorted(set(fields) - set(source.fields)):
         raise UsageError(
             f"data.source {config.source!r} has no {' and no '.join(lacking)}; it holds "
             f"{', '.join(sorted(source.fields)) or 'nothing'}. Choose another --config.data.source"
-            + (", or make codes with `python -m dalle_jax encode`." if "codes" in lacking else ".")
+            + (", or store codes with `python -m dalle_jax encode`." if "codes" in lacking else ".")
         )
     if config.crop not in preprocess.CROPS:
         near = difflib.get_close_matches(config.crop, preprocess.CROPS, n=1)
@@ -331,7 +331,7 @@ def _check(source, config, wanted, tokenizer, training, batch) -> None:
         )
     name = "data.batch" if training else "data.eval_batch"
     shortest = 3 if config.add_bos_eos else 1
-    for field, value, fits, expected in (
+    for key, value, fits, expected in (
         (name, batch, batch >= 1, "1 or more"),
         ("data.image_px", config.image_px, config.image_px >= 1, "1 or more"),
         ("data.text_len", config.text_len, config.text_len >= shortest, f"{shortest} or more"),
@@ -341,16 +341,16 @@ def _check(source, config, wanted, tokenizer, training, batch) -> None:
         ("data.cache_mib", config.cache_mib, config.cache_mib >= 0, "0 (no cache) or more"),
     ):
         if not fits:
-            raise UsageError(f"{field}={value} is out of range; expected {expected}.")
+            raise UsageError(f"{key}={value} is out of range; expected {expected}.")
     if training and len(source) < batch:
         raise UsageError(
             f"data.source {config.source!r} has {len(source)} training examples, fewer than "
             f"data.batch={batch}; set --config.data.batch={len(source)} or smaller, or prepare "
             "more examples."
         )
-    if "text" in wanted:
+    if "text" in fields:
         if tokenizer is None:
-            raise ValueError("text is wanted, so a tokenizer is needed.")
+            raise ValueError("a batch with text needs a tokenizer.")
         if tokenizer.vocab_size > config.vocab_size:
             raise UsageError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, more than data.vocab_size="

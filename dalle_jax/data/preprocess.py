@@ -1,12 +1,12 @@
 """Stored records to square uint8 training pictures: reading, decoding and the papers' crops.
 
-A crop is `(image uint8 [h, w, 3], image_px, rng or None) -> uint8 [px, px, 3]`. Every random
-choice comes from the generator that is handed in, so who computes an example (process, thread,
-order) cannot change it; without a generator the crop is the deterministic one for evaluation.
+A crop is `(image uint8 [h, w, 3], image_px, rng or None) -> uint8 [px, px, 3]`. Every random choice
+uses the given generator, so an example does not depend on the process, thread or order in which it
+is computed. Without a generator the crop is the deterministic one for evaluation.
 
-AREA resizing of the papers is Pillow's BOX filter: the exact mean over the (fractional) source
-area of each target pixel. Pillow rounds once per axis, so it can differ from a one-pass float
-mean by one grey level. Enlarging, which the papers never do (they drop small pictures), is bicubic.
+The papers resize with AREA, which is Pillow's BOX filter: the exact mean over the (fractional)
+source area of each target pixel. Pillow rounds once per axis, so it can differ from a one-pass
+float mean by one grey level. Enlarging is bicubic; the papers drop small pictures instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class BadRecord(ValueError):
     """A record that cannot be used: the pipeline skips, counts and names it.
 
     Attributes:
-      reason: a few fixed words, the key that skipped records are counted by.
+      reason: a few fixed words, the key under which skipped records are counted.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -34,21 +34,21 @@ class BadRecord(ValueError):
         self.reason = reason
 
 
-# What readers raise on a damaged record: tfds, protobuf and array_record each have their own.
+# Errors of readers on a damaged record: tfds, protobuf and array_record each raise their own.
 _DAMAGED = (ValueError, OSError, RuntimeError, KeyError, EOFError)
 
 
 def read(source: Any, indices: Sequence[int]) -> list[Any]:
-    """Examples of a source (`sources.Source`); a BadRecord in the place of a damaged one.
+    """Examples of a source (`sources.Source`); a BadRecord in place of a damaged one.
 
-    Reads all at once where the source can (`__getitems__`): with array_record that takes 0.15 ms
-    a record, 0.8 ms one by one.
+    One call reads all of them if the source has `__getitems__`: array_record then takes 0.15 ms per
+    record, and 0.8 ms one by one.
     """
     if hasattr(source, "__getitems__") and len(indices) > 1:
         try:
             return list(source.__getitems__(list(indices)))
         except _DAMAGED:
-            pass  # at least one is; the others are read below
+            pass  # at least one record is damaged; the others are read below
 
     def one(index: int):
         try:
@@ -62,12 +62,12 @@ def read(source: Any, indices: Sequence[int]) -> list[Any]:
 def decode(image: bytes | np.ndarray | None, name: str = "image") -> np.ndarray:
     """A stored picture as uint8 [h, w, 3] RGB.
 
-    Encoded pictures are turned as their EXIF says, laid on white where transparent, and refused
-    above `images.MAX_PIXELS` before they are decompressed. Arrays may be [h, w] or [h, w, 1 to 4],
-    uint8 or uint16.
+    Encoded pictures are turned by their EXIF orientation, composited on white if transparent, and
+    refused above `images.MAX_PIXELS` before they are decompressed. Arrays may be [h, w] or
+    [h, w, 1 to 4], uint8 or uint16.
 
     Raises:
-      BadRecord: if there is no picture, or it is damaged, too large, or not a picture.
+      BadRecord: if there is no picture, or if it is damaged, too large, or not a picture.
     """
     if image is None:
         raise BadRecord("no picture")
@@ -85,7 +85,7 @@ def decode(image: bytes | np.ndarray | None, name: str = "image") -> np.ndarray:
 
 
 def crop_none(image: np.ndarray, px: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """The whole picture at px x px; a picture that is not square is squeezed."""
+    """The full picture at px x px; a picture that is not square is squeezed."""
     del rng
     return _resize(image, px, px)
 
@@ -102,9 +102,9 @@ def crop_dvae(image: np.ndarray, px: int, rng: np.random.Generator | None = None
     """The dVAE's augmentation; the central square without a generator.
 
     A random s x s square (s = shorter side), resized by area to a random t in
-    [min(s, 9/8 px), min(s, 12/8 px)], a random px x px window of it, and a flip half the time.
+    [min(s, 9/8 px), min(s, 12/8 px)], a random px x px window, and a flip with probability 1/2.
 
-    *Source:* DALL·E (2102.12092) A.1, Listing 1, where px = 256, so 288 and 384. Deliberate
+    Source: DALL·E (2102.12092) A.1, Listing 1, where px = 256, so 288 and 384. Deliberate
     difference: a picture with s < px is enlarged to px; the paper's data has none.
     """
     if rng is None:
@@ -123,7 +123,7 @@ def crop_dalle(image: np.ndarray, px: int, rng: np.random.Generator | None = Non
     An s x s square (s = shorter side) whose offset is uniform over the middle quarter of the slack,
     [3/8, 5/8], resized by area to a random t in [px, min(s, 9/8 px)], and a random px x px window.
 
-    *Source:* DALL·E (2102.12092) B.1, Listing 2. Deliberate difference: as `crop_dvae`.
+    Source: DALL·E (2102.12092) B.1, Listing 2. Deliberate difference: as `crop_dvae`.
     """
     if rng is None:
         return crop_center(image, px)
@@ -136,9 +136,9 @@ def crop_dalle(image: np.ndarray, px: int, rng: np.random.Generator | None = Non
 
 
 def crop_clip(image: np.ndarray, px: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """CLIP's: shorter side to px, bicubic, then a random square; central without a generator.
+    """CLIP's crop: shorter side to px, bicubic, then a random square; central without a generator.
 
-    *Source:* CLIP (2103.00020) §2.4 "a random square crop from resized images is the only data
+    Source: CLIP (2103.00020) §2.4 "a random square crop from resized images is the only data
     augmentation"; evaluation as in openai/CLIP `_transform`.
     """
     height, width = image.shape[:2]
@@ -160,7 +160,7 @@ CROPS: dict[str, Callable[..., np.ndarray]] = {
     "dalle": crop_dalle,
     "clip": crop_clip,
 }
-DETERMINISTIC = frozenset({"none", "center"})  # in training, too
+DETERMINISTIC = frozenset({"none", "center"})  # also in training
 
 
 def _slack(image: np.ndarray, side: int) -> tuple[int, int]:

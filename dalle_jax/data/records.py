@@ -1,7 +1,7 @@
-"""What a record of a TFDS set is to this house: an `Example`, whatever its features are called.
+"""Turns records of any TFDS set into `Example`s, whatever the set calls its features.
 
-A `Layout` is made once from a set's features and a config's keys, where all complaints are; then it
-turns every decoded record into an Example.
+A `Layout` is checked once against a set's features and a config's keys, and refuses keys that do
+not fit; then it converts every decoded record to an Example.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from dalle_jax.data import catalogue
 from dalle_jax.types import UsageError
 
-# What the sets that `prepare` writes call their features; also the config's defaults.
+# Feature names of the sets that `prepare` writes; also the config's defaults.
 _OWN_KEYS = ("image", "captions")
 
 
@@ -30,7 +30,7 @@ class Example:
         or None for sets of codes.
       captions: at least one string, possibly empty, for sets with text.
       codes: [g*g] int32 in raster order, or None.
-      scene: JSON of the scene that was drawn (shapes only), or None.
+      scene: JSON of the rendered scene (shapes only), or None.
     """
 
     id: str
@@ -42,28 +42,37 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which features become which fields of an Example, checked against the set once."""
+    """Which features become which fields of an Example, for one set.
+
+    Attributes:
+      image: path of the picture, or None.
+      caption: path of the captions, or None.
+      template: caption with names of features in braces, or "".
+      label_names: template field -> names of its classes, None for plain numbers.
+      raw_images: features to read as encoded bytes.
+      extras: those of id, codes and scene that the set has.
+    """
 
     image: list[str] | None
     caption: list[str] | None
     template: str
-    label_names: dict[str, list[str] | None]  # template field -> names, None for plain numbers
+    label_names: dict[str, list[str] | None]
     raw_images: tuple[str, ...]
-    extras: frozenset[str]  # of id, codes, scene: those that the set has
+    extras: frozenset[str]
 
     @property
     def fields(self) -> frozenset[str]:
-        """Of image, text, codes: what examples of this set hold."""
+        """The fields of a batch that this set can fill, some of image, text, codes."""
         has_text = self.caption is not None or bool(self.template)
         pairs = (("image", self.image is not None), ("text", has_text))
-        return frozenset([*(k for k, there in pairs if there), *(self.extras & {"codes"})])
+        return frozenset([*(k for k, is_held in pairs if is_held), *(self.extras & {"codes"})])
 
     @staticmethod
     def of(features: Any, path: pathlib.Path, data_config: Any) -> "Layout":
-        """The layout of a set at `path` under a config's data section.
+        """The layout of the set at `path` for a config's data section.
 
         Raises:
-          UsageError: for a key or a template field that is no feature of the set.
+          UsageError: for a key or a template field that is not a feature of the set.
         """
         import tensorflow_datasets as tfds
 
@@ -71,15 +80,15 @@ class Layout:
         known = catalogue.STOCK.get(name, catalogue.Stock(*_OWN_KEYS))
         extras = frozenset(key for key in ("id", "codes", "scene") if key in features)
 
-        def key_of(field: str, wanted: str, default: str) -> list[str] | None:
-            # A stock set is found by its own keys while the config still says `image`, `captions`.
-            for key in (wanted, default if wanted in _OWN_KEYS else ""):
+        def key_of(field: str, value: str, default: str) -> list[str] | None:
+            # A stock set is read by its own keys unless the config overrides `image`, `captions`.
+            for key in (value, default if value in _OWN_KEYS else ""):
                 if key and _has(features, key.split("/")):
                     return key.split("/")
-            if not wanted or "codes" in extras:
+            if not value or "codes" in extras:
                 return None
             raise UsageError(
-                f"data.{field} {wanted!r} is not a feature of {path}; it has "
+                f"data.{field} {value!r} is not a feature of {path}; it has "
                 f"{listed(_paths(features))}. Set --config.data.{field}=… ([] is any element"
                 + ("; '' is none) or data.label_template." if field == "caption_key" else ").")
             )
@@ -105,7 +114,7 @@ class Layout:
         return Layout(image, caption, template, labels, raw, extras)
 
     def example(self, record: dict[str, Any], position: str) -> Example:
-        """The Example of a decoded record; `position` names it if it has no id."""
+        """A decoded record as an Example; `position` is its id if it stores none."""
         if self.template:
             values = {}
             for field, names in self.label_names.items():
@@ -143,12 +152,12 @@ def _has(features: Any, path: list[str]) -> bool:
             features = features[key]
         else:
             return False
-    # coco_captions' `captions` is a list of dictionaries: the text is one level further.
+    # The `captions` of coco_captions are a list of dictionaries: the text is one level further.
     return not hasattr(_inner(features), "keys")
 
 
 def _paths(features: Any, prefix: str = "") -> list[str]:
-    """Every key path of a feature tree: what an error message lists."""
+    """Every key path of a feature tree, for an error message."""
     if hasattr(features, "feature"):
         inner = _paths(features.feature, f"{prefix}/[]")
         return inner or [f"{prefix}/[]"]
@@ -162,7 +171,7 @@ def _leaves(value: Any, path: list[str]) -> list[Any]:
     """Values at `path` of a decoded record, flattened.
 
     tfds turns a list of dictionaries into a dictionary of lists, so `[]` is not a level of its
-    own: a list is entered wherever one is met.
+    own: a list is entered wherever it occurs.
     """
     path = [key for key in path if key != "[]"]
     if path and isinstance(value, dict):
@@ -188,7 +197,7 @@ def _template_fields(template: str) -> list[str]:
         if not re.fullmatch(r"\w+", field):
             raise UsageError(
                 f"data.label_template {template!r} holds {{{field}}}; only names of features such "
-                "as {label} may stand in braces."
+                "as {label} are allowed in braces."
             )
     return fields
 

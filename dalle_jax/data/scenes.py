@@ -1,16 +1,16 @@
-"""Captioned shapes: a grammar of scenes, their captions and an exact renderer.
+"""Captioned shapes: scenes, the grammar of their captions and an exact renderer.
 
 Coloured shapes on a plain background, in four kinds of growing difficulty: `single` ("a red
 cube"), `count` ("three green crosses"), `binding` ("a red cube and a green star") and `relation`
 ("a purple triangle above a green star"), each "on a ... background". Some combinations are held
-out of training, so that a model can be asked for what it never saw.
+out of training, so that an evaluation can ask for combinations that the model never saw.
 
-`data.builders.shapes` stores what this file draws; `evaluation.judge` says which scene a
-picture shows. Numpy and Pillow only: processes that render a set start without loading JAX.
+`data.builders.shapes` stores rendered scenes; `evaluation.judge` decides which scene a picture
+shows. numpy and Pillow only: processes that render a set start without loading JAX.
 
-Names of the skills: GenEval (arXiv:2310.11513) and T2I-CompBench (arXiv:2307.06350); the split by
-held-out attribute pairs: CLEVR-CoGenT (arXiv:1612.06890). Deliberate difference: no detector is
-needed, because the judge renders with this very file.
+Source: the names of the skills are from GenEval (arXiv:2310.11513) and T2I-CompBench
+(arXiv:2307.06350), the split by held-out attribute pairs from CLEVR-CoGenT (arXiv:1612.06890).
+Deliberate difference: the judge needs no detector, because it renders with this file.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from dalle_jax.data import polygons
 
 COLORS = {
     "red": (222, 32, 36),
@@ -44,35 +46,35 @@ HELD_OUT = ("exclude", "only", "any")
 
 _COLOR_NAMES, _RELATION_NAMES = tuple(COLORS), tuple(RELATIONS)
 
-# Never in training: 8 of the 64 (colour, shape) pairs, a Latin diagonal, so that every colour and
-# every shape is left out exactly once and seen with seven partners; in no kind of scene.
+# Held out in every kind of scene: 8 of the 64 (colour, shape) pairs, a Latin diagonal, so that
+# every colour and every shape is held out exactly once and seen with seven partners.
 HELD_OUT_PAIRS = frozenset(
     (color, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, color in enumerate(COLORS)
 )
 # 4 of the 40 (count, shape) cells of `count`.
 HELD_OUT_COUNTS = frozenset({(2, "diamond"), (3, "cube"), (4, "star"), (5, "circle")})
-# 8 (shape, relation, shape) triples of `relation`; each mirror ("b below a" for "a above b") shows
-# the same layout and is seen in training.
+# 8 (shape, relation, shape) triples of `relation`. Their mirrors ("b below a" for "a above b") show
+# the same layouts and are seen in training.
 HELD_OUT_RELATIONS = frozenset(
     (shape, _RELATION_NAMES[i % 4], SHAPES[(i + 3) % len(SHAPES)]) for i, shape in enumerate(SHAPES)
 )
 
-# Radii in fractions of the side; small enough for five objects to fit, large enough for
-# a star to be told from a circle at 32 px (3.8 px).
+# Radii in fractions of the side: small enough that five objects fit, large enough that a star
+# differs from a circle at 32 px (3.8 px).
 _RADII = {"single": (0.2, 0.4), "count": (0.12, 0.16), "binding": (0.16, 0.23)}
 _RADII["relation"] = _RADII["binding"]
-_GAP = 0.06  # between the circles that objects reach: 2 px at 32 px, so that soft edges do not join
+_GAP = 0.06  # between the circles around objects: 2 px at 32 px, so that soft edges do not join
 _MARGIN = 0.02  # to the border, where the judge reads the background
 _MIN_OFFSET, _MAX_DRIFT = 0.28, 0.18  # along and across a relation's direction
 _SUPERSAMPLING = 4
-_TRIES = 30  # positions tried for an object before the layout is begun anew
+_TRIES = 30  # positions tried for an object before the layout starts again
 
 
 @dataclasses.dataclass(frozen=True)
 class Object:
     """One coloured shape; x, y and radius are fractions of the side, None in a layout-free scene.
 
-    (x, y) is the middle of the circle that the shape is drawn in, y pointing down.
+    (x, y) is the centre of the circle around the shape, y pointing down.
     """
 
     color: str
@@ -84,9 +86,9 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a caption says and where a picture shows it.
+    """A caption's objects and their places in a picture.
 
-    `background` and `relation` are None where the caption does not name them.
+    `background` and `relation` are None if the caption does not name them.
     """
 
     kind: str
@@ -109,7 +111,7 @@ class Scene:
 
 
 def example_rng(seed: int, stream: str, index: int) -> np.random.Generator:
-    """The generator of one example: a function of (seed, stream, index) and of nothing else."""
+    """The generator of one example: a function of (seed, stream, index) alone."""
     return np.random.default_rng([seed, *stream.encode(), index])
 
 
@@ -117,10 +119,10 @@ def sample_scene(rng: np.random.Generator, kind: str, held_out: str = "exclude")
     """A random scene of one kind, with its caption and layout.
 
     Args:
-      rng: drawn from in place.
+      rng: advanced in place.
       kind: one of KINDS.
-      held_out: "exclude" (training: no held-out combination), "only" (at least one; each rule
-        that applies to the kind in equal parts) or "any".
+      held_out: "exclude" (no held-out combination, for training), "only" (at least one; the rules
+        that apply to the kind in equal parts) or "any".
 
     Raises:
       UsageError: for an unknown kind or `held_out`.
@@ -128,16 +130,16 @@ def sample_scene(rng: np.random.Generator, kind: str, held_out: str = "exclude")
     _check("kind", kind, KINDS)
     _check("held_out", held_out, HELD_OUT)
     rules = {"count": ("pair", "count"), "relation": ("pair", "relation")}.get(kind, ("pair",))
-    wanted = _choice(rng, rules) if held_out == "only" else None
-    while True:  # 2 to 40 draws: a rejected scene costs microseconds, no layout is drawn yet
+    rule = _choice(rng, rules) if held_out == "only" else None
+    while True:  # 2 to 40 samples; one without a layout costs microseconds
         scene = _sample_content(rng, kind)
         broken = held_out_rules(scene)
-        if held_out == "any" or (wanted in broken if wanted else not broken):
+        if held_out == "any" or (rule in broken if rule else not broken):
             return dataclasses.replace(scene, objects=_place(rng, scene))
 
 
 def held_out_rules(scene: Scene) -> tuple[str, ...]:
-    """Which rules keep a scene out of training: some of "pair", "count", "relation", or none."""
+    """The rules that exclude a scene from training: any of "pair", "count", "relation"."""
     rules, shapes = [], tuple(item.shape for item in scene.objects)
     if any((item.color, item.shape) in HELD_OUT_PAIRS for item in scene.objects):
         rules.append("pair")
@@ -151,8 +153,8 @@ def held_out_rules(scene: Scene) -> tuple[str, ...]:
 def render(scene: Scene, image_px: int) -> np.ndarray:
     """The picture of a scene with a layout: uint8 [image_px, image_px, 3].
 
-    Polygons at four times the size, Lanczos down; a function of the scene alone, so that equal
-    scenes are equal bytes in every process.
+    Polygons are filled at four times the size and reduced by Lanczos. The result is a function of
+    the scene alone, so that equal scenes give equal bytes in every process.
 
     Raises:
       UsageError: for a scene without a layout (from `parse_caption`) or fewer than 8 px.
@@ -161,40 +163,33 @@ def render(scene: Scene, image_px: int) -> np.ndarray:
         raise _refusal(f"image_px is {image_px}; shapes need at least 8, and 32 to be judged.")
     if scene.background is None or any(item.radius is None for item in scene.objects):
         raise _refusal(
-            f"the scene of caption {scene.caption!r} has no layout to draw; take scenes from "
-            f"sample_scene, parse_caption gives only what the words say."
+            f"the scene of caption {scene.caption!r} has no layout to render; use a scene from "
+            "sample_scene, because parse_caption returns scenes without a layout."
         )
     side = image_px * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     canvas = ImageDraw.Draw(image)
     for item in scene.objects:
         center = np.array([item.x, item.y]) * side
-        draw(canvas, item.shape, COLORS[item.color], center, item.radius * side)
+        polygons.fill(canvas, item.shape, COLORS[item.color], center, item.radius * side)
     return np.asarray(image.resize((image_px, image_px), Image.LANCZOS))
-
-
-def draw(canvas, shape: str, color: tuple[int, int, int], center: np.ndarray, radius: float):
-    """Fills one shape on an ImageDraw canvas; center (x, y) and radius in its pixels."""
-    for shade, vertices in PARTS[shape]:
-        points = (center + radius * vertices).ravel().tolist()
-        canvas.polygon(points, fill=tuple(int(shade * value) for value in color))
 
 
 def parse_caption(caption: str) -> Scene:
     """The layout-free scene that a caption of the grammar describes.
 
-    "a red cube to the left of a green star on a white background"; the background may be left
-    out (None: any will do), capitals, "grey" and a final full stop are forgiven.
+    "a red cube to the left of a green star on a white background". Without a background the
+    scene's is None, which stands for any. Capitals, "grey" and a final full stop are accepted.
 
     Raises:
-      UsageError: if the grammar has no such caption.
+      UsageError: if the caption is not in the grammar.
     """
     words = " ".join(caption.lower().replace("grey", "gray").rstrip(" .!\n").split())
     match = _CAPTION.fullmatch(words)
     if match is None:
         shown = caption if len(caption) <= 80 else caption[:77] + "..."
         raise _refusal(
-            f"{shown!r} is no caption of the shapes set; write for example "
+            f"{shown!r} is not a caption of the shapes set; write for example "
             f"{caption_of('relation', [('red', 'cube'), ('green', 'star')], 'white', 'above')!r}. "
             f"Colours: {', '.join(COLORS)}. Shapes: {', '.join(SHAPES)}, one of them, two with "
             f"'and', {', '.join(RELATIONS)} between them, or one to five alike. "
@@ -233,31 +228,32 @@ def caption_of(kind: str, things, background: str | None, relation: str | None =
 def hard_negatives(scene: Scene, rng: np.random.Generator, n: int) -> list[str]:
     """Up to n distinct captions, each one change away from the scene's and false for it.
 
-    Another background, colour or shape of one object, another number, colours swapped between two
-    objects, another relation, or the two objects swapped around their relation. Never a mirror
-    that is still true. A scene has at least 16 of them.
+    A change is another background, another colour or shape of one object, another number, colours
+    swapped between two objects, another relation, or the two objects swapped around their
+    relation. A mirror that is still true never occurs. A scene has at least 16 such captions.
     """
     things = [(item.color, item.shape) for item in scene.objects]
     kind, background, relation = scene.kind, scene.background, scene.relation
-    found = [(things, other, relation) for other in BACKGROUNDS if background not in (None, other)]
+    backgrounds = [] if background is None else [b for b in BACKGROUNDS if b != background]
+    changed = [(things, other, relation) for other in backgrounds]
     is_count = kind == "count"
     for i, (color, shape) in enumerate(things[:1] if is_count else things):
-        changed = [(other, shape) for other in COLORS if other != color]
-        changed += [(color, other) for other in SHAPES if other != shape]
-        for thing in changed:
+        replacements = [(other, shape) for other in COLORS if other != color]
+        replacements += [(color, other) for other in SHAPES if other != shape]
+        for thing in replacements:
             others = [thing if j == i or is_count else old for j, old in enumerate(things)]
             if is_count or len(set(others)) == len(others):
-                found.append((others, background, relation))
+                changed.append((others, background, relation))
     if is_count:
         counts = [n for n in range(1, len(NUMBERS) + 1) if n != len(things)]
-        found += [([things[0]] * n, background, None) for n in counts]
+        changed += [([things[0]] * n, background, None) for n in counts]
     elif len(things) == 2:
         crossed = [(things[1][0], things[0][1]), (things[0][0], things[1][1])]
-        found += [(crossed, background, relation)] if set(crossed) != set(things) else []
+        changed += [(crossed, background, relation)] if set(crossed) != set(things) else []
     if relation:
-        found += [(things, background, other) for other in RELATIONS if other != relation]
-        found.append((things[::-1], background, relation))
-    captions = list(dict.fromkeys(caption_of(kind, *parts) for parts in found))
+        changed += [(things, background, other) for other in RELATIONS if other != relation]
+        changed.append((things[::-1], background, relation))
+    captions = list(dict.fromkeys(caption_of(kind, *parts) for parts in changed))
     return [captions[i] for i in rng.permutation(len(captions))[:n]]
 
 
@@ -277,18 +273,18 @@ def _sample_content(rng, kind: str) -> Scene:
 
 
 def _place(rng, scene: Scene) -> tuple[Object, ...]:
-    """The scene's objects with positions that neither overlap nor contradict the relation."""
+    """The scene's objects at places that neither overlap nor contradict the relation."""
     low, high = _RADII[scene.kind]
     while True:
         placed: list[tuple[float, float, float]] = []  # x, y, radius
         reached: list[float] = []
         for item in scene.objects:
             for u, v, w in rng.random((_TRIES, 3)).tolist():
-                # Rounded before use, so that the JSON of a scene renders to the same bytes.
+                # Rounded before use, so that a scene read from its JSON renders to the same bytes.
                 radius = round(low + (high - low) * w, 4)
                 inset = radius + _MARGIN
                 x, y = (round(inset + (1 - 2 * inset) * share, 4) for share in (u, v))
-                reach = radius * EXTENT[item.shape]
+                reach = radius * polygons.EXTENT[item.shape]
                 if all(
                     math.hypot(x - a, y - b) >= reach + other + _GAP
                     for (a, b, _), other in zip(placed, reached, strict=True)
@@ -307,8 +303,8 @@ def _place(rng, scene: Scene) -> tuple[Object, ...]:
 def _oriented(placed: list[tuple], dx: int, dy: int) -> list[tuple]:
     """The layout under the symmetry of the square that brings the second object to (dx, dy).
 
-    Nothing if the two are not clearly in any of the four relations. Turning a layout that shows
-    another relation saves three quarters of the draws.
+    Empty if the two are not clearly in any of the four relations. Turning a layout that shows
+    another relation needs a quarter of the samples.
     """
     (ax, ay, _), (bx, by, _) = placed
     along, across = bx - ax, by - ay
@@ -320,7 +316,7 @@ def _oriented(placed: list[tuple], dx: int, dy: int) -> list[tuple]:
     turned = []
     flipped = (along > 0) != (dx + dy > 0)
     for x, y, radius in placed:
-        x, y = (y, x) if transposed else (x, y)  # the gap now lies along x
+        x, y = (y, x) if transposed else (x, y)  # the gap is now along x
         x = round(1 - x, 4) if flipped else x
         turned.append((y, x, radius) if dy else (x, y, radius))
     return turned
@@ -338,46 +334,6 @@ def _plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
-def _turn(angles: Iterable[float], radius=1.0) -> np.ndarray:
-    """Points [n, 2] at clockwise angles from the top, in fractions of a full turn."""
-    turns = 2 * np.pi * np.asarray(list(angles))
-    return np.stack([np.sin(turns), -np.cos(turns)], axis=-1) * np.asarray(radius)[..., None]
-
-
-def _parts() -> dict[str, list[tuple[float, np.ndarray]]]:
-    """Each shape as (shade, polygon [n, 2]) parts, y down, of about equal weight to the eye.
-
-    Inside the unit circle, but for the corners of squares and triangles: see EXTENT.
-    """
-    arm, reach = 0.32, 0.94
-    cross = [(arm, -reach), (arm, -arm), (reach, -arm)]
-    turns = [np.linalg.matrix_power(np.array([[0, -1], [1, 0]]), i) for i in range(4)]
-    circle = _turn(np.arange(65) / 64, 0.92)
-    hexagon = _turn(np.arange(6) / 6)
-    star = _turn(np.arange(10) / 10, np.where(np.arange(10) % 2, 0.42, 1.0))
-    return {
-        "circle": [(1, circle)],
-        "square": [(1, 0.78 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]))],
-        "triangle": [(1, 0.92 * np.array([(0, -1), (0.95, 0.8), (-0.95, 0.8)]))],
-        "star": [(1, star)],
-        "cross": [(1, np.concatenate([np.array(cross) @ turn for turn in turns[::-1]]))],
-        # Top, left and right face, each darker than the one before.
-        "cube": [
-            (shade, np.concatenate([[(0, 0)], hexagon[[i, (i + 1) % 6, (i + 2) % 6]]]))
-            for shade, i in ((1, 5), (0.82, 3), (0.64, 1))
-        ],
-        # A keyhole polygon: once around outside, through a seam of no width, back around inside.
-        "ring": [(1, np.concatenate([circle, circle[::-1] * 0.58]))],
-        "diamond": [(1, np.array([(0, -1), (0.7, 0), (0, 1), (-0.7, 0)]))],
-    }
-
-
-PARTS = _parts()
-# How far a shape of radius 1 reaches: 1.10 for a square, 1.14 for a triangle, others 1 or less.
-EXTENT = {
-    shape: float(max(np.linalg.norm(vertices, axis=1).max() for _, vertices in parts))
-    for shape, parts in PARTS.items()
-}
 _SINGULAR = {form: shape for shape in SHAPES for form in (shape, _plural(shape))}
 _THING = f"(?:{'|'.join(COLORS)}) (?:{'|'.join(SHAPES)})"
 _CAPTION = re.compile(

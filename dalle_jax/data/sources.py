@@ -1,7 +1,7 @@
 """Random access to the examples of any prepared TFDS set, without TensorFlow.
 
-`open_split` finds the set that a config's data section names and gives examples by number;
-`dalle_jax.data.pipeline` decides the order, decodes and batches. Nothing here decodes a picture.
+`open_split` opens the set that a config's data section names and returns its examples by number;
+`dalle_jax.data.pipeline` orders, decodes and batches them. Nothing here decodes a picture.
 """
 
 import json
@@ -24,11 +24,11 @@ def find_set(data_config: Any) -> pathlib.Path:
     """The version folder (it holds features.json) that `data_config.source` names.
 
     A source is a folder, or a name under data_dir: `shapes`, `shapes/32px`, `coco_captions/2014`,
-    each optionally with `/1.0.0`; the newest version is taken. Of several prepared sizes the one
-    called `<image_px>px` is taken.
+    each optionally with `/1.0.0`. The newest version is chosen, and of several prepared sizes the
+    one called `<image_px>px`.
 
     Raises:
-      UsageError: if there is none, or several and nothing to choose by.
+      UsageError: if there is no such set, or several and none has the config's size.
     """
     source, data_dir = str(data_config.source), pathlib.Path(data_config.data_dir)
     if not source:
@@ -37,12 +37,12 @@ def find_set(data_config: Any) -> pathlib.Path:
         )
     for root in (data_dir / source, pathlib.Path(source)):
         if root.is_dir():
-            found = version_folders(root)
-            if found:
-                return _choose(found, root, data_config)
+            folders = version_folders(root)
+            if folders:
+                return _choose(folders, root, data_config)
     raise UsageError(
         f"data.source {source!r} is not a prepared set: neither {data_dir / source} nor the folder "
-        f"{source} holds one. Found under {data_dir}: {records.listed(prepared_sets(data_dir))}. "
+        f"{source} holds one. Sets under {data_dir}: {records.listed(prepared_sets(data_dir))}. "
         f"Prepare it with: {prepare_command(data_config)}"
     )
 
@@ -56,26 +56,26 @@ def prepared_sets(data_dir: str | pathlib.Path) -> list[str]:
 
 
 def prepare_command(data_config: Any) -> str:
-    """The command that would prepare what `data_config` names, for error messages."""
+    """The command that prepares the set which `data_config` names, for error messages."""
     name = str(data_config.source).split("/")[0]
-    command, where = "python -m dalle_jax prepare", f"--data_dir={data_config.data_dir}"
+    command, folder = "python -m dalle_jax prepare", f"--data_dir={data_config.data_dir}"
     if name in ("shapes", "emoji"):
-        return f"{command} {name} {where} --image_px={data_config.image_px}"
+        return f"{command} {name} {folder} --image_px={data_config.image_px}"
     if name in catalogue.STOCK:
-        return f"{command} tfds --name={name} {where}"
+        return f"{command} tfds --name={name} {folder}"
     name = name if re.fullmatch(r"[a-z]\w*", name) else "NAME"
-    return f"{command} pairs --from=folder --input=YOUR_FOLDER --name={name} {where}"
+    return f"{command} pairs --from=folder --input=YOUR_FOLDER --name={name} {folder}"
 
 
 class Source:
     """The examples of one split: `len(source)`, `source[i]`. Safe to share between threads.
 
-    array_record reads by position from several threads at once (its reader keeps no cursor), and
-    decoding of the record is a pure function, so no lock and no source per thread is needed.
+    array_record reads by position from several threads at once (its reader has no cursor), and
+    decoding a record is a pure function, so threads need neither a lock nor a source each.
     """
 
     def __init__(self, path: pathlib.Path, split: str, layout: records.Layout, builder: Any):
-        """Opens; `open_split` is the way in."""
+        """Opens the split; call `open_split` instead."""
         import tensorflow_datasets as tfds
 
         self.path = path
@@ -109,14 +109,14 @@ class Source:
         Raises:
           ValueError: if any of the records is damaged.
         """
-        found = self._records.__getitems__(list(indices))
+        examples = self._records.__getitems__(list(indices))
         return [
             self._layout.example(record, self._position(index))
-            for record, index in zip(found, indices, strict=True)
+            for record, index in zip(examples, indices, strict=True)
         ]
 
     def _position(self, index: int) -> str:
-        """`file[position]`: the name of a record that has no id, equal in every sub-split."""
+        """`file[position]`: the id of a record that stores none, the same in every sub-split."""
         file = bisect_right(self._ends, index)
         first = self._ends[file - 1] if file else 0
         name, skip = self._files[file]
@@ -132,7 +132,7 @@ def open_split(data_config: Any, split: str) -> Source:
       split: a TFDS split expression.
 
     Raises:
-      UsageError: if the set, the split or a key is not there, if the split is empty, or if the
+      UsageError: if the set, the split or a key does not exist, if the split is empty, or if the
         set is stored as tfrecord.
     """
     import tensorflow_datasets as tfds
@@ -174,11 +174,11 @@ def open_split(data_config: Any, split: str) -> Source:
 
 
 def _check_features(path: pathlib.Path) -> None:
-    """Refuses a description whose classes TFDS would import from anywhere but itself."""
+    """Refuses a description that would make TFDS import classes from outside its own package."""
     try:
         described = json.loads((path / "features.json").read_text())
     except (OSError, ValueError):
-        return  # TFDS says what is wrong with it
+        return  # TFDS reports the damage
     names: set[str] = set()
 
     def collect(value: Any) -> None:
@@ -201,7 +201,7 @@ def _check_features(path: pathlib.Path) -> None:
 
 
 def version_folders(root: pathlib.Path) -> list[pathlib.Path]:
-    """Version folders at, one or two levels below `root`: the newest of each config."""
+    """The newest version folder of each config, at `root` or up to two levels below."""
     for pattern in ("features.json", "*/features.json", "*/*/features.json"):
         folders = [p.parent for p in root.glob(pattern)]
         folders = [p for p in folders if p == root or _VERSION.fullmatch(p.name)]
@@ -213,29 +213,29 @@ def version_folders(root: pathlib.Path) -> list[pathlib.Path]:
     return []
 
 
-def _choose(found: list[pathlib.Path], root: pathlib.Path, data_config: Any) -> pathlib.Path:
-    """The one config, or the one of the config's image size."""
-    wanted = f"{data_config.image_px}px"
-    exact = [p for p in found if p.parent.name == wanted]
-    names = [p.parent.relative_to(root.parent).as_posix() for p in found]
+def _choose(folders: list[pathlib.Path], root: pathlib.Path, data_config: Any) -> pathlib.Path:
+    """The only folder, or the one with the config's image size."""
+    size = f"{data_config.image_px}px"
+    exact = [p for p in folders if p.parent.name == size]
+    names = [p.parent.relative_to(root.parent).as_posix() for p in folders]
     if not exact:
-        exact = [p for p in found if p.parent.name == "original"]  # kept at full size
+        exact = [p for p in folders if p.parent.name == "original"]  # stored at full size
     if exact:
         return exact[0]
-    if len(found) > 1:
+    if len(folders) > 1:
         raise UsageError(
             f"data.source {data_config.source!r} is prepared as {records.listed(names)}, and none "
-            f"is {wanted} (data.image_px); set --config.data.source={names[0]}, or prepare it: "
+            f"is {size} (data.image_px); set --config.data.source={names[0]}, or prepare it: "
             f"{prepare_command(data_config)}"
         )
-    size = _SIZED.fullmatch(found[0].parent.name)
-    if size and int(size[1]) < data_config.image_px:
+    stored = _SIZED.fullmatch(folders[0].parent.name)
+    if stored and int(stored[1]) < data_config.image_px:
         raise UsageError(
-            f"data.image_px is {data_config.image_px}, but {names[0]} was stored at {size[1]} "
-            f"pixels and would only be blown up; set --config.data.image_px={size[1]}, or prepare "
-            f"it larger: {prepare_command(data_config)}"
+            f"data.image_px is {data_config.image_px}, but {names[0]} was stored at {stored[1]} "
+            f"pixels and would only be enlarged; set --config.data.image_px={stored[1]}, or "
+            f"prepare it larger: {prepare_command(data_config)}"
         )
-    return found[0]
+    return folders[0]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -243,6 +243,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a message of our own."""
+    """The first line of an error's text, for another message."""
     text = json.dumps(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0][:200].strip('"')

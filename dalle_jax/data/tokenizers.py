@@ -1,12 +1,12 @@
 """Captions to ids: SentencePiece BPE, lower-cased, with byte fallback and BPE-dropout.
 
-Ids are SentencePiece's own: pad 0, unk 1, bos 2, eos 3, then 256 bytes, phrases and pieces. Byte
-fallback means that no text is unknown: emoji, any script and any accent become byte pieces.
+Ids are SentencePiece's own: pad 0, unk 1, bos 2, eos 3, then 256 bytes, phrases and pieces. With
+byte fallback no text is unknown: emoji, any script and any accent become byte pieces.
 
-*Source:* DALL·E (2102.12092) §2.2 and B: BPE of 16,384 over lower-cased captions, at most 256
+Source: DALL·E (2102.12092) §2.2 and B: BPE of 16,384 over lower-cased captions, at most 256
 tokens, BPE-dropout 10 %. Its tokenizer was never released. Deliberate differences: NFKC
-normalisation; digits are split; word sequences that always occur together ("a gray
-background") are one piece, see `fixed_phrases`.
+normalisation; numbers are split into single figures; word sequences that always occur together
+("a gray background") are one piece, see `fixed_phrases`.
 """
 
 import collections
@@ -25,8 +25,8 @@ from dalle_jax.types import UsageError
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 SMALLEST_VOCAB = 320  # 4 control ids + 256 bytes + room for an alphabet and a few merges
 
-# SentencePiece's generator is seeded per process, not per call, so seeding and sampling happen
-# together under one lock. Sampling is ~60 us a caption: never what a training step waits for.
+# SentencePiece seeds its generator per process, not per call, so one lock covers seeding and
+# sampling. Sampling takes ~60 us per caption, so that a training step never waits for it.
 _SAMPLING = threading.Lock()
 
 
@@ -34,16 +34,16 @@ class Tokenizer:
     """A trained SentencePiece model.
 
     Attributes:
-      vocab_size: pieces in the model. It can be smaller than `data.vocab_size` when the captions
-        do not hold that many; embeddings use the configured number, so ids always fit.
-      model_bytes: the model file's content, what a checkpoint carries.
+      vocab_size: pieces in the model. It is smaller than `data.vocab_size` if the captions do not
+        hold that many; embeddings have the configured number, so ids always fit.
+      model_bytes: content of the model file, which a checkpoint stores.
     """
 
     def __init__(self, model: bytes | str | os.PathLike):
         """Loads a model from its bytes or its file.
 
         Raises:
-          UsageError: if the file is missing, is no SentencePiece model, or was trained with
+          UsageError: if the file is missing, is not a SentencePiece model, or was trained with
             other control ids.
         """
         name = "these bytes" if isinstance(model, bytes) else str(model)
@@ -85,7 +85,7 @@ class Tokenizer:
           length: ids per text. Padding and cutting come after BPE-dropout, which makes texts
             about 30 % longer at 0.1.
           add_bos_eos: wrap as bos … eos; a cut text still ends with eos (CLIP pools there).
-          dropout: probability with which each merge is left out.
+          dropout: probability that a merge is left out.
           seeds: one int per text, needed with dropout: the same seed gives the same ids.
         """
         return pack(self.pieces(texts, dropout, seeds), length, add_bos_eos)
@@ -93,10 +93,10 @@ class Tokenizer:
     def pieces(
         self, texts: Sequence[str], dropout: float = 0.0, seeds: Sequence[int] | None = None
     ) -> list[list[int]]:
-        """Ids of each text at its own length, before `pack`."""
+        """Ids of each text, as many as it has, before `pack`."""
         texts = [_clean(text) for text in texts]
         if dropout <= 0.0:
-            # Not one call for all: that starts a thread pool, 4 ms when the cores are busy.
+            # One call for all texts would start a thread pool: 4 ms when the cores are busy.
             return [self._sp.EncodeAsIds(text) for text in texts]
         if seeds is None or len(seeds) != len(texts):
             raise ValueError("BPE-dropout needs one seed per text.")
@@ -151,16 +151,17 @@ def train(
 
     Args:
       captions: the training texts. Beyond `max_captions`, every k-th one is used.
-      vocab_size: pieces wanted, ids 0-3 and 256 bytes included. Few captions give fewer.
-      path: where the model file goes; None writes nothing. Written whole or not at all.
-      phrases: keep `fixed_phrases` whole. On captioned shapes this shortens the mean caption from
-        9.4 to 7.0 ids and the longest from 14 to 9, and never glues a colour to a shape.
+      vocab_size: number of pieces, with ids 0-3 and 256 bytes. Few captions give fewer.
+      path: of the model file, which appears only when it is complete; None writes nothing.
+      phrases: make each of `fixed_phrases` one piece. On captioned shapes this shortens the mean
+        caption from 9.4 to 7.0 ids and the longest from 14 to 9, and never joins a colour to a
+        shape.
 
     Raises:
       UsageError: for no text at all, or a vocab_size below 320.
     """
     check_vocab_size(vocab_size)
-    # SentencePiece drops lines above 4192 bytes; a long caption's start is as good as any text.
+    # SentencePiece drops lines above 4192 bytes; the start of a long caption is enough.
     normalise = spm.SentencePieceNormalizer(rule_name="nmt_nfkc_cf").Normalize
     lines = (normalise(_clean(caption)[:1000]) for caption in captions)
     lines = [" ".join(line.replace("\u2581", " ").split()) for line in lines]
@@ -172,7 +173,7 @@ def train(
         )
     lines = lines[:: -(-len(lines) // max_captions)]
     symbols = fixed_phrases(lines, limit=vocab_size // 16) if phrases else []
-    # Characters may take half of what is left, merges the other half.
+    # Characters may take half of the remaining pieces, merges the other half.
     alphabet = (vocab_size - 260 - len(symbols)) // 2
     model = io.BytesIO()
     spm.SentencePieceTrainer.Train(
@@ -205,12 +206,13 @@ def fixed_phrases(lines: Sequence[str], limit: int = 32) -> list[str]:
     Two neighbours are bonded if in 97 % of cases the first is followed by the second (a forward
     bond), or the second preceded by the first (backward): "to the", "gray background", but not
     "red cube". A run of bonded words is a phrase if at least three words are left after free
-    choices are cut off its ends ("an | orange", "cube | on a …"), it has at most one choice
-    inside ("a {white, gray, black} background"), and 1 % of the lines and 50 have it. So what a
-    caption says stays in pieces of its own, and only its template is glued. Templates give some,
-    natural captions hardly any. Short sequences are what makes small transformers cheap.
+    choices are cut off its ends ("an | orange", "cube | on a …"), if it has at most one choice
+    inside ("a {white, gray, black} background"), and if 1 % of the lines, and at least 50, have
+    it. So only the template of a caption is joined, and its content stays in pieces of its own.
+    Templates give some phrases, natural captions hardly any. Short sequences make small
+    transformers cheap.
     """
-    stride = max(1, -(-len(lines) // 50_000))  # a sample is plenty for a 1 % threshold
+    stride = max(1, -(-len(lines) // 50_000))  # a sample suffices for a 1 % threshold
     rows = [line.split() for line in lines[::stride]]
     first, second, pairs = (collections.Counter() for _ in range(3))
     for words in rows:
@@ -232,16 +234,16 @@ def fixed_phrases(lines: Sequence[str], limit: int = 32) -> list[str]:
             if 2 <= len(bonds) <= 8 and choices <= 1:
                 phrases[(bonds[0][0], *(b for _, b in bonds))] += 1
     least = max(50, len(rows) // 100)
-    kept = sorted((-n, phrase) for phrase, n in phrases.items() if n >= least)
-    return ["\u2581" + "\u2581".join(phrase) for _, phrase in kept[:limit]]
+    frequent = sorted((-n, phrase) for phrase, n in phrases.items() if n >= least)
+    return ["\u2581" + "\u2581".join(phrase) for _, phrase in frequent[:limit]]
 
 
 def _frequent_characters(lines: Sequence[str], limit: int) -> list[str]:
     """The lines with all but the `limit` most frequent characters blanked.
 
-    SentencePiece makes every character of its training text a piece (it may leave out 2 % at
-    most) and fails if they do not fit: Chinese in a vocabulary of 512. The rare ones are then left
-    to byte fallback.
+    SentencePiece makes every character of its training text a piece (it may leave out at most
+    2 %) and fails if they do not fit, for example Chinese in a vocabulary of 512. Byte fallback
+    then covers the rare characters.
     """
     counts = collections.Counter()
     for line in lines:
@@ -266,7 +268,7 @@ def _runs(words: Sequence[str], bonded: set[tuple[str, str]]) -> list[list[str]]
 def find(data_config) -> Tokenizer:
     """The tokenizer of a prepared set: `DATA_DIR/SOURCE/tokenizer-VOCAB_SIZE.model`.
 
-    Trained from the captions of the train split if it is not there yet.
+    It is trained on the captions of `data.split` if the file does not exist yet.
 
     Args:
       data_config: the `data` section of a config: data_dir, source, split, vocab_size, …
@@ -274,15 +276,15 @@ def find(data_config) -> Tokenizer:
     Raises:
       UsageError: if the set is not prepared or holds no caption.
     """
-    # Here, so that loading a model needs no dataset library.
+    # Imported here, so that loading a model needs no dataset library.
     from dalle_jax.data import preprocess, sources
 
     path = model_path(data_config.data_dir, data_config.source, data_config.vocab_size)
     if path.is_file():
         return Tokenizer(path)
     source = sources.open_split(data_config, data_config.split)
-    # Enough text for its size: 20 examples a piece, spread over the set (150,000 shapes would take
-    # 20 s to read).
+    # 20 examples per piece, spread over the set, are enough text; reading all of 150,000 shapes
+    # would take 20 s.
     stride = max(1, len(source) // max(20_000, 20 * data_config.vocab_size))
     captions = []
     for start in range(0, len(source), 1024 * stride):
@@ -290,14 +292,14 @@ def find(data_config) -> Tokenizer:
         for example in preprocess.read(source, indices):
             captions += getattr(example, "captions", [])  # a BadRecord has none
     tokenizer = train(captions, data_config.vocab_size)
-    # A read-only data folder is fine: the workdir of the run carries its own copy.
+    # The data folder may be read-only: the workdir of a run has its own copy.
     with contextlib.suppress(OSError):
         _write(path, tokenizer.model_bytes)
     return tokenizer
 
 
 def folder(data_dir: str | os.PathLike, source: str) -> pathlib.Path:
-    """Where the tokenizers of a prepared set lie; `source` is a name, or a folder of its own."""
+    """The folder with the tokenizers of a prepared set; `source` is its name, or a folder."""
     root = pathlib.Path(data_dir) / source
     return pathlib.Path(source) if not root.is_dir() and pathlib.Path(source).is_dir() else root
 

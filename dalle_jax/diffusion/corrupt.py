@@ -1,18 +1,17 @@
-"""What an upsampler's small picture suffers in training, so that it forgives a drawn one's faults.
+"""Corruptions of an upsampler's small picture in training, so that it tolerates faults in samples.
 
   blur  the first upsampler: a Gaussian of 3 x 3 pixels, sigma 0.6.
   bsr   the second: blur, loss of resolution, noise and JPEG, each of random strength, in random
         order.
 
 Pictures are [B, h, w, 3] float in [-1, 1]. All randomness of an example is a function of its own
-key. Nothing here knows a network.
+key. Nothing here depends on a network.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125) §2.2: "gaussian blur" and "a more diverse BSR
 degradation", the latter as in Rombach et al. 2021 (arXiv:2112.10752), who shorten Zhang et al. 2021
 (arXiv:2103.14006). Neither paper gives ranges: ours lie between the originals (noise to 25 of 255,
 JPEG from 30) and the light version of CompVis/latent-diffusion, without anisotropic kernels and
-camera noise. JPEG keeps all of the colour's resolution and does no entropy coding, which loses
-nothing.
+camera noise. Our JPEG does not subsample colour, and it omits entropy coding, which is lossless.
 """
 
 import functools
@@ -27,7 +26,7 @@ KINDS = ("none", "blur", "bsr")
 
 BLUR_TAPS, BLUR_SIGMA = 3, 0.6  # of the paper
 BSR_TAPS, BSR_SIGMA = 7, (0.1, 1.2)  # pixels
-BSR_SCALES = (1.0, 0.75, 0.5)  # of the side, there and back, equally likely
+BSR_SCALES = (1.0, 0.75, 0.5)  # of the side, down and up again, equally likely
 BSR_NOISE = (0.0, 8 / 127.5)  # deviation: up to 8 of 255 levels
 BSR_QUALITY = (50.0, 95.0)  # of JPEG
 
@@ -57,12 +56,12 @@ _TO_YCC = np.array(
 
 
 def corrupt(kind: str, images: Array, keys: Key) -> Array:
-    """The pictures as the kind's upsampler is to be shown them, rounded to 256 levels.
+    """The pictures as the kind's upsampler sees them, rounded to 256 levels.
 
     Args:
       kind: one of KINDS.
       images: [B, h, w, 3] in [-1, 1].
-      keys: [B]; only bsr draws anything.
+      keys: [B]; only bsr is random.
 
     Raises:
       UsageError: for an unknown kind.
@@ -78,7 +77,7 @@ def corrupt(kind: str, images: Array, keys: Key) -> Array:
 
 
 def to_levels(images: Array) -> Array:
-    """The nearest of 256 levels in [-1, 1]: what a PNG of the picture holds."""
+    """The nearest of 256 levels in [-1, 1], as in a PNG of the picture."""
     return jnp.clip(jnp.round((images + 1) * 127.5) / 127.5 - 1, -1, 1)
 
 
@@ -88,7 +87,7 @@ def blur(images: Array, sigma: Array, taps: int) -> Array:
     Args:
       images: [B, h, w, C]; sides of more than taps // 2.
       sigma: [B] pixels, above 0.
-      taps: side of the square of pixels that count, odd.
+      taps: side of the square kernel, odd.
     """
     half = taps // 2
     places = jnp.arange(-half, half + 1, dtype=jnp.float32)[None]
@@ -106,7 +105,7 @@ def blur(images: Array, sigma: Array, taps: int) -> Array:
 
 
 def bsr(images: Array, keys: Key) -> Array:
-    """Blur, loss of resolution, noise and JPEG in an order of each example's own: [B, h, w, 3]."""
+    """Blur, loss of resolution, noise and JPEG, in a random order per example: [B, h, w, 3]."""
 
     def one(image: Array, key: Key) -> Array:
         key, order = jax.random.split(key)
@@ -121,11 +120,11 @@ def bsr(images: Array, keys: Key) -> Array:
 
 
 def jpeg(images: Array, quality: Array) -> Array:
-    """What JPEG keeps of the pictures.
+    """The pictures after JPEG compression, not rounded to levels.
 
     Args:
       images: [B, h, w, 3] in [-1, 1], of any size.
-      quality: [B] in [1, 100], as libjpeg counts.
+      quality: [B] in [1, 100], on libjpeg's scale.
     """
     h, w = images.shape[1:3]
     margin = ((0, 0), (0, -h % 8), (0, -w % 8), (0, 0))
@@ -148,9 +147,9 @@ def jpeg(images: Array, quality: Array) -> Array:
 def _dct() -> np.ndarray:
     """The orthonormal cosine transform of 8 numbers: [8 frequencies, 8 places]."""
     k, n = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
-    made = np.cos(np.pi * (2 * n + 1) * k / 16) / 2
-    made[0] /= np.sqrt(2)
-    return made.astype(np.float32)
+    basis = np.cos(np.pi * (2 * n + 1) * k / 16) / 2
+    basis[0] /= np.sqrt(2)
+    return basis.astype(np.float32)
 
 
 def _uniform(key: Key, bounds: tuple[float, float]) -> Array:
@@ -165,17 +164,17 @@ def _blurred(image: Array, key: Key) -> Array:
 def _resized(image: Array, key: Key) -> Array:
     h, w, c = image.shape
 
-    def there_and_back(scale: float) -> Array:
+    def down_and_up(scale: float) -> Array:
         small = (max(1, round(h * scale)), max(1, round(w * scale)), c)
         return jax.image.resize(jax.image.resize(image, small, "linear"), image.shape, "cubic")
 
-    choices = jnp.stack([image if s == 1 else there_and_back(s) for s in BSR_SCALES])
+    choices = jnp.stack([image if s == 1 else down_and_up(s) for s in BSR_SCALES])
     return choices[jax.random.randint(key, (), 0, len(BSR_SCALES))]
 
 
 def _noised(image: Array, key: Key) -> Array:
-    strength, drawn = jax.random.split(key)
-    noise = jax.random.normal(drawn, (image.size,)).reshape(image.shape)
+    strength, key = jax.random.split(key)
+    noise = jax.random.normal(key, (image.size,)).reshape(image.shape)
     return image + _uniform(strength, BSR_NOISE) * noise
 
 

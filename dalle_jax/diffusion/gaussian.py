@@ -1,13 +1,13 @@
-"""The Gaussians of diffusion: noising, what a network's output means, posterior and losses.
+"""The Gaussians of diffusion: noising, the meaning of a network's output, posterior and losses.
 
   x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
   v   = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
 
-Everything is float32 whatever the network computes in: bfloat16 rounds alpha_bar to 1 on the first
-steps of a schedule, which then would add no noise. Examples are [B, ...] of any rank, channels
+All arithmetic is float32 whatever the network's dtype: bfloat16 rounds alpha_bar to 1 on the first
+steps of a schedule, which would then add no noise. Examples are [B, ...] of any rank, channels
 last: pictures [B, h, w, C] in [-1, 1] or embeddings [B, E]. `t` is [B] int32 rows of the
-schedule's tables, or one scalar row for all: for a respaced schedule not what the network is fed,
-which is `schedule.timesteps[t]`. Noise is drawn by the caller.
+schedule's tables, or one scalar row for all examples; the network's input is
+`schedule.timesteps[t]`, which differs from t for a respaced schedule. The caller samples noise.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ Clip = Literal["none", "static", "dynamic"]
 # The variational term is a mean over steps; its sum over the steps counts a thousandth.
 VB_WEIGHT = 1e-3
 
-# Half the distance of two of 256 levels in [-1, 1], and the least probability that a level has.
+# Half the distance between two of 256 levels in [-1, 1], and the least probability of a level.
 HALF_LEVEL = 1 / 255
 LEAST_MASS = 1e-12
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameterisation:
-    """What a network's output means.
+    """The meaning of a network's output.
 
     Attributes:
       predicts: eps (GLIDE, unCLIP's pictures), x_0 (unCLIP's prior) or v.
-      variance: of p(x_{t-1} | x_t). posterior, the smaller and beta, the larger fixed choice;
-        learned_range: the output has twice the channels, and the second half interpolates between
-        the two in the logarithm, -1 being posterior and 1 beta.
-      clip: what becomes of an estimate of x_0 outside [-bound, bound]: none; static cuts it off;
-        dynamic squeezes the whole example, which keeps strong guidance from saturating it.
+      variance: of p(x_{t-1} | x_t). posterior is the smaller and beta the larger fixed choice;
+        with learned_range the output has twice the channels, and the second half interpolates
+        between the logarithms of the two, from -1 (posterior) to 1 (beta).
+      clip: of an estimate of x_0 to [-bound, bound]: none; static clips each entry; dynamic also
+        scales the example, so that strong guidance does not saturate it.
       bound: 1 for pictures.
-      percentile: dynamic: this share of an example's entries is squeezed into the bound, the rest
-        is cut off.
+      percentile: for dynamic: the share of an example's entries that is scaled into the bound; the
+        rest is clipped.
 
     Source: learned range Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 15; v Salimans & Ho 2022
     (arXiv:2202.00512) §4; dynamic thresholding Saharia et al. 2022 (arXiv:2205.11487) §2.3.
@@ -92,7 +92,7 @@ def q_sample(schedule: Schedule, x_0: Array, t: Array, eps: Array) -> Array:
 
 
 def x_0_from_eps(schedule: Schedule, x_t: Array, t: Array, eps: Array) -> Array:
-    """The x_0 that eps noised to x_t. An error of eps grows by up to 2e4 (cosine, last row)."""
+    """The x_0 that gives x_t with noise eps. An error in eps grows up to 2e4 times (cosine)."""
     signal, noise = _scales(schedule, t, x_t)
     return (x_t - noise * eps) / signal
 
@@ -122,7 +122,7 @@ def eps_from_v(schedule: Schedule, x_t: Array, t: Array, v: Array) -> Array:
 
 
 def target(predicts: Predicts, schedule: Schedule, x_0: Array, t: Array, eps: Array) -> Array:
-    """What the network should have put out for q_sample(schedule, x_0, t, eps): [B, ...]."""
+    """The correct output of the network for q_sample(schedule, x_0, t, eps): [B, ...]."""
     if predicts == "eps":
         return eps
     return x_0 if predicts == "x_0" else v_from(schedule, x_0, t, eps)
@@ -131,14 +131,14 @@ def target(predicts: Predicts, schedule: Schedule, x_0: Array, t: Array, eps: Ar
 def predicted_x_0(
     predicts: Predicts, schedule: Schedule, x_t: Array, t: Array, output: Array
 ) -> Array:
-    """The x_0 that an output (without variance channels) stands for, not clipped: [B, ...]."""
+    """The x_0 that an output (without variance channels) predicts, not clipped: [B, ...]."""
     if predicts == "eps":
         return x_0_from_eps(schedule, x_t, t, output)
     return output if predicts == "x_0" else x_0_from_v(schedule, x_t, t, output)
 
 
 def clip(p: Parameterisation, x_0: Array) -> Array:
-    """An estimate of x_0 within [-p.bound, p.bound], as p.clip says: [B, ...]."""
+    """An estimate of x_0, clipped to [-p.bound, p.bound] by method p.clip: [B, ...]."""
     if p.clip == "none":
         return x_0
     if p.clip == "static":
@@ -149,10 +149,10 @@ def clip(p: Parameterisation, x_0: Array) -> Array:
 
 
 def split(p: Parameterisation, output: Array) -> tuple[Array, Array | None]:
-    """Prediction and variance channels of an output, float32; None if it has no such channels.
+    """Prediction and variance channels of an output, float32; None without such channels.
 
     Args:
-      p: what the output means.
+      p: the output's meaning.
       output: [B, ..., C], or [B, ..., 2 C] with a learned range.
     """
     output = output.astype(jnp.float32)
@@ -173,11 +173,11 @@ def log_variance(
     """log of the variance of p(x_{t-1} | x_t) in an array that broadcasts against `like`.
 
     Args:
-      p: its `variance` chooses.
-      schedule: of the steps that are taken, so a respaced one when sampling.
+      p: `p.variance` is used.
+      schedule: has the steps that are taken, so a respaced one when sampling.
       t: rows.
       raw: [B, ...] variance channels for a learned range, where -1 is posterior and 1 beta (the
-        network is free to leave that range); None otherwise.
+        network may leave that range); None otherwise.
       like: [B, ...].
     """
     small = schedules.at(schedule.posterior_log_variance, t, like)
@@ -206,56 +206,56 @@ def losses(
     """The training objective of each example.
 
     Args:
-      p: what the output means. `clip` plays no part: a clipped estimate has no gradient.
-      schedule: that of training, not respaced.
+      p: the output's meaning. `clip` is not used, because a clipped estimate has no gradient.
+      schedule: of training, not respaced.
       output: the network's, for q_sample(schedule, x_0, t, eps) at t.
       x_0: [B, ...] clean examples; with a learned range pictures of 256 levels in [-1, 1].
-      t: [B] int32 rows, drawn uniformly.
+      t: [B] int32 rows, sampled uniformly.
       eps: [B, ...] the noise.
 
     Returns:
-      [B] float32 each. mse: mean square of output - target, averaged over the example. With a
-      learned range also vb: the variational term of row t in bits per dimension, whose gradient
-      reaches the variance channels only. loss: mse, or mse + vb * num_steps / 1,000.
+      [B] float32 each. mse: mean square of output - target over the example. With a learned range
+      also vb: the variational term of row t in bits per dimension, whose gradient reaches only the
+      variance channels. loss: mse, or mse + vb * num_steps / 1,000.
 
     Source: Nichol & Dhariwal 2021 (arXiv:2102.09672) eq. 16: L_simple + 0.001 L_vlb, and L_vlb is
     num_steps times the mean over t of the term; openai/guided-diffusion (`RESCALED_MSE`).
     """
     prediction, raw = split(p, output)
-    wanted = target(p.predicts, schedule, x_0, t, eps)
-    if prediction.shape != wanted.shape:
-        raise ValueError(f"the output predicts {prediction.shape}; expected {wanted.shape}.")
-    mse = _mean(jnp.square(prediction - wanted))
+    truth = target(p.predicts, schedule, x_0, t, eps)
+    if prediction.shape != truth.shape:
+        raise ValueError(f"the output predicts {prediction.shape}; expected {truth.shape}.")
+    mse = _mean(jnp.square(prediction - truth))
     if raw is None:
         return {"loss": mse, "mse": mse}
     x_t = q_sample(schedule, x_0, t, eps)
-    # Without the stop the noisy variational gradient would steer eps too, and worsen it (§3.1).
-    held = jax.lax.stop_gradient(prediction)
-    mean = posterior_mean(schedule, predicted_x_0(p.predicts, schedule, x_t, t, held), x_t, t)
+    # Otherwise the noisy variational gradient would also train eps, and worsen it (§3.1).
+    fixed = jax.lax.stop_gradient(prediction)
+    mean = posterior_mean(schedule, predicted_x_0(p.predicts, schedule, x_t, t, fixed), x_t, t)
     vb = vb_term(schedule, x_0, x_t, t, mean, log_variance(p, schedule, t, raw, x_t))
     return {"loss": mse + vb * (schedule.num_steps * VB_WEIGHT), "mse": mse, "vb": vb}
 
 
 def capped_weight(predicts: Predicts, schedule: Schedule, t: Array, cap: float) -> Array:
-    """Weights [B] of `losses`' mse that make it the squared error of v, or `cap` times that of x_0.
+    """Weights [B] that turn `losses`' mse into the squared error of v, or `cap` times that of x_0.
 
-    The smaller of the two: of one error, v's square is SNR + 1 times x_0's, which over the least
-    noisy steps grows to 25,000 and would drown the others.
+    The smaller of the two is used: the squared error of v is SNR + 1 times that of x_0, a factor
+    that grows to 25,000 on the least noisy steps and would drown the others.
 
     Args:
-      predicts: what the mse is of.
-      schedule: that of training.
+      predicts: the network's prediction, whose error the mse is.
+      schedule: of training.
       t: [B] int32 rows.
-      cap: at least 1, where an x_0 network is left as it is.
+      cap: at least 1; at 1 an x_0 network's mse has weight 1.
 
-    Source: Salimans & Ho 2022 (arXiv:2202.00512) §4, "SNR + 1"; the cap Hang et al. 2023
-    (arXiv:2303.09556), who cap SNR itself: theirs gives the noisiest steps, which choose colours
-    and places, no weight.
+    Source: Salimans & Ho 2022 (arXiv:2202.00512) §4, "SNR + 1"; the cap from Hang et al. 2023
+    (arXiv:2303.09556). Deliberate difference: they cap SNR itself, which gives no weight to the
+    noisiest steps, where colours and places are decided.
     """
     if not cap >= 1:
         raise UsageError(f"a cap of {cap}; expected 1 or more.")
     snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
-    own = {"eps": snr, "x_0": np.ones_like(snr), "v": snr + 1}[predicts]  # in squares of x_0's
+    own = {"eps": snr, "x_0": np.ones_like(snr), "v": snr + 1}[predicts]  # in units of x_0's
     return jnp.asarray(np.minimum(snr + 1, cap) / own, jnp.float32)[t]
 
 
@@ -265,7 +265,7 @@ def vb_term(
     """Row t's term of the variational bound in bits per dimension: [B] float32.
 
     Rows above 0: KL(q(x_{t-1} | x_t, x_0) || N(mean, exp(log_var))). Row 0: minus the logarithm
-    of the probability of x_0 itself, by level.
+    of the probability of x_0's levels.
 
     Args:
       schedule: n steps.
@@ -296,8 +296,8 @@ def normal_kl(mean_q: Array, log_var_q: Array, mean_p: Array, log_var_p: Array) 
 def level_log_likelihood(x: Array, mean: Array, log_std: Array) -> Array:
     """log of the probability that a Gaussian gives the level of x, elementwise in nats.
 
-    A level is an interval of 2 / 255 around x; the darkest and the brightest reach to infinity, so
-    that the 256 probabilities sum to 1.
+    A level is an interval of width 2 / 255 around x; the darkest and the brightest extend to
+    infinity, so that the 256 probabilities sum to 1.
 
     Args:
       x: 256 levels in [-1, 1].
@@ -309,8 +309,8 @@ def level_log_likelihood(x: Array, mean: Array, log_std: Array) -> Array:
     """
     precision = jnp.exp(-log_std)
     darkest, brightest = x < -0.999, x > 0.999
-    # Mirrored to the side below the mean: in float32 1 - 1e-9 is 1, but 1e-9 is a number. The two
-    # ends are so turned that the infinite edge is the lower one.
+    # Mirrored to the side below the mean, because float32 rounds 1 - 1e-9 to 1 but represents 1e-9.
+    # The two ends are mirrored so that the infinite edge is the lower one.
     offset = jnp.where(darkest, x - mean, jnp.where(brightest, mean - x, -jnp.abs(x - mean)))
     below = _normal_cdf(precision * (offset - HALF_LEVEL))
     below = jnp.where(darkest | brightest, 0, below)
@@ -324,7 +324,7 @@ def _normal_cdf(z: Array) -> Array:
 
 
 def _scales(schedule: Schedule, t: Array, like: Array) -> tuple[Array, Array]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), taken in float64."""
+    """sqrt(alpha_bar) and sqrt(1 - alpha_bar), computed in float64."""
     signal = schedules.at(np.sqrt(schedule.alpha_bar), t, like)
     return signal, schedules.at(np.sqrt(1 - schedule.alpha_bar), t, like)
 

@@ -1,8 +1,8 @@
-"""Classifier-free guidance: a `predict` that asks the network twice, in one batch, and mixes.
+"""Classifier-free guidance: a `predict` that evaluates the network on a doubled batch and mixes.
 
-The rows of the doubled batch are pairs: 2 b is example b with its condition, 2 b + 1 the same
-without. Not one half after the other: on a batch that is spread over devices each pair stays on
-one of them, and neither doubling nor mixing moves data between them.
+The rows of the doubled batch are pairs: row 2 b is example b with its condition, row 2 b + 1 the
+same example without. Pairs are neighbours, so that each stays on one device of a sharded batch and
+neither doubling nor mixing moves data between devices.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ T = TypeVar("T")  # a pytree of arrays
 
 
 def pair(conditional: T, unconditional: T) -> T:
-    """The conditions of the doubled batch: rows of the two in turn.
+    """The conditions of the doubled batch: rows of the two alternate.
 
     Args:
       conditional: pytree of [B, ...].
@@ -25,7 +25,7 @@ def pair(conditional: T, unconditional: T) -> T:
         condition.
 
     Returns:
-      the tree of [2 B, ...], conditional rows first in each pair.
+      the tree of [2 B, ...], the conditional row first in each pair.
     """
 
     def leaf(c: Array, u: Array) -> Array:
@@ -38,14 +38,14 @@ def pair(conditional: T, unconditional: T) -> T:
 def mix(output: Array, scale: Array | float, num_channels: int) -> Array:
     """u + scale * (c - u) of the outputs of a doubled batch.
 
-    Channels beyond num_channels hold the variance and are the conditional output's own: mixed,
-    they could leave the range between which they interpolate. eps, x_0 and v may all be mixed;
+    Channels beyond num_channels hold the variance and are copied from the conditional output:
+    mixed, they could leave the range in which they interpolate. eps, x_0 and v can all be mixed;
     with the same x_t each is an affine function of the others, so the mixture is the same.
 
     Args:
-      output: [2 B, ..., C or 2 C], rows as `pair` has them.
-      scale: 1 is the conditional output bit for bit, 0 the unconditional one; a number, or [B] to
-        give each example its own.
+      output: [2 B, ..., C or 2 C], rows in the order of `pair`.
+      scale: 1 is the conditional output bit for bit, 0 the unconditional one; a number, or [B] for
+        a scale per example.
       num_channels: C.
 
     Returns:
@@ -59,7 +59,7 @@ def mix(output: Array, scale: Array | float, num_channels: int) -> Array:
     c, u = output[:, 0], output[:, 1]
     scale = jnp.asarray(scale, jnp.float32)
     scale = scale.reshape(scale.shape + (1,) * (c.ndim - 1)) if scale.ndim else scale
-    # The same as u + scale * (c - u), but without its rounding at 1.
+    # Equal to u + scale * (c - u), without its rounding error at 1.
     mean = c[..., :num_channels] + (scale - 1) * (c - u)[..., :num_channels]
     return jnp.concatenate([mean, c[..., num_channels:]], axis=-1)
 
@@ -70,8 +70,8 @@ def guided(
     """`predict` of the samplers for a network under guidance.
 
     Args:
-      predict_pairs: (x [2 B, ..., C], t [2 B]) -> [2 B, ..., C or 2 C]; holds conditions that
-        `pair` made. Called once per step.
+      predict_pairs: (x [2 B, ..., C], t [2 B]) -> [2 B, ..., C or 2 C]; holds conditions from
+        `pair`. Called once per step.
       scale: see `mix`; may be traced.
 
     Returns:

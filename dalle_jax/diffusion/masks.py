@@ -1,10 +1,11 @@
-"""Random masks for inpainting: which pixels of a training picture the network is shown.
+"""Random masks for inpainting: the pixels of a training picture that the network sees.
 
-True means known, as everywhere here and in GLIDE. Each mask is a function of its own key.
+True means known, as everywhere in this package and in GLIDE. Each mask is a function of its own
+key.
 
-Source: GLIDE (arXiv:2112.10741) §4.3 erases "random regions" and says no more. Ours: half of the
-masks erase a rectangle, four in ten a stroke of a thick pen, one in ten everything, so that the
-network goes on to draw whole pictures.
+Source: GLIDE (arXiv:2112.10741) §4.3 erases "random regions" and gives no details. Ours: half of
+the masks erase a rectangle, four in ten a stroke of a thick pen, one in ten everything, so that the
+network can still sample full pictures.
 """
 
 import jax
@@ -14,7 +15,7 @@ from dalle_jax.types import Array, Key
 
 # Shares of the kinds of masks.
 SHARES = {"rectangle": 0.5, "stroke": 0.4, "everything": 0.1}
-RECTANGLE_SIDE = (0.25, 0.8)  # of the picture's side, either way
+RECTANGLE_SIDE = (0.25, 0.8)  # of the picture's side, height and width
 STROKE_POINTS = 5
 STROKE_WIDTH = (0.12, 0.35)
 
@@ -27,13 +28,13 @@ def random_masks(keys: Key, px: int) -> Array:
       px: side of the pictures.
 
     Returns:
-      [B, px, px, 1] bool, True where known. What is erased is at least one pixel.
+      [B, px, px, 1] bool, True for known pixels. Every mask erases at least one pixel.
     """
 
     def one(key: Key) -> Array:
-        kind, drawn = jax.random.split(key)
+        kind, key = jax.random.split(key)
         chance = jax.random.uniform(kind)
-        rectangle, stroke = rectangle_mask(drawn, px), stroke_mask(drawn, px)
+        rectangle, stroke = rectangle_mask(key, px), stroke_mask(key, px)
         known = jnp.where(chance < SHARES["rectangle"], rectangle, stroke)
         return known & (chance < 1 - SHARES["everything"])
 
@@ -41,7 +42,7 @@ def random_masks(keys: Key, px: int) -> Array:
 
 
 def rectangle_mask(key: Key, px: int) -> Array:
-    """[px, px] bool: a rectangle inside the picture is not known."""
+    """[px, px] bool: False in a rectangle inside the picture."""
     sides, corner = jax.random.split(key)
     low, high = RECTANGLE_SIDE
     sides = jnp.ceil(jax.random.uniform(sides, (2,), minval=low, maxval=high) * px)
@@ -52,12 +53,12 @@ def rectangle_mask(key: Key, px: int) -> Array:
 
 
 def stroke_mask(key: Key, px: int) -> Array:
-    """[px, px] bool: what a pen covers that is drawn through random points is not known."""
+    """[px, px] bool: False under a pen's stroke through random points."""
     points, width = jax.random.split(key)
     points = jax.random.uniform(points, (STROKE_POINTS, 2))
     low, high = STROKE_WIDTH
     radius = jax.random.uniform(width, minval=low, maxval=high) / 2
-    radius = jnp.maximum(radius, 0.75 / px)  # no pen is thinner than a pixel's diagonal
+    radius = jnp.maximum(radius, 0.75 / px)  # a pen is at least as wide as a pixel's diagonal
     place = (jnp.arange(px) + 0.5) / px
     place = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), axis=-1)[:, :, None]  # h w 1 2
     start, line = points[:-1][None, None], jnp.diff(points, axis=0)[None, None]

@@ -1,12 +1,12 @@
-"""How much signal is left after each diffusion step, and fewer steps of the same process.
+"""Noise schedules: the share of signal after each diffusion step, and respacing to fewer steps.
 
 A `Schedule` is plain numbers, equal and hashable by value, so it can be a static argument of jit:
 its tables become constants of the program. They are float64 numpy on the host (1 - alpha_bar of
-the first cosine step is 4e-5: float32 would keep 3 digits of it) and turn to float32 only in
-`at`, when an expression uses a row.
+the first cosine step is 4e-5, which float32 would round to three significant figures) and become
+float32 only in `at`, when an expression uses a row.
 
 A *row* counts the steps of a schedule, 0 the least noisy; a *step* is the number that the network
-is fed. They are the same until `respace` keeps some of the steps only.
+gets. They are equal until `respace` selects some of the steps.
 """
 
 import dataclasses
@@ -36,10 +36,10 @@ class Schedule:
     """A diffusion process of n steps, and its tables: float64 [n], by row.
 
     Attributes:
-      signal: n numbers: alpha_bar, the share of the variance of x_t that is still the picture;
-        strictly falling within (0, 1).
-      timesteps: n ints, strictly rising: the step that each row was in the process that the
-        network was trained on, and so what the network is fed.
+      signal: n numbers: alpha_bar, the share of the picture in the variance of x_t; strictly
+        falling within (0, 1).
+      timesteps: n ints, strictly rising: the step of each row in the process that the network was
+        trained on, which is the network's input.
       num_train_steps: steps of that process.
     """
 
@@ -59,7 +59,7 @@ class Schedule:
 
     @property
     def num_steps(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
         return len(self.signal)
 
     @functools.cached_property
@@ -69,7 +69,7 @@ class Schedule:
 
     @functools.cached_property
     def alpha_bar_prev(self) -> np.ndarray:
-        """alpha_bar of the next less noisy row; before row 0 stands the clean picture, 1."""
+        """alpha_bar of the next less noisy row; 1, the clean picture, before row 0."""
         return np.append(1.0, self.alpha_bar[:-1])
 
     @functools.cached_property
@@ -84,7 +84,7 @@ class Schedule:
 
     @functools.cached_property
     def posterior_log_variance(self) -> np.ndarray:
-        """Its logarithm; row 0 has that of row 1, because the logarithm of 0 is none.
+        """Its logarithm; row 0 has the value of row 1, because its variance is 0.
 
         Source: openai/guided-diffusion (`posterior_log_variance_clipped`).
         """
@@ -92,7 +92,7 @@ class Schedule:
 
     @functools.cached_property
     def beta_log_variance(self) -> np.ndarray:
-        """log(beta), the larger fixed choice; row 0 again as in `posterior_log_variance`.
+        """log(beta), the larger fixed choice; row 0 as in `posterior_log_variance`.
 
         Source: openai/guided-diffusion (`FIXED_LARGE`).
         """
@@ -105,14 +105,14 @@ class Schedule:
 
     @functools.cached_property
     def posterior_x_0(self) -> np.ndarray:
-        """What x_0 counts in the mean of q(x_{t-1} | x_t, x_0); exactly 1 in row 0."""
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0); exactly 1 in row 0."""
         return self.beta * np.sqrt(self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @functools.cached_property
     def posterior_x_t(self) -> np.ndarray:
-        """What x_t counts in it; exactly 0 in row 0."""
-        kept = np.sqrt(self.alpha_bar / self.alpha_bar_prev)
-        return kept * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        """Weight of x_t in that mean; exactly 0 in row 0."""
+        remaining = np.sqrt(self.alpha_bar / self.alpha_bar_prev)
+        return remaining * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
 
 def at(table: np.ndarray, t: Array, like: Array) -> Array:
@@ -124,19 +124,19 @@ def at(table: np.ndarray, t: Array, like: Array) -> Array:
       like: [B, ...].
 
     Returns:
-      [B, 1, ...] of the rank of `like`, or a scalar.
+      [B, 1, ...] with the rank of `like`, or a scalar.
     """
     rows = jnp.asarray(table, jnp.float32)[t]
     return rows.reshape(rows.shape + (1,) * (like.ndim - 1)) if rows.ndim else rows
 
 
 def make(name: str, num_steps: int = 1000) -> Schedule:
-    """The schedule of that name, all of its steps.
+    """The schedule of that name with all of its steps.
 
     Args:
       name: one of NAMES. linear: beta from 1e-4 to 0.02 at 1,000 steps, scaled by 1000 / num_steps
-        otherwise; GLIDE's and unCLIP's larger upsamplers. cosine = squaredcos_cap_v2: everything
-        else.
+        otherwise, for GLIDE's and unCLIP's larger upsamplers. cosine = squaredcos_cap_v2 for
+        everything else.
       num_steps: more than 20 for linear, whose last beta would reach 1.
 
     Raises:
@@ -154,7 +154,7 @@ def make(name: str, num_steps: int = 1000) -> Schedule:
         scale = LINEAR_STEPS / num_steps
         beta = np.linspace(1e-4 * scale, 0.02 * scale, num_steps, dtype=np.float64)
     else:
-        # 0.008: so that the first steps add some noise at all.
+        # 0.008, so that the first steps add some noise.
         angle = (np.arange(num_steps + 1) / num_steps + 0.008) / 1.008 * math.pi / 2
         signal = np.cos(angle) ** 2
         beta = np.minimum(1 - signal[1:] / signal[:-1], MAX_BETA)
@@ -163,15 +163,15 @@ def make(name: str, num_steps: int = 1000) -> Schedule:
 
 
 def respace(schedule: Schedule, spacing: Spacing) -> Schedule:
-    """The same process in fewer steps: the rows that `spacing` keeps, with their alpha_bar.
+    """The same process in fewer steps: the rows that `spacing` selects, with their alpha_bar.
 
-    x_t of a kept step is distributed as before, so the network needs no new training; only the
-    steps between are longer. `timesteps` still names what the network is fed.
+    x_t of a selected row has the same distribution, so the network needs no new training; only the
+    steps between rows are longer. `timesteps` are still the network's inputs.
 
     Args:
-      schedule: any; what is respaced already can be respaced again.
-      spacing: see `spaced_rows`; or "logsnr20": so many, evenly in the logarithm of the
-        signal-to-noise ratio, first and last among them, for DPM-Solver++.
+      schedule: any; a respaced schedule can be respaced again.
+      spacing: see `spaced_rows`; or "logsnr20": that many rows, evenly in the logarithm of the
+        signal-to-noise ratio, with the first and the last, for DPM-Solver++.
 
     Raises:
       UsageError: if the spacing does not fit the schedule.
@@ -190,22 +190,22 @@ def respace(schedule: Schedule, spacing: Spacing) -> Schedule:
 
 
 def spaced_rows(num_steps: int, spacing: Spacing) -> tuple[int, ...]:
-    """Which of num_steps rows a spacing keeps, rising.
+    """The rows that a spacing selects from num_steps, rising.
 
     Args:
       num_steps: rows to choose from.
-      spacing: 250 or "250": so many, evenly, first and last among them. [10, 10, 3] or "10,10,3":
-        so many in each of equally long sections, the least noisy section first. "ddim50": every
-        k-th from 0, with the smallest whole k that gives 50. "fast27": the sections 10,10,3,2,2
-        with the last row moved two rows down, GLIDE's upsampler.
+      spacing: 250 or "250": that many rows, evenly, with the first and the last. [10, 10, 3] or
+        "10,10,3": that many in each of equally long sections, the least noisy section first.
+        "ddim50": every k-th from 0, with the smallest integer k that gives 50. "fast27": the
+        sections 10,10,3,2,2 with the last row moved two rows down, as for GLIDE's upsampler.
 
     Raises:
-      UsageError: for what is none of these or asks for more rows than there are.
+      UsageError: for any other spacing, or one with more rows than num_steps.
 
     Source: openai/glide-text2im (`respace.py`).
     """
     if spacing == "fast27":
-        # The noisiest step of all gives DDIM its artefacts, says the source.
+        # The source attributes DDIM's artefacts to the noisiest step.
         return (*_sections(num_steps, (10, 10, 3, 2, 2), spacing)[:-1], num_steps - 3)
     if isinstance(spacing, str) and spacing.startswith("ddim"):
         return _strided(num_steps, _counts(spacing[len("ddim") :], spacing)[0])
@@ -217,21 +217,21 @@ def _counts(counts: Spacing, spacing: Spacing) -> tuple[int, ...]:
     parts = counts.split(",") if isinstance(counts, str) else counts
     parts = [parts] if isinstance(parts, int) else parts
     try:
-        found = tuple(int(part) for part in parts)
+        numbers = tuple(int(part) for part in parts)
     except (TypeError, ValueError):
-        found = ()
-    if not found or min(found) < 1:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise UsageError(
             f"spacing {spacing!r} is unknown; use a number of steps (250), numbers by section "
             "(10,10,3,2,2), ddimN (ddim50), logsnrN (logsnr20) or fast27."
         )
-    return found
+    return numbers
 
 
 def _even_in_logsnr(schedule: Schedule, count: int) -> list[int]:
-    """`count` rows, evenly in log SNR as far as it is -12; from there to the last is one step.
+    """`count` rows, evenly in log SNR down to -12; from there to the last row is one step.
 
-    Cosine's last rows alone go from -12 to -20: what lies there is noise and nothing else.
+    Cosine's last rows fall from -12 to -20, where x_t is practically pure noise.
     """
     num = schedule.num_steps
     if not 2 <= count <= num:
@@ -259,8 +259,9 @@ def _sections(num_steps: int, counts: Sequence[int], spacing: Spacing) -> tuple[
                 f"spacing {spacing!r} asks for {count} of the {length} steps in section "
                 f"{section + 1} of {len(counts)}; ask for fewer."
             )
-        # Added up, not i * stride: where a product falls on .5 the source's sum may fall beside
-        # it, and released samplers were tuned with its rows (27 of 1,000: 499 and not 500).
+        # A running sum as in the source, not i * stride: if the product is exactly .5 the sum may
+        # round the other way, and released samplers were tuned with its rows (27 of 1,000: 499,
+        # not 500).
         stride, place = (length - 1) / (count - 1) if count > 1 else 1.0, 0.0
         for _ in range(count):
             rows.append(start + round(place))
@@ -274,7 +275,7 @@ def _strided(num_steps: int, count: int) -> tuple[int, ...]:
     if count not in possible:
         near = sorted(possible, key=lambda other: abs(other - count))[:2]
         raise UsageError(
-            f"no whole stride through {num_steps} steps gives exactly {count}; the nearest are "
+            f"no integer stride through {num_steps} steps gives exactly {count}; the nearest are "
             f"{' and '.join(f'ddim{n}' for n in sorted(near)) or 'none'}."
         )
     return tuple(range(0, num_steps, possible[count]))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import optimize
 
-from dalle_jax.data import scenes
+from dalle_jax.data import polygons, scenes
 from dalle_jax.evaluation import judge, progress, shapes
 from dalle_jax.types import UsageError
 
@@ -146,7 +146,7 @@ def edits(task: str, num: int, image_px: int, seed: int) -> list[Edit]:
         if not _can_be_masked(last):
             continue
         if task == "add":
-            is_apart = _gap(first, last) > first.radius * scenes.EXTENT[first.shape]
+            is_apart = _gap(first, last) > first.radius * polygons.EXTENT[first.shape]
             old = first if is_apart else None
         else:
             old = _another(rng, last)

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from dalle_jax.data import scenes
+from dalle_jax.data import polygons, scenes
 from dalle_jax.types import UsageError
 
 MIN_PX, FULL_PX = 32, 64  # larger pictures are reduced to FULL_PX first
@@ -320,7 +320,7 @@ def _templates(shape, radius, origin, offsets, reach, shaded) -> np.ndarray:
     image = Image.new("L", (4 * side, 4 * side))
     canvas = ImageDraw.Draw(image)
     center = 4 * (reach + 0.5 + np.asarray(origin))
-    for shade, vertices in scenes.PARTS[shape]:
+    for shade, vertices in polygons.PARTS[shape]:
         points = (center + 4 * radius * vertices).ravel().tolist()
         canvas.polygon(points, fill=int(255 * shade) if shaded else 255)
     taps = _lanczos(side, tuple(offsets))

@@ -237,13 +237,12 @@ def fit_mask(known: np.ndarray, px: int) -> np.ndarray:
         anew = np.asarray(levels) > 0
     if not anew.any():
         raise UsageError(
-            "nothing is masked: the picture would come back as it is. Make what is to be drawn "
-            "anew see-through (or white) in the mask, inside the central square; or use "
-            "--invert_mask."
+            "nothing is masked: the picture would not change. Make the pixels to sample "
+            "transparent (or white) in the mask, inside the central square; or use --invert_mask."
         )
     if anew.all():
         raise UsageError(
-            "everything is masked, nothing of the picture would stay; use --invert_mask, or "
-            "`sample --pipeline=unclip` for a whole picture."
+            "everything is masked: no pixel of the picture would stay. Use --invert_mask, or "
+            "`sample --pipeline=unclip` for a full picture."
         )
     return ~anew[..., None]

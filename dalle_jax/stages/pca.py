@@ -215,6 +215,22 @@ def load(path: str) -> Pca:
     return from_bytes(file.read_bytes(), str(path))
 
 
+def save(pca: Pca, path: str) -> None:
+    """Writes `to_bytes` to a file, which appears only when it is complete."""
+    file = pathlib.Path(path).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    part.write_bytes(to_bytes(pca))
+    part.replace(file)
+
+
+def quantised_cosine(pca: Pca, z: np.ndarray) -> float:
+    """Mean cosine between embeddings [B, E] and their quantised selves."""
+    tables = pca.tables()
+    quantised = np.asarray(dequantise(tables, quantise(tables, z)))
+    return float(np.sum(z * quantised, axis=1).mean())
+
+
 def _embedding(tables: dict[str, Array], along: Array) -> Array:
     z = jnp.einsum("...K,KE->...E", along, tables["components"], precision="highest")
     mean = jnp.asarray(tables["mean"])

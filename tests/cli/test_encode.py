@@ -98,7 +98,7 @@ def encode(*args):
     return main.main(["encode", "--workdir=runs/fake", "--compilation_cache=", *args])
 
 
-def test_codes_stand_where_the_pictures_stood(prepared, codec, capfd):
+def test_codes_have_the_order_of_the_pictures(prepared, codec, capfd):
     assert encode("--name=coded", "--batch=10") == 0
     assert len(codec.devices) == len(jax.local_devices())
     captured = capfd.readouterr()
@@ -135,10 +135,10 @@ def test_training_on_codes_sees_the_batches_of_training_on_pictures(prepared, co
     assert encode("--name=coded_two", "--split=train") == 0
     config = ml_collections.ConfigDict(codec.config.data.to_dict())
     batches = {}
-    for source, wanted in (("pictures", "image"), ("coded_two", "codes")):
+    for source, field in (("pictures", "image"), ("coded_two", "codes")):
         config.source = source
-        batches[wanted] = pipeline.make(
-            config, 0, split="train", wanted={wanted, "text"}, training=True, batch=8
+        batches[field] = pipeline.make(
+            config, 0, split="train", fields={field, "text"}, training=True, batch=8
         )
     for step in range(12):
         a, b = batches["image"](step), batches["codes"](step)

@@ -113,7 +113,7 @@ def test_unwritable_data_dir(tmp_path, photos, capsys):
     assert "choose another --data_dir" in capsys.readouterr().err
 
 
-def test_prepare_json_tells_how_it_was_made(tmp_path, photos):
+def test_prepare_json_has_the_recipe(tmp_path, photos):
     assert main.main(pairs_command(photos, tmp_path / "d")) == 0
     text = (tmp_path / "d" / "photos" / "original" / "1.0.0" / "prepare.json").read_text()
     recipe = json.loads(text)["recipe"]

@@ -67,8 +67,8 @@ def examples_of(data_dir, source="toy", split="train"):
         caption_key="captions",
         label_template="",
     )
-    found = sources.open_split(config, split)
-    return [found[i] for i in range(len(found))]
+    examples = sources.open_split(config, split)
+    return [examples[i] for i in range(len(examples))]
 
 
 def test_crc_against_the_published_check_value():
@@ -101,7 +101,7 @@ def test_conversion_in_place_keeps_the_old_folder(tmp_path):
     assert again == target and summary["note"] == "already array_record"
 
 
-def test_damaged_and_cut_files_are_told(tmp_path):
+def test_damaged_and_cut_files_are_refused(tmp_path):
     folder = as_tfrecord(array_record_set(tmp_path / "b"))
     file = folder / "toy-train.tfrecord-00000-of-00001"
     data = file.read_bytes()

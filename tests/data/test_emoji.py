@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import sources
-from dalle_jax.data.builders import emoji, emoji_sources
+from dalle_jax.data.builders import emoji, npm_packages
 from dalle_jax.types import UsageError
 
 SQUARE = '<path fill="#{}" d="M2 2h12v12H2z"/>'
@@ -41,7 +41,7 @@ def tarball(files):
 
 def iconify(icons, chars):
     files = {"icons.json": {"icons": icons, "height": 16}, "chars.json": chars}
-    return emoji_sources.Archive(tarball(files))
+    return npm_packages.Archive(tarball(files))
 
 
 def webp(color, size=(20, 10)):
@@ -52,8 +52,8 @@ def webp(color, size=(20, 10)):
 
 @pytest.fixture
 def archives():
-    flat, named = emoji_sources.STYLES[0], emoji_sources.STYLES[5]
-    three_d = emoji_sources.STYLES[-1]
+    flat, named = npm_packages.STYLES[0], npm_packages.STYLES[5]
+    three_d = npm_packages.STYLES[-1]
     by_code = {
         "octopus": {"body": SQUARE.format("ff0000")},
         "a-flag": {"body": SQUARE.format("00ff00"), "width": 32},
@@ -72,10 +72,10 @@ def archives():
     }
     by_name = {"mans-shoe": {"body": SQUARE.format("804000")}, "octopus": {"body": ""}}
     return {
-        emoji_sources.LABELS: emoji_sources.Archive(tarball({"en/data.json": DATA})),
+        npm_packages.LABELS: npm_packages.Archive(tarball({"en/data.json": DATA})),
         flat: iconify(by_code, codes),
         named: iconify(by_name, {}),
-        three_d: emoji_sources.Archive(
+        three_d: npm_packages.Archive(
             tarball({"assets/1f419.webp": webp((255, 0, 0, 255)), "assets/e001.webp": b"x"})
         ),
     }
@@ -123,7 +123,7 @@ def fake_pictures(labels=400, styles=6):
             yield emoji.Picture(f"style {s}", meaning)
 
 
-def test_held_out_pairs_are_drawn_in_four_other_styles():
+def test_held_out_labels_exist_in_four_other_styles():
     splits = emoji.assign_splits(fake_pictures())
     sizes = {k: len(v) for k, v in splits.items()}
     assert sum(sizes.values()) == 200 * 6 + 200 * 4
@@ -169,8 +169,8 @@ def test_prepare_writes_a_set_and_counts_what_is_blank(tmp_path, archives):
     assert sum(summary["examples"].values()) == 5
     assert summary["skipped"] == {"emojione/1F419": "blank on white"}
     source = sources.open_split(data_config(tmp_path), "train")
-    found = {source[i].id: source[i] for i in range(len(source))}
-    example = found["noto/1F419"]
+    examples = {source[i].id: source[i] for i in range(len(source))}
+    example = examples["noto/1F419"]
     assert example.captions[0] == "noto style octopus"
     assert Image.open(io.BytesIO(example.image)).size == (16, 16)
     again, stored = emoji.prepare(tmp_path, 16)  # there is no npm call: it is there
@@ -189,7 +189,7 @@ def test_sizes_out_of_range():
 def test_missing_npm_names_the_cure(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UsageError, match="npm is not on the PATH.*apt-get install npm"):
-        emoji_sources.packages(tmp_path / "downloads")
+        npm_packages.packages(tmp_path / "downloads")
 
 
 def fake_npm(tmp_path, monkeypatch, script):
@@ -200,15 +200,15 @@ def fake_npm(tmp_path, monkeypatch, script):
     monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
 
 
-def test_checksum_is_verified_and_downloads_are_kept(tmp_path, monkeypatch):
+def test_checksum_is_verified_and_downloads_are_reused(tmp_path, monkeypatch):
     data = tarball({"x.json": {"a": 1}})
     (tmp_path / "file.tgz").write_bytes(data)
-    package = dataclasses.replace(emoji_sources.STYLES[0], sha256=hashlib.sha256(data).hexdigest())
+    package = dataclasses.replace(npm_packages.STYLES[0], sha256=hashlib.sha256(data).hexdigest())
     assert package.file == "iconify-json-noto-1.2.9.tgz"
     fake_npm(tmp_path, monkeypatch, f'cp {tmp_path}/file.tgz {package.file}; echo "$@" >> ../log')
     downloads = tmp_path / "downloads"
     for _ in range(2):
-        archive = emoji_sources.Archive(emoji_sources.fetch(package, downloads))
+        archive = npm_packages.Archive(npm_packages.fetch(package, downloads))
         assert archive.json("x.json") == {"a": 1}
     log = (tmp_path / "log").read_text()
     assert log == "pack --silent --ignore-scripts @iconify-json/noto@1.2.9\n"  # once
@@ -216,20 +216,20 @@ def test_checksum_is_verified_and_downloads_are_kept(tmp_path, monkeypatch):
         archive.json("icons.json")
     (downloads / package.file).write_bytes(data[:-9])
     with pytest.raises(UsageError, match="sha256.*delete the file"):
-        emoji_sources.fetch(package, downloads)
+        npm_packages.fetch(package, downloads)
 
 
-def test_npm_failure_is_told(tmp_path, monkeypatch):
+def test_npm_failure_is_reported(tmp_path, monkeypatch):
     fake_npm(tmp_path, monkeypatch, "echo ENOTFOUND registry >&2; exit 1")
     with pytest.raises(UsageError, match="npm pack @iconify-json/noto@1.2.9.*ENOTFOUND"):
-        emoji_sources.fetch(emoji_sources.STYLES[0], tmp_path / "downloads")
+        npm_packages.fetch(npm_packages.STYLES[0], tmp_path / "downloads")
 
 
 def test_pins_are_complete():
-    pins = (emoji_sources.LABELS, *emoji_sources.STYLES)
+    pins = (npm_packages.LABELS, *npm_packages.STYLES)
     assert len({p.style for p in pins}) == len(pins) == 9
     for package in pins:
         assert len(package.sha256) == 64 and int(package.sha256, 16)
         assert package.licence in ("MIT", "Apache-2.0", "CC-BY-4.0", "CC-BY-SA-4.0")
-        notice = (emoji_sources.pathlib.Path(__file__).parents[2] / "NOTICE").read_text()
+        notice = (npm_packages.pathlib.Path(__file__).parents[2] / "NOTICE").read_text()
         assert package.name in notice and package.licence in notice and package.url in notice

@@ -1,4 +1,4 @@
-"""What is found in an input, before any picture is decoded: formats.units."""
+"""The items of an input, before any picture is decoded: formats.units."""
 
 import io
 import json
@@ -8,15 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dalle_jax.data.builders import formats
+from dalle_jax.data.builders import formats, items, webdataset
 from dalle_jax.types import UsageError
 
 
-def found(kind, path, **fields):
+def read(kind, path, **fields):
     """Captions of good items by id, and reasons of bad ones."""
     good, bad = {}, {}
     total = 0.0
-    for unit in formats.units(kind, path, formats.Fields(**fields)):
+    for unit in formats.units(kind, path, items.Fields(**fields)):
         total += unit.share
         at = 0.0
         for raw in unit.read():
@@ -51,7 +51,7 @@ def test_tar_with_unsafe_names_and_links(tmp_path):
         add(tar, "only_json.png")
         add(tar, "only_json.json", json.dumps({"caption": "from json"}).encode())
     before = sorted(tmp_path.rglob("*"))
-    good, bad = found("wds", path)
+    good, bad = read("wds", path)
     assert good == {"evil/good": ["good"], "evil/only_json": ["from json"]}
     reasons = sorted(bad.values())
     assert reasons.count("unsafe name in a tar") == 8
@@ -69,7 +69,7 @@ def test_truncated_tar_keeps_what_comes_before(tmp_path):
             add(tar, f"{name}.txt", b"words")
     path.write_bytes(path.read_bytes()[: 2 * 1024 + 600])  # inside b.png
     (tmp_path / "not.tar").write_bytes(b"not a tar at all" * 100)
-    good, bad = found("wds", tmp_path)
+    good, bad = read("wds", tmp_path)
     assert good == {"cut/a": ["words"]}
     assert bad == dict.fromkeys(("cut", "not"), "damaged tar: the rest is lost")
 
@@ -81,10 +81,10 @@ def test_a_header_that_would_fill_the_memory_ends_the_tar(tmp_path, kind):
             add(tar, f"{name}.png")
             add(tar, f"{name}.txt", b"words")
         header = tarfile.TarInfo("long")
-        header.type, header.size = kind, formats.MAX_HEADER_BYTES + 1
+        header.type, header.size = kind, webdataset.MAX_HEADER_BYTES + 1
         tar.fileobj.write(header.tobuf(tarfile.USTAR_FORMAT))
-        tar.fileobj.write(b"x" * (formats.MAX_HEADER_BYTES + 512))
-    assert found("wds", tmp_path) == (
+        tar.fileobj.write(b"x" * (webdataset.MAX_HEADER_BYTES + 512))
+    assert read("wds", tmp_path) == (
         {"bomb/a": ["words"]},
         {"bomb": "damaged tar: the rest is lost"},
     )
@@ -98,17 +98,17 @@ def test_gzipped_tar_and_pattern(tmp_path):
         add(tar, "a.b/._p2.txt", b"macOS")
         add(tar, "a.b/p3.jpg")
         add(tar, "a.b/p3.txt", b"caf\xe9")
-    good, bad = found("wds", tmp_path / "*.tar.gz")
+    good, bad = read("wds", tmp_path / "*.tar.gz")
     assert good == {"x/a.b/p2": ["ü"]}
     assert bad == {"x/a.b/p3": "caption is not UTF-8"}
 
 
 def test_oversized_members_are_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(items, "MAX_IMAGE_BYTES", 10)
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "p1.png", b"x" * 11)
         add(tar, "p1.txt", b"one")
-    assert found("wds", tmp_path)[1] == {"x/p1": "picture file over 256 MiB"}
+    assert read("wds", tmp_path)[1] == {"x/p1": "picture file over 256 MiB"}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_oversized_members_are_not_read(tmp_path, monkeypatch):
 def test_csv_variants(tmp_path, text):
     path = tmp_path / "t.csv"
     path.write_bytes(text.encode())
-    assert found("csv", path) == ({"p0.png": ["a"], "p1.png": ["b, with comma"]}, {})
+    assert read("csv", path) == ({"p0.png": ["a"], "p1.png": ["b, with comma"]}, {})
 
 
 def test_csv_problems_by_row(tmp_path):
@@ -139,7 +139,7 @@ def test_csv_problems_by_row(tmp_path):
         b"http://x/y.png\tweb\n\n\tnameless\n"
     )
     outside = "file outside of the pictures' folder (--images=/ allows any)"
-    good, bad = found("csv", path)
+    good, bad = read("csv", path)
     captions = {id: [text.strip() for text in texts] for id, texts in good.items()}
     assert captions == {
         "p0.png": ["fine", "twice"],
@@ -154,18 +154,18 @@ def test_csv_problems_by_row(tmp_path):
         "http://x/y.png": "a URL, not a file (download it first, e.g. with img2dataset)",
         "line 12": "row names no picture",
     }
-    good, bad = found("csv", path, root="/")
+    good, bad = read("csv", path, root="/")
     assert "/etc/passwd" in good and "../secret.png" in good
 
 
-def test_columns_that_cannot_be_told_must_be_said(tmp_path):
+def test_ambiguous_columns_must_be_named(tmp_path):
     path = tmp_path / "u.csv"
     path.write_text("name,what\np0.png,words\n")
     with pytest.raises(UsageError, match="columns name, what.*--image_field=NAME"):
-        found("csv", path)
+        read("csv", path)
     with pytest.raises(UsageError, match="is the caption.*--text_field=NAME"):
-        found("csv", path, image="name")
-    assert found("csv", path, image="name", text="what")[0] == {"p0.png": ["words"]}
+        read("csv", path, image="name")
+    assert read("csv", path, image="name", text="what")[0] == {"p0.png": ["words"]}
 
 
 def test_jsonl_variants_and_problems(tmp_path):
@@ -182,7 +182,7 @@ def test_jsonl_variants_and_problems(tmp_path):
     ]
     path = tmp_path / "v.jsonl"
     path.write_bytes(b"\n".join(lines))
-    good, bad = found("jsonl", path)
+    good, bad = read("jsonl", path)
     assert good == {"p0.png": ["zero"], "p1.png": ["one", "uno"], "p2.png": ["two", "dos"]}
     assert [reason for _, reason in sorted(bad.items())] == [
         "file outside of the pictures' folder (--images=/ allows any)",
@@ -193,10 +193,10 @@ def test_jsonl_variants_and_problems(tmp_path):
         "broken JSON",
     ]
     path.write_text(json.dumps([{"file_name": "p0.png", "text": "list"}, 3]))
-    assert found("jsonl", path) == ({"p0.png": ["list"]}, {"line 2": "row is not a JSON object"})
+    assert read("jsonl", path) == ({"p0.png": ["list"]}, {"line 2": "row is not a JSON object"})
     path.write_text("[{")
     with pytest.raises(UsageError, match="starts like a JSON list but is broken"):
-        found("jsonl", path)
+        read("jsonl", path)
 
 
 def test_parquet_variants_and_problems(tmp_path):
@@ -206,13 +206,13 @@ def test_parquet_variants_and_problems(tmp_path):
     status = ["success", "failed_to_download"]
     pq.write_table(pa.table({**columns, "status": status}), tmp_path / "b.parquet")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 nothing")
-    good, bad = found("parquet", tmp_path)
+    good, bad = read("parquet", tmp_path)
     assert good == {"a/0": ["one"], "b/7": ["c"]}
     missing = "no picture in the row"
     assert bad == {"a/1": missing, "b/8": missing, "c": "damaged parquet file"}
     pq.write_table(pa.table({"url": ["http://x"], "text": ["t"]}), tmp_path / "d.parquet")
     with pytest.raises(UsageError, match="d.parquet has columns url, text.*img2dataset"):
-        found("parquet", tmp_path)
+        read("parquet", tmp_path)
 
 
 def test_folder_with_a_link_in_a_circle(tmp_path):
@@ -221,7 +221,7 @@ def test_folder_with_a_link_in_a_circle(tmp_path):
         (tmp_path / "in" / name / "p.png").write_bytes(b"pixels")
         (tmp_path / "in" / name / "p.txt").write_text(name)
     (tmp_path / "in" / "x" / "up").symlink_to(tmp_path / "in")
-    assert found("folder", tmp_path / "in") == ({"x/p": ["x"], "y/p": ["y"]}, {})
+    assert read("folder", tmp_path / "in") == ({"x/p": ["x"], "y/p": ["y"]}, {})
 
 
 def test_keys_change_with_the_files_only(tmp_path):
@@ -237,6 +237,6 @@ def test_wrong_format_is_hinted(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         add(tar, "p.png")
     with pytest.raises(UsageError, match="try --from=wds"):
-        found("folder", tmp_path)
+        read("folder", tmp_path)
     with pytest.raises(UsageError, match="--from=zip is unknown; use one of folder, wds"):
-        found("zip", tmp_path)
+        read("zip", tmp_path)

@@ -1,4 +1,4 @@
-"""The order: a permutation per epoch, the same however it is asked for, and well mixed."""
+"""The order: a permutation per epoch, the same in any number of calls, and well mixed."""
 
 import numpy as np
 import pytest
@@ -21,9 +21,9 @@ def test_epochs_and_seeds_differ():
 
 
 def test_any_part_can_be_asked_for_alone():
-    whole = order.shuffled(np.arange(500), 77, seed=5)
+    together = order.shuffled(np.arange(500), 77, seed=5)
     parts = [order.shuffled(np.arange(i, i + 25), 77, seed=5) for i in range(0, 500, 25)]
-    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    np.testing.assert_array_equal(together, np.concatenate(parts))
 
 
 def test_first_places_are_uniform():

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.data import sources
-from dalle_jax.data.builders import formats, pairs
+from dalle_jax.data.builders import formats, items, pairs, staging
 from dalle_jax.types import UsageError
 
 
@@ -116,7 +116,7 @@ MAKERS = {
 
 def run(tmp_path, kind, path, **changes):
     overwrite = changes.pop("overwrite", False)
-    fields = formats.Fields(**changes.pop("fields", {}))
+    fields = items.Fields(**changes.pop("fields", {}))
     options = pairs.Options(fields=fields, **{"validation": 0.0, **changes})
     return pairs.prepare(tmp_path / "data", "mine", kind, path, options, overwrite)
 
@@ -147,10 +147,10 @@ def test_every_format_keeps_good_pairs_and_names_the_broken_one(tmp_path, kind):
     assert summary["skipped"] == {"broken picture": 1}
     (bad,) = skipped_of(target)
     assert "bad" in bad
-    found = read(tmp_path)
-    by_image = {example.image: example.captions for example in found.values()}
+    examples = read(tmp_path)
+    by_image = {example.image: example.captions for example in examples.values()}
     assert by_image == {image: captions for _, image, captions in rows()[:GOOD]}
-    assert len(found) == GOOD  # ids are unique
+    assert len(examples) == GOOD  # ids are unique
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -250,11 +250,11 @@ def test_folder_problems_are_counted_by_reason(tmp_path):
         "twice.png": "second picture of one name",
     }
     assert summary["notes"] == {"caption cut at 2000 characters": 1}
-    found = read(tmp_path)
-    assert len(found) == GOOD + 4
-    assert len(found["long"].captions[0]) == 1999
-    assert found["emoji"].captions == ["😀😀"]
-    assert found["utf16"].captions == ["día"]
+    examples = read(tmp_path)
+    assert len(examples) == GOOD + 4
+    assert len(examples["long"].captions[0]) == 1999
+    assert examples["emoji"].captions == ["😀😀"]
+    assert examples["utf16"].captions == ["día"]
 
 
 class Stop(BaseException):
@@ -262,9 +262,9 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("kind", ["folder", "wds", "parquet"])
-def test_interrupted_run_goes_on_where_it_stopped(tmp_path, kind, monkeypatch):
+def test_interrupted_run_continues(tmp_path, kind, monkeypatch):
     path = MAKERS[kind](tmp_path)
-    monkeypatch.setattr(pairs, "_PART", 2)
+    monkeypatch.setattr(staging, "_PART", 2)
     monkeypatch.setattr(formats, "_GROUP", 4)
     unbroken = tmp_path / "unbroken"
     pairs.prepare(unbroken, "mine", kind, path, pairs.Options(validation=0.3))
@@ -287,11 +287,11 @@ def test_interrupted_run_goes_on_where_it_stopped(tmp_path, kind, monkeypatch):
     assert summary["resumed"] == 2
     assert len(again) == GOOD + 1 - 2  # two good ones were staged before
     monkeypatch.undo()
-    whole = lambda root, split: [  # noqa: E731
+    contents = lambda root, split: [  # noqa: E731
         (e.id, e.image, e.captions) for e in read(root, split, data_dir=str(root)).values()
     ]
     for split in ("train", "validation"):
-        assert whole(tmp_path / "data", split) == whole(unbroken, split)
+        assert contents(tmp_path / "data", split) == contents(unbroken, split)
     left = sorted(p.name for p in (tmp_path / "data" / "mine" / "original").iterdir())
     assert left == ["1.0.0"]
 
@@ -311,7 +311,7 @@ def test_changed_file_is_read_again_after_an_interruption(tmp_path, monkeypatch)
 def test_two_processes_do_not_write_one_set(tmp_path):
     path = make_folder(tmp_path)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(pairs._staging(tmp_path / "data" / "mine" / "original" / "staging"))
+        stack.enter_context(staging.locked(tmp_path / "data" / "mine" / "original" / "staging"))
         with pytest.raises(UsageError, match="another process is preparing"):
             run(tmp_path, "folder", path)
 

@@ -61,13 +61,13 @@ def config(**changes):
 RANDOM = dict(crop="dvae", bpe_dropout=0.2, caption_drop=0.2)
 
 
-def build(tokenizer, size=50, *, source=None, training=True, batch=8, seed=0, wanted=None,
+def build(tokenizer, size=50, *, source=None, training=True, batch=8, seed=0, fields=None,
           process=(0, 1), **changes):  # fmt: skip
     return pipeline.Pipeline(
         source or FakeSource(size),
         config(**changes),
         seed,
-        wanted=wanted or {"image", "text", "codes"},
+        fields=fields or {"image", "text", "codes"},
         tokenizer=tokenizer,
         training=training,
         batch=batch,
@@ -95,8 +95,8 @@ def test_shapes_and_types(tokenizer):
         "text": ((8, 20), "int32"),
         "codes": ((8, 4), "int32"),
     }
-    assert build(tokenizer, wanted={"text"})(0).keys() == {"text"}
-    assert build(None, wanted={"image", "codes"})(0).keys() == {"image", "codes"}
+    assert build(tokenizer, fields={"text"})(0).keys() == {"text"}
+    assert build(None, fields={"image", "codes"})(0).keys() == {"image", "codes"}
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -104,7 +104,7 @@ def test_shapes_and_types(tokenizer):
 def test_processes_together_are_one(tokenizer, count, changes):
     """Bit for bit, with everything random on, broken records, and another number of threads."""
     broken = (3, 4, 20, 21, 22)
-    whole = build(tokenizer, source=FakeSource(50, broken), **changes)
+    single_process = build(tokenizer, source=FakeSource(50, broken), **changes)
     parts = [
         build(tokenizer, source=FakeSource(50, broken), process=(i, count),
               **(changes | dict(threads=1 + i, cache_mib=i)))
@@ -113,21 +113,21 @@ def test_processes_together_are_one(tokenizer, count, changes):
     for step in (0, 1, 5, 6, 13):
         slices = [part(step) for part in parts]
         together = {k: np.concatenate([s[k] for s in slices]) for k in slices[0]}
-        assert_same(whole(step), together)
-        assert whole.ids(step) == [name for part in parts for name in part.ids(step)]
+        assert_same(single_process(step), together)
+        assert single_process.ids(step) == [name for part in parts for name in part.ids(step)]
 
 
 def test_no_other_processs_rows_are_ever_decoded(tokenizer):
     """Not one more record is read than there are rows; which rows may be any."""
-    whole, part = FakeSource(50), FakeSource(50)
-    everything = build(tokenizer, source=whole, batch=12)
+    full, part = FakeSource(50), FakeSource(50)
+    everything = build(tokenizer, source=full, batch=12)
     for rows in ([4, 5, 6, 7], [0, 1, 6, 7]):  # a block, and two: hosts on a torus
         part.reads = 0
         mine = pipeline.Pipeline(
             part,
             config(cache_mib=0),
             0,
-            wanted={"image", "text", "codes"},
+            fields={"image", "text", "codes"},
             tokenizer=tokenizer,
             training=True,
             batch=12,
@@ -150,7 +150,7 @@ def test_a_resumed_run_goes_on_as_it_began(tokenizer, changes):
 
 
 def test_each_epoch_holds_every_example_once(tokenizer):
-    batches = build(tokenizer, size=48, wanted={"codes"})
+    batches = build(tokenizer, size=48, fields={"codes"})
     for epoch in range(3):
         seen = np.concatenate([batches(epoch * 6 + step)["codes"][:, 0] for step in range(6)])
         np.testing.assert_array_equal(np.sort(seen), np.arange(48))
@@ -173,23 +173,23 @@ def test_image_text_and_codes_belong_together(tokenizer):
 
 def test_codes_take_the_same_captions_as_images(tokenizer):
     """Training on stored codes must see the very batches that training on images sees."""
-    a = build(tokenizer, wanted={"image", "text"}, **RANDOM)
-    b = build(tokenizer, wanted={"codes", "text"}, **RANDOM)
+    a = build(tokenizer, fields={"image", "text"}, **RANDOM)
+    b = build(tokenizer, fields={"codes", "text"}, **RANDOM)
     for step in range(4):
         np.testing.assert_array_equal(a(step)["text"], b(step)["text"])
 
 
 def test_every_caption_is_chosen_sometimes(tokenizer):
-    batches = build(tokenizer, size=30, wanted={"text"}, batch=30)
+    batches = build(tokenizer, size=30, fields={"text"}, batch=30)
     texts = {tokenizer.decode(row) for step in range(40) for row in batches(step)["text"]}
     assert {f"caption {k} of picture 5" for k in range(3)} <= texts
 
 
 def test_caption_drop_is_about_its_rate_and_empties(tokenizer):
-    batches = build(tokenizer, caption_drop=0.25, wanted={"text"}, batch=50)
+    batches = build(tokenizer, caption_drop=0.25, fields={"text"}, batch=50)
     empty = np.mean([(batches(s)["text"] == 0).all(1).mean() for s in range(20)])
     assert 0.19 < empty < 0.31  # 1000 draws, 4 sigma
-    wrapped = build(tokenizer, caption_drop=1.0, add_bos_eos=True, wanted={"text"})(0)["text"]
+    wrapped = build(tokenizer, caption_drop=1.0, add_bos_eos=True, fields={"text"})(0)["text"]
     assert (wrapped[:, :3] == [tokenizers.BOS, tokenizers.EOS, 0]).all()
 
 
@@ -241,7 +241,7 @@ def test_nothing_usable_is_one_message(tokenizer):
         batches = build(tokenizer, source=FakeSource(9, range(9)), training=training)
         with pytest.raises(UsageError, match=r"cannot be used .*unreadable picture.*example-"):
             batches(0)
-    one_left = build(tokenizer, source=FakeSource(9, range(1, 9)), wanted={"image"})
+    one_left = build(tokenizer, source=FakeSource(9, range(1, 9)), fields={"image"})
     assert (one_left(0)["image"] == one_left(0)["image"][0]).all()
 
 
@@ -263,8 +263,8 @@ def test_a_batch_may_be_written_to(tokenizer):
     assert_same(batches(0), copy)
 
 
-def test_cut_captions_are_counted_and_said_once(tokenizer, caplog):
-    batches = build(tokenizer, text_len=2, wanted={"text"})
+def test_cut_captions_are_counted_and_logged_once(tokenizer, caplog):
+    batches = build(tokenizer, text_len=2, fields={"text"})
     for step in range(3):
         assert batches(step)["text"].shape == (8, 2)
     assert batches.truncated == 24

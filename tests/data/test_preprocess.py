@@ -70,7 +70,7 @@ def _scale_and_centre(crop):
     return (columns[-1] - columns[0]) / (len(columns) - 1), columns.mean()
 
 
-def test_crops_reach_what_the_listings_say():
+def test_crops_have_the_ranges_of_the_listings():
     """A 128 x 250 picture at px 32: step between pixels = 128 / t; centre within the slack."""
     image = _gradient(128, 250)
     for name, low, high in (("dvae", 36, 48), ("dalle", 32, 36)):
@@ -161,7 +161,7 @@ def _bomb():
     ],
     ids=["none", "empty", "html", "truncated", "bomb", "7 channels", "float", "banner", "zero"],
 )
-def test_bad_pictures_say_why(image, reason):
+def test_bad_pictures_have_a_reason(image, reason):
     with pytest.raises(pre.BadRecord) as caught:
         pre.decode(image, "x.png")
     assert caught.value.reason == reason

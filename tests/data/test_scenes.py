@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dalle_jax.data import scenes
+from dalle_jax.data import polygons, scenes
 from dalle_jax.types import UsageError
 
 
@@ -64,7 +64,7 @@ def test_layout_is_inside_apart_and_true():
             low, high = item.radius, 1 - item.radius
             assert low <= item.x <= high and low <= item.y <= high
         for a, b in itertools.combinations(scene.objects, 2):
-            reach = sum(item.radius * scenes.EXTENT[item.shape] for item in (a, b))
+            reach = sum(item.radius * polygons.EXTENT[item.shape] for item in (a, b))
             assert math.hypot(a.x - b.x, a.y - b.y) >= reach + 0.05
         if scene.relation:
             a, b = scene.objects
@@ -155,7 +155,7 @@ def test_parse_refuses_what_is_no_caption(caption):
     assert len(str(refusal.value)) < 700
 
 
-def test_layout_free_scene_is_not_drawn():
+def test_layout_free_scene_is_not_rendered():
     with pytest.raises(UsageError, match="no layout"):
         scenes.render(scenes.parse_caption("a red cube on a white background"), 32)
 
@@ -166,7 +166,7 @@ def test_unknown_names_are_refused(arguments):
         scenes.sample_scene(np.random.default_rng(0), *arguments)
 
 
-def test_hard_negatives_are_distinct_captions_that_say_something_false():
+def test_hard_negatives_are_distinct_false_captions():
     rng = np.random.default_rng(0)
     for scene in sampled("any", 30):
         negatives = scenes.hard_negatives(scene, rng, 1000)

@@ -10,8 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dalle_jax.data import scenes
-from dalle_jax.data.builders import drawing
-from dalle_jax.data.builders import shapes as builder
+from dalle_jax.data.builders import rendering, shapes
 from dalle_jax.types import UsageError
 
 SIZES = dict(image_px=32, num_train=80, num_eval=16, seed=3)
@@ -19,7 +18,7 @@ SIZES = dict(image_px=32, num_train=80, num_eval=16, seed=3)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    return builder.prepare(tmp_path_factory.mktemp("data"), **SIZES, workers=1, progress=None)
+    return shapes.prepare(tmp_path_factory.mktemp("data"), **SIZES, stream=io.StringIO())
 
 
 def source(path, split, **decoders):
@@ -30,20 +29,20 @@ def raw(path, split):
     return list(source(path, split, image=tfds.decode.SkipDecoding()))
 
 
-def test_lies_where_sources_look_for_it(path):
+def test_the_folder_is_the_one_that_sources_opens(path):
     assert path.parts[-3:] == ("shapes", "32px", "1.0.0")
     assert (path / "features.json").is_file()
 
 
 def test_records_hold_picture_caption_and_scene(path):
-    assert {name: len(source(path, name)) for name in drawing.HELD_OUT} == {
+    assert {name: len(source(path, name)) for name in rendering.HELD_OUT} == {
         "train": 80,
         "validation": 16,
         "held_out": 16,
     }
     kinds = []
     for index, record in enumerate(source(path, "train")):
-        scene = builder.scene_of(record)
+        scene = shapes.scene_of(record)
         kinds.append(scene.kind)
         assert record["id"] == f"train-{index:07d}".encode()
         assert [text.decode() for text in record["captions"]] == [scene.caption]
@@ -54,40 +53,40 @@ def test_records_hold_picture_caption_and_scene(path):
 def test_held_out_combinations_are_in_their_split_only(path):
     for split, expected in (("train", False), ("validation", False), ("held_out", True)):
         for record in raw(path, split):
-            assert bool(scenes.held_out_rules(builder.scene_of(record))) is expected
+            assert bool(scenes.held_out_rules(shapes.scene_of(record))) is expected
 
 
 def test_same_bytes_from_two_processes(path, tmp_path):
     # The files differ in the order of protocol buffer fields; the records in nothing.
-    other = builder.prepare(tmp_path, **SIZES, workers=2, progress=None)
-    for split in drawing.HELD_OUT:
+    other = shapes.prepare(tmp_path, **SIZES, workers=2, stream=io.StringIO())
+    for split in rendering.HELD_OUT:
         for a, b in zip(raw(path, split), raw(other, split), strict=True):
             assert a == b
 
 
 def test_sets_are_a_function_of_the_seed():
-    draws = [drawing.draw_example(0, split="train", seed=s, image_px=32).png for s in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-    assert Image.open(io.BytesIO(draws[0])).size == (32, 32)
+    pngs = [rendering.render_example(0, split="train", seed=s, image_px=32).png for s in (0, 0, 1)]
+    assert pngs[0] == pngs[1] != pngs[2]
+    assert Image.open(io.BytesIO(pngs[0])).size == (32, 32)
 
 
 def test_second_call_writes_nothing(path):
     before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
-    assert builder.prepare(path.parents[2], **SIZES, progress=None) == path
+    assert shapes.prepare(path.parents[2], **SIZES, stream=io.StringIO()) == path
     assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
 @pytest.mark.parametrize(
-    "change, asked",
+    "change, value",
     [
         ({"num_train": 81}, "81"),
         ({"seed": 4}, "4"),
         ({"kinds": ["single", "count"]}, "single,count"),
     ],
 )
-def test_set_of_other_arguments_is_not_passed_off_as_this_one(path, change, asked):
-    with pytest.raises(UsageError, match=f"asked is {asked};"):
-        builder.prepare(path.parents[2], **SIZES | change, progress=None)
+def test_set_of_other_arguments_is_not_passed_off_as_this_one(path, change, value):
+    with pytest.raises(UsageError, match=f", not {value};"):
+        shapes.prepare(path.parents[2], **SIZES | change, stream=io.StringIO())
 
 
 def test_a_set_from_before_there_were_kinds_has_all_of_them(path, tmp_path):
@@ -96,15 +95,15 @@ def test_a_set_from_before_there_were_kinds_has_all_of_them(path, tmp_path):
     metadata = json.loads((version / "metadata.json").read_text())
     del metadata["kinds"]
     (version / "metadata.json").write_text(json.dumps(metadata))
-    assert builder.prepare(tmp_path, **SIZES, progress=None) == version
+    assert shapes.prepare(tmp_path, **SIZES, stream=io.StringIO()) == version
 
 
 def test_kinds_take_turns_in_the_train_split_only(tmp_path):
     turns = ["single", "count", "single", "relation"]
-    path = builder.prepare(tmp_path, **SIZES | {"num_train": 8}, kinds=turns, progress=None)
+    path = shapes.prepare(tmp_path, **SIZES | {"num_train": 8}, kinds=turns, stream=io.StringIO())
 
     def kinds(split):
-        return [builder.scene_of(record).kind for record in source(path, split)]
+        return [shapes.scene_of(record).kind for record in source(path, split)]
 
     assert kinds("train") == turns * 2
     assert set(kinds("validation")) == set(kinds("held_out")) == set(scenes.KINDS)
@@ -113,35 +112,35 @@ def test_kinds_take_turns_in_the_train_split_only(tmp_path):
 @pytest.mark.parametrize("kinds", [[], ["single", "triple"], [""]])
 def test_unknown_kinds_are_refused(tmp_path, kinds):
     with pytest.raises(UsageError, match="expected one or more of single,count"):
-        builder.prepare(tmp_path, **SIZES, kinds=kinds, progress=None)
+        shapes.prepare(tmp_path, **SIZES, kinds=kinds, stream=io.StringIO())
 
 
-def test_interrupted_set_is_drawn_again(tmp_path, monkeypatch):
+def test_interrupted_set_is_rendered_again(tmp_path, monkeypatch):
     sizes = SIZES | {"num_train": 8, "num_eval": 4}
-    draw = drawing.draw_example
+    render = rendering.render_example
 
     def stop_in_the_middle(index, **example):
         if index == 5:
             raise KeyboardInterrupt
-        return draw(index, **example)
+        return render(index, **example)
 
-    monkeypatch.setattr(drawing, "draw_example", stop_in_the_middle)
+    monkeypatch.setattr(rendering, "render_example", stop_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
-        builder.prepare(tmp_path, **sizes, progress=None)
-    monkeypatch.setattr(drawing, "draw_example", draw)
-    lines = []
-    path = builder.prepare(tmp_path, **sizes, progress=lines.append)
+        shapes.prepare(tmp_path, **sizes, stream=io.StringIO())
+    monkeypatch.setattr(rendering, "render_example", render)
+    stream = io.StringIO()
+    path = shapes.prepare(tmp_path, **sizes, stream=stream)
     assert len(source(path, "train")) == 8
-    assert "16 of 16 pictures" in lines[-1]
+    assert "16/16 pictures" in stream.getvalue().splitlines()[-1]
 
 
 @pytest.mark.parametrize("change", [{"image_px": 4}, {"num_train": 0}, {"seed": -1}])
 def test_impossible_sizes_are_refused(tmp_path, change):
     with pytest.raises(UsageError, match="at least"):
-        builder.prepare(tmp_path, **SIZES | change, progress=None)
+        shapes.prepare(tmp_path, **SIZES | change, stream=io.StringIO())
 
 
 def test_stdout_stays_empty(tmp_path, capfd):
-    builder.prepare(tmp_path, **SIZES | {"num_train": 4, "num_eval": 4}, progress=builder.to_stderr)
+    shapes.prepare(tmp_path, **SIZES | {"num_train": 4, "num_eval": 4})
     captured = capfd.readouterr()
-    assert not captured.out and "12 of 12 pictures" in captured.err
+    assert not captured.out and "12/12 pictures" in captured.err

@@ -100,10 +100,10 @@ def test_examples_come_back_as_stored(toy):
 
 
 def test_sub_splits_are_slices_and_keep_ids(toy):
-    whole = sources.open_split(data_config(toy), "train")
+    train = sources.open_split(data_config(toy), "train")
     head = sources.open_split(data_config(toy), "train[:50%]")
     tail = sources.open_split(data_config(toy), "train[50%:]")
-    ids = [whole[i].id for i in range(20)]
+    ids = [train[i].id for i in range(20)]
     assert [head[i].id for i in range(10)] == ids[:10]
     assert [tail[i].id for i in range(10)] == ids[10:]
     assert len(sources.open_split(data_config(toy), "train+validation")) == 23
@@ -112,11 +112,11 @@ def test_sub_splits_are_slices_and_keep_ids(toy):
 def test_records_without_id_are_named_by_file_and_position(tmp_path):
     features = {k: OWN[k] for k in ("image", "captions")}
     prepare(tmp_path, "toy", features, lambda s: ({k: r[k] for k in features} for r in own_rows(s)))
-    whole = sources.open_split(data_config(tmp_path), "train")
+    train = sources.open_split(data_config(tmp_path), "train")
     tail = sources.open_split(data_config(tmp_path), "train[5:]")
-    assert whole[7].id == tail[2].id
-    assert "train" in whole[7].id and whole[7].id.endswith("[7]")
-    assert len({whole[i].id for i in range(20)}) == 20
+    assert train[7].id == tail[2].id
+    assert "train" in train[7].id and train[7].id.endswith("[7]")
+    assert len({train[i].id for i in range(20)}) == 20
 
 
 def test_threads_share_one_source(toy):
@@ -257,7 +257,7 @@ def test_list_of_pictures_gives_the_first(tmp_path):
 
 
 def test_missing_set_says_what_is_there_and_how_to_prepare(toy):
-    with pytest.raises(UsageError, match="Found under .*: toy.*prepare emoji .*--image_px=8"):
+    with pytest.raises(UsageError, match="Sets under .*: toy.*prepare emoji .*--image_px=8"):
         sources.open_split(data_config(toy, "emoji"), "train")
     with pytest.raises(UsageError, match="prepare tfds --name=coco_captions"):
         sources.open_split(data_config(toy, "coco_captions"), "train")

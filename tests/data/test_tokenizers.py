@@ -13,8 +13,8 @@ from dalle_jax.types import UsageError
 COLOURS = ("red", "orange", "green", "blue")
 SHAPES = ("cube", "star", "ring")
 CAPTIONS = [
-    f"a {c} {s} {where} a {d} {s} on a {ground} background"
-    for c, d, s, where, ground in itertools.product(
+    f"a {c} {s} {relation} a {d} {s} on a {ground} background"
+    for c, d, s, relation, ground in itertools.product(
         COLOURS, COLOURS, SHAPES, ("above", "to the left of"), ("white", "gray", "black")
     )
 ]
@@ -47,7 +47,7 @@ def test_bos_eos_and_a_cut_text_still_ends_with_eos(trained):
     assert ((ids == tokenizers.EOS).sum(1) == 1).all()
 
 
-def test_case_and_digits(trained):
+def test_case_and_numbers(trained):
     assert (trained.encode(["A RED Cube"], 8) == trained.encode(["a red cube"], 8)).all()
     assert len(trained.pieces(["1984"])[0]) >= 4
 
@@ -79,17 +79,17 @@ def test_emoji_round_trip(trained):
 def test_dropout_follows_its_seed_in_any_batch_and_thread(trained):
     seeds = np.arange(64) * 7919
     texts = [CAPTIONS[i] for i in range(64)]
-    whole = trained.encode(texts, 40, dropout=0.3, seeds=seeds)
+    joined = trained.encode(texts, 40, dropout=0.3, seeds=seeds)
     halves = [trained.encode(texts[i : i + 8], 40, dropout=0.3, seeds=seeds[i : i + 8])
               for i in range(0, 64, 8)]  # fmt: skip
-    np.testing.assert_array_equal(whole, np.concatenate(halves))
+    np.testing.assert_array_equal(joined, np.concatenate(halves))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         rows = pool.map(
             lambda i: trained.encode([texts[i]], 40, dropout=0.3, seeds=[seeds[i]]), range(64)
         )
-        np.testing.assert_array_equal(whole, np.concatenate(list(rows)))
+        np.testing.assert_array_equal(joined, np.concatenate(list(rows)))
     other = trained.encode(texts, 40, dropout=0.3, seeds=seeds + 1)
-    assert (whole != other).any(axis=1).mean() > 0.9
+    assert (joined != other).any(axis=1).mean() > 0.9
 
 
 def test_dropout_changes_the_pieces_and_never_the_text(trained):
@@ -124,7 +124,7 @@ def test_phrases_are_templates_and_never_content():
     assert tokenizers.fixed_phrases([]) == []
 
 
-def test_phrases_with_commas_are_whole_pieces():
+def test_phrases_with_commas_are_single_pieces():
     trained = tokenizers.train(["hello, dear, world of cubes", "so, a cube"] * 60, 400)
     assert len(trained.pieces(["hello, dear, world of cubes"])[0]) == 1
     assert trained.decode(trained.pieces(["so, a cube"])[0]) == "so, a cube"

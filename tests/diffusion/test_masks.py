@@ -5,14 +5,14 @@ import numpy as np
 
 from dalle_jax.diffusion import masks
 
-draw = jax.jit(masks.random_masks, static_argnames="px")
+random_masks = jax.jit(masks.random_masks, static_argnames="px")
 
 
 def test_masks_of_all_kinds_are_a_function_of_their_own_key(key):
     keys = jax.random.split(key, 400)
-    known = np.asarray(draw(keys, px=16))
+    known = np.asarray(random_masks(keys, px=16))
     assert known.shape == (400, 16, 16, 1) and known.dtype == bool
-    np.testing.assert_array_equal(known[::-1], draw(keys[::-1], px=16))
+    np.testing.assert_array_equal(known[::-1], random_masks(keys[::-1], px=16))
     known = known[..., 0]
     share = known.mean(axis=(1, 2))
     assert (share < 1).all()  # something is erased

@@ -70,7 +70,7 @@ def schedule(request):
 
 
 @pytest.mark.parametrize("spacing", [1000, 250, "ddim50", "fast27"])
-def test_ddim_ends_where_the_cosines_say(schedule, rng, spacing):
+def test_ddim_ends_at_the_closed_form_of_its_cosines(schedule, rng, spacing):
     """With the original schedule's predictor: so the steps it is fed are those of training."""
     short = schedules.respace(schedule, spacing)
     x_t = normal(rng, 4)
@@ -92,7 +92,7 @@ def test_every_parameterisation_leads_to_the_same_place(schedule, rng, predicts)
 
 @pytest.mark.parametrize("predicts", ["x_0", "v"])
 def test_ten_steps_of_dpmpp_miss_by_less_than_forty_of_ddim(schedule, rng, predicts):
-    """The end of infinitely many steps: x keeps its distance from the mean in standard deviations.
+    """The limit of infinitely many steps: x has a constant distance from the mean in deviations.
 
     Measured, ddim 40 and dpmpp 10, 20, 40: linear .018, .0078, .0043, .0010; cosine .021, .0056,
     .0060, .0014. (Evenly spaced, 10 and 20 steps of dpmpp are worse than ddim's.)
@@ -106,8 +106,8 @@ def test_ten_steps_of_dpmpp_miss_by_less_than_forty_of_ddim(schedule, rng, predi
     def error(sampler, steps):
         short = schedules.respace(schedule, f"logsnr{steps}")
         assert short.num_steps == steps and short.timesteps[-1] == schedule.timesteps[-1]
-        drawn = jax.jit(lambda x: sampler(predict, short, p, x))(x_t)
-        return np.sqrt(np.mean((drawn - end) ** 2))
+        samples = jax.jit(lambda x: sampler(predict, short, p, x))(x_t)
+        return np.sqrt(np.mean((samples - end) ** 2))
 
     few, more = error(samplers.dpmpp, 10), error(samplers.dpmpp, 40)
     assert few < error(samplers.ddim, 40) / 1.8
@@ -115,19 +115,19 @@ def test_ten_steps_of_dpmpp_miss_by_less_than_forty_of_ddim(schedule, rng, predi
 
 
 def test_one_step_of_dpmpp_is_that_of_ddim(schedule, rng):
-    """As is every step with a predictor whose x_0 stands still."""
+    """As is every step with a predictor whose x_0 is constant."""
     x_t = normal(rng, 2)
-    still = Parameterisation(predicts="x_0", clip="none")
+    constant = Parameterisation(predicts="x_0", clip="none")
     for spacing in (1, 7):
         short = schedules.respace(schedule, spacing)
         a, b = (
-            jax.jit(lambda x, f=f, s=short: f(lambda x, t: 0.3 + 0 * x, s, still, x))(x_t)
+            jax.jit(lambda x, f=f, s=short: f(lambda x, t: 0.3 + 0 * x, s, constant, x))(x_t)
             for f in (samplers.dpmpp, samplers.ddim)
         )
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def draw(name, schedule, short, x_t, predict=None, p=FREE, **options):
+def sample(name, schedule, short, x_t, predict=None, p=FREE, **options):
     """What a sampler makes of x_t, with one key per example."""
     predict = predict or exact(schedule)
     return getattr(samplers, name)(predict, short, p, x_t, keys_of(1, len(x_t)), **options)
@@ -157,7 +157,7 @@ def test_samples_have_the_mean_and_spread_of_the_data(schedule, rng, name, etas)
 
     @jax.jit
     def run(x_t, eta):  # None is static; other etas share one program
-        return draw(name, schedule, short, x_t, **({} if eta is None else {"eta": eta}))
+        return sample(name, schedule, short, x_t, **({} if eta is None else {"eta": eta}))
 
     for eta in etas:
         expected = std_by_hand(short, 1 if eta is None else eta)
@@ -186,10 +186,10 @@ def test_ddim_at_eta_1_is_ddpm(rng):
     @jax.jit
     def run(x_t):
         return (
-            draw("ddpm", schedule, short, x_t),
-            draw("ddpm", schedule, short, x_t, predict=says_posterior, p=learned),
-            draw("ddim", schedule, short, x_t, eta=1.0),
-            draw("ddim", schedule, short, x_t),
+            sample("ddpm", schedule, short, x_t),
+            sample("ddpm", schedule, short, x_t, predict=says_posterior, p=learned),
+            sample("ddim", schedule, short, x_t, eta=1.0),
+            sample("ddim", schedule, short, x_t),
         )
 
     ancestral, by_learned, noisy, quiet = run(normal(rng, 4))
@@ -218,10 +218,10 @@ def test_an_example_does_not_depend_on_its_batch_or_device(rng, name, options):
 
 
 def test_noise_is_a_function_of_key_and_step():
-    draw_noise = jax.jit(samplers.noise, static_argnums=2)
-    eight = draw_noise(keys_of(0, 8), 3, SHAPE)
-    np.testing.assert_array_equal(draw_noise(keys_of(0, 1, first=5), 3, SHAPE)[0], eight[5])
-    for other in (draw_noise(keys_of(0, 8), 4, SHAPE), draw_noise(keys_of(1, 8), 3, SHAPE)):
+    noise = jax.jit(samplers.noise, static_argnums=2)
+    eight = noise(keys_of(0, 8), 3, SHAPE)
+    np.testing.assert_array_equal(noise(keys_of(0, 1, first=5), 3, SHAPE)[0], eight[5])
+    for other in (noise(keys_of(0, 8), 4, SHAPE), noise(keys_of(1, 8), 3, SHAPE)):
         assert np.abs(np.corrcoef(other.ravel(), eight.ravel())[0, 1]) < 0.1
     # x_T does not change with the number of steps.
     schedule = schedules.make("cosine")
@@ -250,16 +250,16 @@ def test_each_sampler_is_one_loop_that_is_compiled_once(rng):
 
 def round_trip(predict, short, p, x_0, corrections):
     @jax.jit
-    def there_and_back():
+    def invert_and_sample():
         x_t = samplers.ddim_invert(predict, short, p, x_0, corrections=corrections)
         return x_t, samplers.ddim(predict, short, p, x_t)
 
-    x_t, back = there_and_back()
+    x_t, back = invert_and_sample()
     return x_t, np.abs(back - x_0).max()
 
 
-def test_inversion_returns_exactly_if_eps_does_not_change_on_the_way(rng):
-    """Then the guess of inversion is no guess."""
+def test_inversion_is_exact_if_eps_is_constant(rng):
+    """The eps that inversion estimates is then the true one."""
     short = schedules.respace(schedules.make("linear"), 50)
     x_0, eps = (jnp.asarray(np.float32(rng.normal(size=(2, *SHAPE)))) for _ in range(2))
     x_t, error = round_trip(lambda x, t: eps, short, FREE, x_0, 0)
@@ -274,13 +274,13 @@ def test_ddim_after_inversion_returns_the_picture(schedule):
     x_0, errors = MU + STD * sigmas, {}
     for steps, corrections in ((25, 0), (250, 0), (25, 2), (25, 5), (250, 2)):
         short = schedules.respace(schedule, steps)
-        found = round_trip(exact(schedule), short, FREE, x_0, corrections)
-        x_t, errors[steps, corrections] = found
+        x_t, error = round_trip(exact(schedule), short, FREE, x_0, corrections)
+        errors[steps, corrections] = error
     assert 0.1 < errors[25, 0] < 0.3
     assert errors[250, 0] < errors[25, 0] / 8  # of first order: ten times the steps
     assert errors[25, 2] < 0.015
     assert max(errors[25, 5], errors[250, 2]) < 1e-3
-    # What it returned from is noise: as many standard deviations from 0 as the picture's pixels.
+    # x_T is noise: as many standard deviations from 0 as the picture's pixels from their mean.
     np.testing.assert_allclose(x_t, sigmas, atol=0.08)
 
 
@@ -294,16 +294,16 @@ def test_inpainting_keeps_known_pixels_bit_for_bit(rng, name, clip):
     known = jnp.asarray(rng.random((3, *SHAPE[:2], 1)) < 0.5)
     p = Parameterisation(clip=clip)
     x_t, project = normal(rng, 3), samplers.keep_known(picture, known)
-    fill = jax.jit(lambda x: draw(name, schedule, short, x, p=p, project=project))(x_t)
+    fill = jax.jit(lambda x: sample(name, schedule, short, x, p=p, project=project))(x_t)
     everywhere = np.broadcast_to(known, picture.shape)
     np.testing.assert_array_equal(np.asarray(fill)[everywhere], np.asarray(picture)[everywhere])
-    if name == "ddim":  # the others are drawn as ever: here pixels know nothing of each other
-        free = jax.jit(lambda x: draw(name, schedule, short, x, p=p))(x_t)
+    if name == "ddim":  # the other pixels do not change: here pixels are independent
+        free = jax.jit(lambda x: sample(name, schedule, short, x, p=p))(x_t)
         np.testing.assert_allclose(fill[~everywhere], free[~everywhere], atol=1e-5)
 
 
 def test_known_pixels_carry_the_noise_of_their_step(rng):
-    """What the network sees there is q(x_t | x_0): mean and spread at every step."""
+    """The network's input there is q(x_t | x_0): mean and spread at every step."""
     schedule = schedules.respace(schedules.make("linear"), 20)
     n, seen = 512, {}
     picture = jnp.full((n, 4, 4, 1), 0.8)
@@ -317,8 +317,7 @@ def test_known_pixels_carry_the_noise_of_their_step(rng):
         return jnp.zeros_like(x)
 
     x_t = jnp.asarray(np.float32(rng.normal(size=picture.shape)))
-    sample = jax.jit(lambda x: draw("ddpm", None, schedule, x, predict=predict, project=project))
-    sample(x_t)
+    jax.jit(lambda x: sample("ddpm", None, schedule, x, predict=predict, project=project))(x_t)
     jax.effects_barrier()
     assert sorted(seen) == list(schedule.timesteps)
     for t, signal in zip(schedule.timesteps, schedule.signal, strict=True):

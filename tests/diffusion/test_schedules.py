@@ -63,14 +63,14 @@ def test_respacing_to_all_steps_is_the_identity(name):
         assert schedules.respace(schedule, spacing) == schedule
 
 
-def test_respacing_keeps_the_noise_of_the_kept_steps_and_their_names():
+def test_respacing_changes_neither_the_noise_nor_the_names_of_its_steps():
     schedule = schedules.make("cosine", 1000)
     fewer = schedules.respace(schedule, "ddim50")
     assert fewer.timesteps == tuple(range(0, 1000, 20)) and fewer.num_train_steps == 1000
     np.testing.assert_array_equal(fewer.alpha_bar, schedule.alpha_bar[::20])
-    # One long step adds what its short ones did.
-    kept = np.prod(1 - schedule.beta[21:41])
-    np.testing.assert_allclose(1 - fewer.beta[2], kept, rtol=1e-9)
+    # One long step adds as much noise as its short ones.
+    remaining = np.prod(1 - schedule.beta[21:41])
+    np.testing.assert_allclose(1 - fewer.beta[2], remaining, rtol=1e-9)
     again = schedules.respace(fewer, "ddim10")  # names stay those of training
     assert again.timesteps == tuple(range(0, 1000, 100))
 
@@ -89,9 +89,9 @@ def test_spacings():
     assert rows(10, [2, 1, 2]) == (0, 3, 4, 7, 9)  # sections of 4, 3 and 3
     assert rows(1000, 27)[13] == 499  # added up; 13 * 999 / 26 = 499.5 would round to 500
     for n in (2, 15, 64, 250):
-        kept = rows(1000, n)
-        assert len(kept) == n and (kept[0], kept[-1]) == (0, 999)
-        assert rows(1000, str(n)) == kept
+        chosen = rows(1000, n)
+        assert len(chosen) == n and (chosen[0], chosen[-1]) == (0, 999)
+        assert rows(1000, str(n)) == chosen
     assert rows(1000, "ddim250") == tuple(range(0, 1000, 4))
     assert rows(999, "ddim333") == tuple(range(0, 999, 3))
 

@@ -1,15 +1,13 @@
 """A set's pictures as stored codes: the same examples, in the same order, with a codec's codes.
 
-Training DALL·E from stored codes skips the frozen codec in every step. The records keep the
-order of the source, and captions are chosen by position, so a run on the codes sees exactly the
-batches that a run on the pictures (with a crop that is not random) would see. A picture that
-cannot be decoded keeps its place, with -1 for codes: the pipeline skips it as it skips the picture.
+Training DALL·E from stored codes skips the frozen codec in every step. The records have the order
+of the source, and captions are chosen by position, so a run on the codes sees exactly the batches
+that a run on the pictures with a deterministic crop would see. A picture that cannot be decoded
+has a record with codes of -1: the pipeline skips that record as it skips the picture.
 """
 
 import collections
 import concurrent.futures
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -23,7 +21,7 @@ from dalle_jax.data import preprocess, sources, tokenizers
 from dalle_jax.data.builders import store
 from dalle_jax.types import Array, UsageError
 
-# uint8 [B, px, px, 3] -> codes int32 [B, g*g] or [B, g, g]; may return before it has computed.
+# uint8 [B, px, px, 3] -> codes int32 [B, g*g] or [B, g, g]; may return before they are computed.
 Encode = Callable[[np.ndarray], Array]
 
 
@@ -41,27 +39,27 @@ def write(
     overwrite: bool = False,
     stream: Any = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Encodes splits and stores them as the set DATA_DIR/NAME; a finished equal set is kept.
+    """Encodes splits and stores them as the set DATA_DIR/NAME, unless an equal set is finished.
 
     Args:
       data_dir: parent of the prepared sets.
       name: of the new set.
       splits: split name -> sources.Source (len(), [i], as `sources.open_split` gives).
       encode: pictures to codes; always called with `batch` pictures.
-      codec: what identifies the codec, stored in metadata.json: fingerprint, grid, num_codes, …
+      codec: identifies the codec, stored in metadata.json: fingerprint, grid, num_codes, …
       batch: pictures per call.
       image_px: side of the pictures.
       crop: a deterministic crop of `preprocess`.
       threads: decoding threads.
-      overwrite: replace a set that was made otherwise.
-      stream: where progress is written; stderr by default.
+      overwrite: replace a finished set of that name.
+      stream: text stream for progress; stderr by default.
 
     Returns:
       The version folder, and a summary: examples per split, skipped by reason.
 
     Raises:
-      UsageError: for a random crop, a split without usable pictures, or a set of that name that
-        was made from other pictures or by another codec.
+      UsageError: for a random crop, a split without usable pictures, or a set of that name from
+        other pictures or another codec.
     """
     import tensorflow_datasets as tfds
 
@@ -77,7 +75,7 @@ def write(
         "image_px": image_px,
         "splits": {split: len(source) for split, source in splits.items()},
         "sources": {
-            # Relative: the folder of all sets may be moved or mounted elsewhere.
+            # Relative, because the folder of all sets may be moved or mounted elsewhere.
             split: os.path.relpath(getattr(source, "path", data_dir), data_dir)
             for split, source in splits.items()
         },
@@ -129,12 +127,8 @@ def write(
 
     Codes.name = name
     store.make_folder(target.parent)
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            Codes(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
-    finally:
-        tfds.enable_progress_bar()
+    with store.quiet_tfds():
+        Codes(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
     seconds = progress.close()
     summary = {"skipped": dict(skipped), "seconds": round(seconds, 1)}
     store.finish(target, recipe, summary)
@@ -145,12 +139,12 @@ def copy_tokenizers(data_dir: str | pathlib.Path, source: str, name: str) -> lis
     """Copies the tokenizers of a set beside its codes; returns the copies."""
     target = tokenizers.folder(data_dir, name)
     target.mkdir(parents=True, exist_ok=True)
-    found = sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))
-    return [pathlib.Path(shutil.copy2(file, target / file.name)) for file in found]
+    files = sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))
+    return [pathlib.Path(shutil.copy2(file, target / file.name)) for file in files]
 
 
 def metadata(data_config: Any) -> dict[str, Any]:
-    """What is stored about the codec of a set of codes: fingerprint, grid, num_codes, crop, …
+    """The metadata of a set of codes about its codec: fingerprint, grid, num_codes, crop, …
 
     Raises:
       UsageError: if the config's set is not prepared or holds no codes.
@@ -162,7 +156,7 @@ def metadata(data_config: Any) -> dict[str, Any]:
         stored = {}
     if "fingerprint" not in stored:
         raise UsageError(
-            f"{path} does not say which codec made its codes; expected a set written by "
+            f"{path} does not name the codec of its codes; expected a set written by "
             "`python -m dalle_jax encode`."
         )
     return stored
@@ -184,7 +178,7 @@ def check_codec(data_config: Any, fingerprint: str, workdir: str = "") -> None:
 def _records(
     source, encode: Encode, batch: int, px: int, crop: str, threads: int, skipped, progress
 ) -> Iterator[dict[str, Any]]:
-    """Records of a split in order; the next batch is decoded while the last one is computed."""
+    """Records of a split in order; decodes the next batch while the last one is encoded."""
     cut = preprocess.CROPS[crop]
 
     def load(index: int, example):

@@ -1,7 +1,7 @@
-"""Sets of the TFDS catalogue as array_record: built that way, or converted from tfrecord.
+"""Sets of the TFDS catalogue as array_record: built in that format, or converted from tfrecord.
 
-Both formats hold the same serialised examples, so converting is copying records from one container
-to the other: no picture is decoded, no feature is interpreted, and TensorFlow is not needed.
+Both formats hold the same serialised examples, so a conversion copies records from one container to
+the other: it decodes no picture, interprets no feature and needs no TensorFlow.
 """
 
 import contextlib
@@ -25,17 +25,20 @@ _MAX_RECORD = 2**31
 def prepare(
     data_dir: str | pathlib.Path, name: str = "", path: str = ""
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A set that `data.source=NAME` reads; its folder and a summary.
+    """Builds or converts a set, so that `data.source=NAME` reads it.
 
     Args:
-      data_dir: where sets live; a tfrecord set of that name under it is converted in place (its
-        folder is kept as VERSION.tfrecord), any other name is built by tfds's own builder.
-      name: of the catalogue, optionally `name/config`.
-      path: a set's folder elsewhere, instead of a name; it is left as it is.
+      data_dir: parent of all sets. A tfrecord set of that name under it is converted in place (its
+        folder becomes VERSION.tfrecord); tfds's own builder builds any other name.
+      name: in the catalogue, optionally `name/config`.
+      path: a set's folder elsewhere, instead of a name; it is not changed.
+
+    Returns:
+      The version folder, and a summary: examples per split, …
 
     Raises:
-      UsageError: if there is no such set, its builder needs what is not installed, or a file is
-        damaged.
+      UsageError: if there is no such set, if its builder needs a package that is not installed, or
+        if a file is damaged.
     """
     if not name and not path:
         raise UsageError(
@@ -87,7 +90,7 @@ def _build(data_dir: str | pathlib.Path, name: str) -> tuple[pathlib.Path, dict[
 
     if not re.fullmatch(r"[a-z0-9_]+(/[\w.-]+)*(:[\d.]+)?", name):
         raise UsageError(
-            f"--name={name!r} is not a TFDS name; expected such as coco_captions/2014."
+            f"--name={name!r} is not a TFDS name; expected a name such as coco_captions/2014."
         )
     store.make_folder(pathlib.Path(data_dir))
     try:
@@ -112,7 +115,7 @@ def _build(data_dir: str | pathlib.Path, name: str) -> tuple[pathlib.Path, dict[
         RuntimeError,
         tfds.download.DownloadError,
     ) as error:
-        # Manual downloads, dead links, checksums: tfds's own words say what to do.
+        # Manual downloads, dead links, checksums: tfds's own message names the cure.
         text = " ".join(str(error).split())[:600]
         raise UsageError(f"TFDS could not build {name}: {text}") from error
     path = pathlib.Path(builder.data_dir)
@@ -120,7 +123,7 @@ def _build(data_dir: str | pathlib.Path, name: str) -> tuple[pathlib.Path, dict[
 
 
 def _convert(builder: Any, source: pathlib.Path, target: pathlib.Path, in_place: bool) -> float:
-    """Copies every shard; the new folder appears when all of it is there."""
+    """Copies every shard; the new folder appears when it is complete."""
     from array_record.python import array_record_module
 
     part = target.with_name(f"{target.name}.converting")
@@ -176,12 +179,12 @@ def read_tfrecord(path: str | os.PathLike) -> Iterator[bytes]:
     """The records of a tfrecord file.
 
     A record is its length (8 bytes), a masked CRC-32C of those 8 bytes, the data, a CRC of the
-    data. The length's CRC is checked: it is what tells a damaged file or another format.
+    data. Only the length's CRC is checked, which detects a damaged file or another format.
 
     Raises:
-      UsageError: for a file that is damaged, cut, or no tfrecord.
+      UsageError: for a file that is damaged, cut, or not a tfrecord.
 
-    *Source:* TensorFlow's lib/io/record_writer.h.
+    Source: TensorFlow's lib/io/record_writer.h.
     """
     with open(path, "rb") as file:
         while start := file.read(_LENGTH.size):
@@ -199,7 +202,7 @@ def read_tfrecord(path: str | os.PathLike) -> Iterator[bytes]:
 
 
 def masked_crc(data: bytes) -> int:
-    """TensorFlow's rotated CRC-32C (Castagnoli) of a few bytes."""
+    """TensorFlow's rotated CRC-32C (Castagnoli) of a short byte string."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte

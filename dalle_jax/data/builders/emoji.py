@@ -1,13 +1,13 @@
 """The `emoji` set: real pictures with human-written captions, in eight openly licensed styles.
 
-Pictures come from `emoji_sources`; words from emojibase (Unicode CLDR labels and tags). About
-11.5 thousand pairs, 1,949 labels, most of them drawn in five or more styles, so that a pair of
-label and style can be held out while both its parts are seen: a compositional test.
+`npm_packages` fetches the pictures, and the words from emojibase (Unicode CLDR labels and tags).
+The set has about 11.5 thousand pairs and 1,949 labels. Most labels exist in five or more styles, so
+that a pair of label and style can be held out while training sees both of its parts: a
+compositional test.
 """
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import io
 import pathlib
 import re
@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dalle_jax.data.builders import emoji_sources, store
+from dalle_jax.data.builders import npm_packages, store
 from dalle_jax.types import UsageError
 
 NAME = "emoji"
 HELD_OUT_SHARE = 0.05
 VALIDATION_SHARE = 0.02
-# A held-out label is still drawn in this many other styles, all of which may be trained on.
+# A held-out label has pictures in at least this many other styles, which training may use.
 OTHER_STYLES = 4
-_WINDOW = 256  # pictures drawn ahead of the writer
+_WINDOW = 256  # pictures rendered ahead of the writer
 
 
 @dataclasses.dataclass(frozen=True)
 class Meaning:
-    """What one emoji means: a Unicode sequence with its CLDR words."""
+    """The meaning of one emoji: a Unicode sequence with its CLDR words."""
 
     hexcode: str
     label: str
@@ -43,7 +43,7 @@ class Meaning:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """One drawing: `svg` text or `webp` bytes."""
+    """One picture: `svg` text or `webp` bytes."""
 
     style: str
     meaning: Meaning
@@ -73,25 +73,26 @@ def read_meanings(data: Iterable[Mapping[str, Any]]) -> dict[str, Meaning]:
 
 
 def join(
-    archives: Mapping[emoji_sources.Package, emoji_sources.Archive],
+    archives: Mapping[npm_packages.Package, npm_packages.Archive],
     skin_tones: bool = False,
 ) -> tuple[list[Picture], Counter]:
-    """Every drawing whose meaning is known, sorted by id, and why others were left out.
+    """Every picture with a known meaning, sorted by id, and counts of the others by reason.
 
-    A drawing is matched by its Unicode sequence, else by its name (`emojione`, `fxemoji` and
-    `noto-v1` have no or few sequences); a style draws a meaning once, the first by name.
+    A picture is matched by its Unicode sequence, else by its name (`emojione`, `fxemoji` and
+    `noto-v1` have no or few sequences). Of several pictures with the same style and meaning the
+    first by name is used.
     """
-    meanings = read_meanings(archives[emoji_sources.LABELS].json("en/data.json"))
+    meanings = read_meanings(archives[npm_packages.LABELS].json("en/data.json"))
     by_name = {_slug(m.label): m for m in reversed(meanings.values())}
     pictures: dict[tuple[str, str], Picture] = {}
     left_out: Counter = Counter()
     for package, archive in archives.items():
         if not package.style:
             continue
-        drawings = _webps(archive) if "icons.json" not in archive.files else _icons(archive)
-        for name, sequences, content in drawings:
-            found = [meanings[s] for s in sequences if s in meanings]
-            meaning = found[0] if found else by_name.get(_slug(name))
+        icons = _webps(archive) if "icons.json" not in archive.files else _icons(archive)
+        for name, sequences, content in icons:
+            matches = [meanings[s] for s in sequences if s in meanings]
+            meaning = matches[0] if matches else by_name.get(_slug(name))
             if meaning is None:
                 left_out[f"{package.style}: no such emoji"] += 1
             elif meaning.has_tone and not skin_tones:
@@ -104,8 +105,8 @@ def join(
     return sorted(pictures.values(), key=lambda p: p.id), left_out
 
 
-def _icons(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dict[str, str]]]:
-    """Iconify's format: name, its Unicode sequences, a whole SVG document."""
+def _icons(archive: npm_packages.Archive) -> Iterator[tuple[str, list[str], dict[str, str]]]:
+    """The icons of a package in Iconify's format: name, Unicode sequences, an SVG document."""
     sequences = defaultdict(list)
     for hexcode, name in archive.json("chars.json").items():
         sequences[name].append(_sequence(hexcode))
@@ -113,7 +114,7 @@ def _icons(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dic
     for name, icon in sorted(icons["icons"].items()):
         left, top = (icon.get(k, icons.get(k, 0)) for k in ("left", "top"))
         width, height = (icon.get(k, icons.get(k, 16)) for k in ("width", "height"))
-        # A square document: the drawing is centred in it, never stretched.
+        # The document is square: the icon is centred in it, never stretched.
         svg = (
             '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'width="100" height="100" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
@@ -121,7 +122,7 @@ def _icons(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dic
         yield name, sequences[name], {"svg": svg}
 
 
-def _webps(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dict[str, bytes]]]:
+def _webps(archive: npm_packages.Archive) -> Iterator[tuple[str, list[str], dict[str, bytes]]]:
     for path, data in sorted(archive.files.items()):
         if path.endswith(".webp"):
             stem = pathlib.PurePosixPath(path).stem
@@ -129,15 +130,16 @@ def _webps(archive: emoji_sources.Archive) -> Iterator[tuple[str, list[str], dic
 
 
 def captions(picture: Picture) -> list[str]:
-    """What the picture may be called; the first is the plain one, used for evaluation.
+    """The picture's captions; the first is the plain one, which evaluation uses.
 
     "twemoji style octopus" · "octopus, twemoji style" · "twemoji style octopus, animal, ocean" …
-    One is drawn per step, so half of the steps see tags (words that the label does not hold).
+    Training samples one of them per step, so half of the steps see tags (words that are not in the
+    label).
     """
     style, label = picture.style, picture.meaning.label
     words = set(re.findall(r"\w+", label.lower()))
     tags = [t for t in picture.meaning.tags if not set(re.findall(r"\w+", t.lower())) <= words]
-    tags.sort(key=lambda tag: _hash(f"{picture.id} {tag}"))
+    tags.sort(key=lambda tag: store.uniform_hash(f"{picture.id} {tag}"))
     plain = f"{style} style {label}"
     out = [plain, f"{label}, {style} style"]
     if tags:
@@ -148,10 +150,10 @@ def captions(picture: Picture) -> list[str]:
 
 
 def assign_splits(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
-    """train, validation, held_out. A picture's split depends on its words, not on the others'.
+    """The splits train, validation and held_out, by a hash of each picture's own label and style.
 
-    held_out: about 5 % of the (label, style) pairs whose label is drawn in four other styles.
-    The skin tones of one label go together. validation: 2 % of the rest.
+    held_out: about 5 % of the (label, style) pairs whose label exists in four other styles; the
+    skin tones of one label are in one split. validation: 2 % of the rest.
     """
     pictures = list(pictures)
     styles = defaultdict(set)
@@ -161,9 +163,9 @@ def assign_splits(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
     for picture in pictures:
         key = f"{picture.meaning.base}\n{picture.style}"
         enough = len(styles[picture.meaning.base]) > OTHER_STYLES
-        if enough and _hash(f"held out\n{key}") < HELD_OUT_SHARE:
+        if enough and store.uniform_hash(f"held out\n{key}") < HELD_OUT_SHARE:
             splits["held_out"].append(picture)
-        elif _hash(f"validation\n{key}") < VALIDATION_SHARE:
+        elif store.uniform_hash(f"validation\n{key}") < VALIDATION_SHARE:
             splits["validation"].append(picture)
         else:
             splits["train"].append(picture)
@@ -171,10 +173,10 @@ def assign_splits(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
 
 
 def render(picture: Picture, image_px: int) -> np.ndarray:
-    """The drawing on white: uint8 [image_px, image_px, 3].
+    """The picture on white: uint8 [image_px, image_px, 3].
 
     Raises:
-      ValueError: if it cannot be drawn, or is blank.
+      ValueError: if it cannot be rendered, or is blank.
     """
     if picture.svg:
         import resvg_py
@@ -188,11 +190,11 @@ def render(picture: Picture, image_px: int) -> np.ndarray:
         )
         image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
     else:
-        drawing = Image.open(io.BytesIO(picture.webp)).convert("RGBA")
-        side = max(drawing.size)
+        icon = Image.open(io.BytesIO(picture.webp)).convert("RGBA")
+        side = max(icon.size)
         image = Image.new("RGBA", (side, side), (255, 255, 255, 255))
-        corner = ((side - drawing.width) // 2, (side - drawing.height) // 2)
-        image.alpha_composite(drawing, corner)
+        corner = ((side - icon.width) // 2, (side - icon.height) // 2)
+        image.alpha_composite(icon, corner)
         image = image.convert("RGB")
     if image.size != (image_px, image_px):
         image = image.resize((image_px, image_px), Image.Resampling.LANCZOS)
@@ -208,21 +210,25 @@ def prepare(
     skin_tones: bool = False,
     overwrite: bool = False,
     workers: int = 1,
-    archives: Mapping[emoji_sources.Package, emoji_sources.Archive] | None = None,
+    archives: Mapping[npm_packages.Package, npm_packages.Archive] | None = None,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Fetches, joins, renders and writes the set; its folder and a summary.
+    """Fetches, joins, renders and writes the set.
 
     Args:
       data_dir: the set goes to DATA_DIR/emoji/<image_px>px/1.0.0, downloads to
         DATA_DIR/downloads (32 MB, once for every size).
       image_px: side of the pictures, 8 to 1024.
       skin_tones: about twice as many pictures, as config <image_px>px_tones.
-      overwrite: replace a set that is there.
-      workers: threads that render (resvg lets go of Python's lock). The same bytes for any number.
+      overwrite: replace an existing set.
+      workers: threads that render (resvg releases Python's lock). The bytes are the same for any
+        number.
       archives: opened packages instead of fetched ones (tests).
 
+    Returns:
+      The version folder, and a summary: examples per split, pictures per style, …
+
     Raises:
-      UsageError: for a size out of range; see `emoji_sources.packages`.
+      UsageError: for a size out of range, or as `npm_packages.packages`.
     """
     if not 8 <= image_px <= 1024:
         raise UsageError(f"--image_px={image_px} is out of range; emoji take 8 to 1024 pixels.")
@@ -231,17 +237,17 @@ def prepare(
     data_dir = pathlib.Path(data_dir)
     config = f"{image_px}px" + ("_tones" if skin_tones else "")
     target = store.folder(data_dir, NAME, config)
-    pins = [f"{p.name}@{p.version}" for p in (emoji_sources.LABELS, *emoji_sources.STYLES)]
+    pins = [f"{p.name}@{p.version}" for p in (npm_packages.LABELS, *npm_packages.STYLES)]
     recipe = {"kind": NAME, "image_px": image_px, "skin_tones": skin_tones, "packages": pins}
     if store.already_done(target, recipe, overwrite):
         return target, store.read_json(target / "prepare.json")
-    archives = archives or emoji_sources.packages(data_dir / "downloads")
+    archives = archives or npm_packages.packages(data_dir / "downloads")
     pictures, left_out = join(archives, skin_tones)
     splits = assign_splits(pictures)
     skipped: dict[str, str] = {}
     progress = store.Progress(len(pictures), "pictures")
 
-    def draw(picture: Picture) -> tuple[io.BytesIO | None, str]:
+    def encode(picture: Picture) -> tuple[io.BytesIO | None, str]:
         try:
             return _png(render(picture, image_px)), ""
         except (ValueError, OSError) as error:
@@ -250,7 +256,7 @@ def prepare(
     def examples(part: list[Picture], pool: concurrent.futures.Executor) -> store.Examples:
         for start in range(0, len(part), _WINDOW):
             window = part[start : start + _WINDOW]
-            for picture, (image, problem) in zip(window, pool.map(draw, window), strict=True):
+            for picture, (image, problem) in zip(window, pool.map(encode, window), strict=True):
                 if problem:
                     skipped[picture.id] = problem
                     progress.add(0, skipped=1)
@@ -272,7 +278,7 @@ def prepare(
             },
             description="Emoji in eight openly licensed styles with their CLDR labels and tags.",
             homepage="https://emojibase.dev",
-            licence=", ".join(sorted({p.licence for p in emoji_sources.STYLES})) + "; see NOTICE",
+            licence=", ".join(sorted({p.licence for p in npm_packages.STYLES})) + "; see NOTICE",
         )
     summary = {
         "examples": {split: len(part) for split, part in splits.items()},
@@ -296,7 +302,7 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
 
 
 def _sequence(hexcode: str) -> str:
-    """`1f3f3-fe0f-200d-1f308` -> `1F3F3-200D-1F308`: variation selectors are often left out."""
+    """`1f3f3-fe0f-200d-1f308` -> `1F3F3-200D-1F308`: many sets leave variation selectors out."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
@@ -309,8 +315,3 @@ def _slug(text: str) -> str:
 def _plain(text: str) -> str:
     """Typographic apostrophes and quotes as typed on a keyboard."""
     return text.translate({0x2019: "'", 0x2018: "'", 0x201C: '"', 0x201D: '"'}).strip()
-
-
-def _hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text only."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

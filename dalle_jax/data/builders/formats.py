@@ -1,80 +1,30 @@
-"""Reading what users have on disk: folders, webdataset tars, jsonl, csv, parquet.
+"""The formats that `prepare pairs` reads: folders, webdataset tars, jsonl, csv, parquet.
 
-A format turns an input path into `Unit`s, pieces of work with a fingerprint, each of which yields
-`Raw` items in a fixed order. No picture is decoded here and nothing is extracted to disk; what
-cannot be used is yielded with its reason, so that it is counted and not lost.
+Each format turns an input path into `items.Unit`s, pieces of work with a fingerprint. No picture is
+decoded here, and nothing is extracted to disk.
 """
 
 import dataclasses
 import glob
 import hashlib
 import itertools
-import json
 import os
 import pathlib
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from dalle_jax.data.builders import tables
+from dalle_jax.data.builders import items, parquet, tables, webdataset
+from dalle_jax.data.builders.items import Fields, Raw, Unit
 from dalle_jax.types import UsageError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-TEXT_SUFFIXES = (".txt", ".caption", ".text")
-MAX_IMAGE_BYTES = 2**28  # 256 MiB of encoded picture
-MAX_HEADER_BYTES = 2**20  # of a tar member: its name and times
-MAX_TEXT_BYTES = 2**20  # of caption file
 _GROUP = 512  # files or rows in one unit
-
-
-@dataclasses.dataclass(frozen=True)
-class Raw:
-    """One item as found.
-
-    Attributes:
-      id: where it is, relative to the input: the same in every run.
-      image: encoded bytes, or a file to read them from.
-      captions: as written; cleaned later.
-      problem: why it cannot be used; "" for a good item.
-      detail: more about the problem, for skipped.jsonl.
-      at: share of the unit that is read with this item, for the time left.
-    """
-
-    id: str
-    image: bytes | pathlib.Path | None = None
-    captions: tuple[str, ...] = ()
-    problem: str = ""
-    detail: str = ""
-    at: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """A piece of the input.
-
-    Attributes:
-      key: changes when the piece's files change (names, sizes, times), so that work done on it
-        can be used again.
-      share: of the input's whole work; all of an input add up to 1.
-      read: yields its items.
-    """
-
-    key: str
-    share: float
-    read: Callable[[], Iterator[Raw]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fields:
-    """Names of columns or JSON fields; "" = found by the usual names."""
-
-    image: str = ""
-    text: str = ""
-    root: str = ""  # folder that file names start from; "" = the folder of the table
+_KIND_OF_SUFFIX = dict.fromkeys(items.IMAGE_SUFFIXES, "image") | dict.fromkeys(
+    items.TEXT_SUFFIXES, "text"
+)
 
 
 def units(kind: str, path: str | pathlib.Path, fields: Fields = Fields()) -> Iterator[Unit]:  # noqa: B008
-    """The pieces of an input, in a fixed order.
+    """The pieces of an input in a fixed order.
 
     Args:
       kind: folder | wds | jsonl | csv | parquet.
@@ -99,14 +49,14 @@ def _folder_units(path: str, fields: Fields) -> Iterator[Unit]:
     stems: dict[str, dict[str, list[str]]] = {}
     for name in _walk(root):
         stem, suffix = os.path.splitext(name)
-        kind = {**dict.fromkeys(IMAGE_SUFFIXES, "image"), **dict.fromkeys(TEXT_SUFFIXES, "text")}
-        if suffix.lower() in kind:
-            stems.setdefault(stem, {}).setdefault(kind[suffix.lower()], []).append(name)
-    if not any("image" in found for found in stems.values()):
+        kind = _KIND_OF_SUFFIX.get(suffix.lower())
+        if kind:
+            stems.setdefault(stem, {}).setdefault(kind, []).append(name)
+    if not any("image" in files for files in stems.values()):
         raise UsageError(
-            f"--input={path} holds no picture ({', '.join(IMAGE_SUFFIXES)}).{_hint(root)}"
+            f"--input={path} holds no picture ({', '.join(items.IMAGE_SUFFIXES)}).{_hint(root)}"
         )
-    if not any("text" in found for found in stems.values()):
+    if not any("text" in files for files in stems.values()):
         raise UsageError(
             f"--input={path} holds pictures but no caption file; every x.jpg needs an x.txt beside "
             f"it with one caption per line.{_hint(root)}"
@@ -114,7 +64,7 @@ def _folder_units(path: str, fields: Fields) -> Iterator[Unit]:
     for group in _groups(sorted(stems)):
         share = len(group) / len(stems)
         members = [(stem, stems[stem]) for stem in group]
-        files = [root / n for _, found in members for names in found.values() for n in names]
+        files = [root / n for _, kinds in members for names in kinds.values() for n in names]
         yield Unit(
             _fingerprint("folder", *map(_stat, files)),
             share,
@@ -123,9 +73,9 @@ def _folder_units(path: str, fields: Fields) -> Iterator[Unit]:
 
 
 def _read_stems(root: pathlib.Path, members: list) -> Iterator[Raw]:
-    for i, (stem, found) in enumerate(members):
+    for i, (stem, files) in enumerate(members):
         at = (i + 1) / len(members)
-        pictures, texts = found.get("image", []), found.get("text", [])
+        pictures, texts = files.get("image", []), files.get("text", [])
         if not pictures:
             yield Raw(texts[0], problem="caption file without a picture", at=at)
             continue
@@ -135,10 +85,10 @@ def _read_stems(root: pathlib.Path, members: list) -> Iterator[Raw]:
             yield Raw(stem, problem="no caption file", at=at)
             continue
         try:
-            if os.path.getsize(root / texts[0]) > MAX_TEXT_BYTES:
+            if os.path.getsize(root / texts[0]) > items.MAX_TEXT_BYTES:
                 yield Raw(stem, problem="caption file over 1 MiB", at=at)
                 continue
-            captions = tuple(decode((root / texts[0]).read_bytes()).splitlines())
+            captions = tuple(items.decode_text((root / texts[0]).read_bytes()).splitlines())
         except UnicodeDecodeError as error:
             yield Raw(stem, problem="caption is not UTF-8", detail=str(error), at=at)
         except OSError as error:
@@ -156,98 +106,8 @@ def _wds_units(path: str, fields: Fields) -> Iterator[Unit]:
         yield Unit(
             _fingerprint("wds", _stat(shard)),
             share,
-            lambda shard=shard, name=name: _read_tar(shard, name),
+            lambda shard=shard, name=name: webdataset.read_shard(shard, name),
         )
-
-
-def _read_tar(path: str, name: str) -> Iterator[Raw]:
-    """Samples of one shard: neighbouring members with the same name up to the first dot.
-
-    The tar is only ever streamed: names that point elsewhere and links are counted and passed
-    over, never followed, and no member is written to disk.
-    """
-    size = max(1, os.path.getsize(path))
-    prefix = name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
-    try:
-        with open(path, "rb") as file, _open_tar(file) as tar:
-            key, parts = None, {}
-            for member in tar:
-                at = min(1.0, file.tell() / size)
-                problem = _unsafe(member)
-                if problem:
-                    yield Raw(f"{prefix}/{member.name}", problem=problem, at=at)
-                if problem or not member.isreg():
-                    continue
-                folder, _, base = member.name.removeprefix("./").rpartition("/")
-                if base.startswith("."):  # ._x.jpg: macOS leaves one beside every file
-                    continue
-                stem, _, suffix = base.partition(".")
-                stem = f"{folder}/{stem}" if folder else stem
-                if stem != key:
-                    if key is not None:
-                        yield from _sample(f"{prefix}/{key}", parts, at)
-                    key, parts = stem, {}
-                suffix = f".{suffix.lower()}"
-                is_image = suffix in IMAGE_SUFFIXES
-                if is_image or suffix in (*TEXT_SUFFIXES, ".json"):
-                    limit = MAX_IMAGE_BYTES if is_image else MAX_TEXT_BYTES
-                    parts[suffix] = None if member.size > limit else tar.extractfile(member).read()
-            if key is not None:
-                yield from _sample(f"{prefix}/{key}", parts, 1.0)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        yield Raw(prefix, problem="damaged tar: the rest is lost", detail=str(error))
-
-
-class _BoundedHeader(tarfile.TarInfo):
-    """Headers that name the next member (pax, GNU long names) are read whole into memory."""
-
-    _LONG = tarfile.XHDTYPE + tarfile.XGLTYPE + tarfile.GNUTYPE_LONGNAME + tarfile.GNUTYPE_LONGLINK
-
-    def _proc_member(self, tar):
-        # Called for every header, as tarfile.py says for subclasses that add or replace types.
-        if self.type in self._LONG and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)
-
-
-def _open_tar(file) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode="r|*", tarinfo=_BoundedHeader)
-
-
-def _unsafe(member: tarfile.TarInfo) -> str:
-    """Why a member is passed over; "" for harmless ones."""
-    parts = member.name.replace("\\", "/").split("/")
-    if member.issym() or member.islnk():
-        return "link in a tar"
-    if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
-        return "unsafe name in a tar"
-    return "" if member.isreg() or member.isdir() else "not a file in a tar"
-
-
-def _sample(id: str, parts: dict[str, bytes | None], at: float) -> Iterator[Raw]:
-    images = [s for s in parts if s in IMAGE_SUFFIXES]
-    texts = [s for s in parts if s in TEXT_SUFFIXES] or [s for s in parts if s == ".json"]
-    if not images and not texts:
-        return  # embeddings, statistics: nothing of ours
-    if not images or not texts:
-        problem = "no caption file" if images else "caption file without a picture"
-        yield Raw(id, problem=problem, at=at)
-        return
-    image, text = parts[images[0]], parts[texts[0]]
-    if image is None or text is None:
-        too_big = "picture file over 256 MiB" if image is None else "caption file over 1 MiB"
-        yield Raw(id, problem=too_big, at=at)
-        return
-    try:
-        text = decode(text)
-        captions = tables.captions_of(json.loads(text), "") if texts[0] == ".json" else None
-        captions = tuple(text.splitlines()) if captions is None else captions
-    except UnicodeDecodeError as error:
-        yield Raw(id, problem="caption is not UTF-8", detail=str(error), at=at)
-    except (ValueError, RecursionError) as error:
-        yield Raw(id, problem="broken JSON", detail=str(error), at=at)
-    else:
-        yield Raw(id, image, captions, at=at)
 
 
 def _table_units(kind: str) -> Callable[[str, Fields], Iterator[Unit]]:
@@ -259,14 +119,14 @@ def _table_units(kind: str) -> Callable[[str, Fields], Iterator[Unit]]:
         total = max(1, os.path.getsize(path))
         done = 0.0
         for group in _groups(rows):
-            items = [_row_item(row, root) for row in _merged(group)]
-            files = [item.image for item in items if item.image is not None]
-            texts = [repr((i.id, i.captions, i.problem)) for i in items]
+            raws = [_row_item(row, root) for row in _merged(group)]
+            files = [raw.image for raw in raws if raw.image is not None]
+            texts = [repr((raw.id, raw.captions, raw.problem)) for raw in raws]
             share, done = (group[-1].end - done) / total, group[-1].end
             yield Unit(
                 _fingerprint(kind, *texts, *map(_stat, files)),
                 share,
-                lambda items=items: iter(items),
+                lambda raws=raws: iter(raws),
             )
         if not done:
             raise UsageError(f"--input={path} is empty; expected one pair per row.")
@@ -275,7 +135,7 @@ def _table_units(kind: str) -> Callable[[str, Fields], Iterator[Unit]]:
 
 
 def _merged(rows: list[tables.Row]) -> Iterator[tables.Row]:
-    """Neighbouring rows of the same picture as one row: captions files list each five times."""
+    """Neighbouring rows of the same picture as one row: COCO's captions list each five times."""
     for _, same in itertools.groupby(rows, key=lambda row: (row.file or row.line, row.problem)):
         same = list(same)
         captions = tuple(caption for row in same for caption in row.captions)
@@ -290,7 +150,7 @@ def _row_item(row: tables.Row, root: str) -> Raw:
         return Raw(id, problem="a URL, not a file (download it first, e.g. with img2dataset)")
     path = os.path.normpath(os.path.join(root, row.file))
     if "\0" in path or os.path.commonpath([path, root]) != root:
-        # A table from elsewhere decides what is read here, so it may not leave its folder.
+        # A downloaded table decides which files are read, so it may not leave its folder.
         return Raw(id, problem="file outside of the pictures' folder (--images=/ allows any)")
     return Raw(id, pathlib.Path(path), row.captions)
 
@@ -302,9 +162,7 @@ def _parquet_units(path: str, fields: Fields) -> Iterator[Unit]:
         yield Unit(
             _fingerprint("parquet", _stat(shard), fields.image, fields.text),
             share,
-            lambda shard=shard, name=name: (
-                Raw(**item) for item in tables.parquet_items(shard, name, fields)
-            ),
+            lambda shard=shard, name=name: parquet.read_shard(shard, name, fields),
         )
 
 
@@ -317,28 +175,17 @@ KINDS: dict[str, Callable[[str, Fields], Iterator[Unit]]] = {
 }
 
 
-def decode(data: bytes) -> str:
-    """Text in UTF-8, with or without byte-order mark, or in UTF-16 with one.
-
-    Raises:
-      UnicodeDecodeError: for anything else.
-    """
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16")
-    return data.decode("utf-8-sig")
-
-
 def _shards(path: str, suffixes: tuple[str, ...], what: str) -> list[str]:
     if os.path.isdir(path):
-        found = [os.path.join(path, name) for name in _walk(pathlib.Path(path))]
-        found = [name for name in found if name.lower().endswith(suffixes)]
+        files = [os.path.join(path, name) for name in _walk(pathlib.Path(path))]
+        files = [name for name in files if name.lower().endswith(suffixes)]
     else:
-        found = [name for name in glob.glob(path) if os.path.isfile(name)]
-    if not found and os.path.isfile(path):  # a name with [brackets]
-        found = [path]
-    if not found:
+        files = [name for name in glob.glob(path) if os.path.isfile(name)]
+    if not files and os.path.isfile(path):  # a name with [brackets]
+        files = [path]
+    if not files:
         raise UsageError(f"--input={path} holds no {what}; give a file, a folder or a pattern.")
-    return sorted(found)
+    return sorted(files)
 
 
 def _shares(files: list[str]) -> list[float]:
@@ -362,23 +209,23 @@ def _walk(root: pathlib.Path) -> Iterator[str]:
 
 
 def _hint(root: pathlib.Path) -> str:
-    """Another format that is there."""
+    """Advice for a folder that holds another format; "" if it holds none."""
     for pattern, kind in (
         ("*.tar", "wds"),
         ("*.parquet", "parquet"),
         ("*.jsonl", "jsonl"),
         ("*.csv", "csv"),
     ):
-        found = next(iter(sorted(root.glob(pattern))), None)
-        if found:
-            where = root if kind in ("wds", "parquet") else found
-            return f" It holds {found.name}: try --from={kind} --input={where}."
+        file = next(iter(sorted(root.glob(pattern))), None)
+        if file:
+            path = root if kind in ("wds", "parquet") else file
+            return f" It holds {file.name}: try --from={kind} --input={path}."
     return ""
 
 
-def _groups(items: Iterable[Any]) -> Iterator[list[Any]]:
-    items = iter(items)
-    while group := list(itertools.islice(items, _GROUP)):
+def _groups(values: Iterable[Any]) -> Iterator[list[Any]]:
+    values = iter(values)
+    while group := list(itertools.islice(values, _GROUP)):
         yield group
 
 

@@ -1,16 +1,13 @@
-"""Turns what users have on disk into a TFDS set: `prepare pairs`.
+"""Converts a user's pictures and captions to a TFDS set: `prepare pairs`.
 
-Items are checked, resized and staged in parts of two hundred; a part appears whole or not at all,
-so an interrupted run goes on where it stopped. The finished parts then become one array_record
-set. Nothing that cannot be used is dropped silently: reasons are counted, and skipped.jsonl in the
-set names every item.
+Items are checked, resized and staged (`staging`); the parts then become one array_record set. No
+item is dropped silently: reasons are counted, and skipped.jsonl in the set names every skipped
+item.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
-import hashlib
+import functools
 import io
 import itertools
 import json
@@ -19,7 +16,6 @@ import os
 import pathlib
 import re
 import shutil
-import struct
 import unicodedata
 import warnings
 from collections import Counter
@@ -29,17 +25,15 @@ from typing import Any
 from PIL import Image
 
 from dalle_jax import images
-from dalle_jax.data.builders import formats, store
+from dalle_jax.data.builders import formats, items, staging, store
 from dalle_jax.types import UsageError
 
-# A model reads 256 ids at most, some 1,200 letters; what comes later would never be seen.
+# A model reads at most 256 ids, about 1,200 letters, and never sees the rest of a caption.
 MAX_CAPTION_CHARS = 2000
 MAX_CAPTIONS = 64  # of one picture
-# Up to this side pictures are stored without loss: a PNG of 128 px is 25 kB, a JPEG 8 kB.
+# Up to this side pictures are stored losslessly: a PNG of 128 px has 25 kB, a JPEG 8 kB.
 LOSSLESS_PX = 128
-_PART = 200  # items: seconds of work, at most a minute on a machine that does ten other things
-_HEAD = struct.Struct("<II")
-_FORMAT = 1  # of staged parts; part of their fingerprint
+_FORMAT = 1  # version of staged items; part of their parts' names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +41,15 @@ class Options:
     """How items become examples.
 
     Attributes:
-      image_px: the shorter side is made this long; smaller pictures are left; 0 keeps all.
+      image_px: length of the shorter side; smaller pictures are not enlarged; 0 keeps all sizes.
       validation: share of pictures in the validation split, by a hash of their id.
-      fields: names of columns, see formats.Fields.
+      fields: names of columns, see items.Fields.
       workers: threads that decode. The result is the same for any number.
     """
 
     image_px: int = 0
     validation: float = 0.01
-    fields: formats.Fields = formats.Fields()
+    fields: items.Fields = items.Fields()
     workers: int = 1
 
     def __post_init__(self):
@@ -77,19 +71,22 @@ def prepare(
     options: Options = Options(),  # noqa: B008
     overwrite: bool = False,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """Writes the pairs at `path` as set `name`; its folder and a summary.
+    """Writes the pairs at `path` as set `name`.
 
     Args:
       data_dir: the set goes to DATA_DIR/NAME/<image_px>px/1.0.0 ("original" for image_px 0).
-      name: lower-case, as `store.check_name` says.
+      name: of the set; see `store.check_name`.
       kind: folder | wds | jsonl | csv | parquet.
       path: the input.
       options: sizes, splits, columns.
-      overwrite: replace a finished set of other options or input.
+      overwrite: replace a finished set with other options or input.
+
+    Returns:
+      The version folder, and a summary: examples per split, skipped by reason, notes, …
 
     Raises:
-      UsageError: for bad options, an input without a single good pair, a set of that name made
-        otherwise, or another process writing it.
+      UsageError: for bad options, an input without a single good pair, a set of that name with
+        another recipe, or another process that writes it.
     """
     config = f"{options.image_px}px" if options.image_px else "original"
     target = store.folder(data_dir, store.check_name(name), config)
@@ -103,12 +100,19 @@ def prepare(
     }
     if store.already_done(target, recipe, overwrite):
         return target, store.read_json(target / "prepare.json")
-    work = formats.units(kind, path, options.fields)
-    work = itertools.chain([next(work)], work)  # complains of a wrong input before a folder is made
-    staging = target.parent / "staging"
-    with _staging(staging), _quiet_pictures():
+    units = formats.units(kind, path, options.fields)
+    units = itertools.chain([next(units)], units)  # refuses a wrong input before a folder exists
+    folder = target.parent / "staging"
+    with staging.locked(folder), _quiet_pictures():
         progress = store.Progress(None, "pairs")
-        parts = _stage(work, staging, options, progress)
+        parts = staging.stage(
+            units,
+            folder,
+            functools.partial(_convert, image_px=options.image_px),
+            label=f"{_FORMAT} {options.image_px}",
+            workers=options.workers,
+            progress=progress,
+        )
         seconds = progress.close()
         counts, skipped = Counter(), []
         sizes = _choose_splits(parts, options.validation, counts, skipped)
@@ -118,7 +122,7 @@ def prepare(
                 f"none of the {sum(counts.values())} items of --input={path} can be used: "
                 f"{reasons or 'it is empty'}. See docs/data.md for what --from={kind} reads."
             )
-        for stale in target.parent.glob("incomplete.*"):  # of a run that was killed while writing
+        for stale in target.parent.glob("incomplete.*"):  # a run was killed while writing
             shutil.rmtree(stale, ignore_errors=True)
         store.write(
             data_dir=data_dir,
@@ -144,7 +148,7 @@ def prepare(
             "seconds": round(seconds, 1),
         }
         store.finish(target, recipe, summary)
-        shutil.rmtree(staging)
+        shutil.rmtree(folder)
     return target, summary
 
 
@@ -164,13 +168,13 @@ def clean_caption(text: str) -> str:
 
 
 def encode(data: bytes, image_px: int) -> bytes:
-    """The picture as it is stored: checked to its last pixel, upright, RGB, resized.
+    """The picture as it is stored: decoded once as a check, upright, RGB, resized.
 
-    The bytes stay as they are if nothing has to change.
+    A picture that needs no change keeps its bytes.
 
     Args:
       data: an encoded picture.
-      image_px: length of the shorter side; a smaller picture is not blown up. 0 = as it is.
+      image_px: length of the shorter side; a smaller picture is not enlarged. 0 = its own size.
 
     Raises:
       _Problem: with the reason.
@@ -179,7 +183,7 @@ def encode(data: bytes, image_px: int) -> bytes:
         with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
             width, height = image.size
             kind, mode = image.format, image.mode
-            # Asking a PNG without the mark would decode it here.
+            # Without this check getexif would decode a PNG that has no EXIF here.
             turned = "exif" in image.info and image.getexif().get(0x0112, 1) != 1
     except Image.DecompressionBombError as error:
         raise _Problem("picture with too many pixels", str(error)) from error
@@ -213,8 +217,8 @@ class _Problem(Exception):
     """Why an item is skipped: reason, detail."""
 
 
-def _convert(raw: formats.Raw, image_px: int) -> tuple[dict[str, Any], bytes]:
-    """Header and picture of a staged item; the header of a skipped one has a reason."""
+def _convert(raw: items.Raw, image_px: int) -> tuple[dict[str, Any], bytes]:
+    """Header and picture of a staged item; the header of a skipped item has a reason."""
     head: dict[str, Any] = {"id": raw.id.encode("utf-8", "replace").decode()}
     try:
         if raw.problem:
@@ -233,11 +237,11 @@ def _convert(raw: formats.Raw, image_px: int) -> tuple[dict[str, Any], bytes]:
 
 def _bytes(image: bytes | pathlib.Path) -> bytes:
     if isinstance(image, bytes):
-        if len(image) > formats.MAX_IMAGE_BYTES:
+        if len(image) > items.MAX_IMAGE_BYTES:
             raise _Problem("picture over 256 MiB", f"{len(image):,} bytes")
         return image
     try:
-        if os.path.getsize(image) > formats.MAX_IMAGE_BYTES:
+        if os.path.getsize(image) > items.MAX_IMAGE_BYTES:
             raise _Problem("picture file over 256 MiB", str(image))
         return image.read_bytes()
     except FileNotFoundError as error:
@@ -246,104 +250,24 @@ def _bytes(image: bytes | pathlib.Path) -> bytes:
         raise _Problem("file cannot be read", str(error)) from error
 
 
-def _stage(
-    work: Iterator[formats.Unit],
-    staging: pathlib.Path,
-    options: Options,
-    progress: store.Progress,
-) -> list[pathlib.Path]:
-    """Checks and stages what is not staged yet; the parts in order."""
-    parts, before = [], 0.0
-    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-        for unit in work:
-            key = f"{_FORMAT} {options.image_px} {unit.key}"
-            stem = staging / hashlib.sha256(key.encode()).hexdigest()[:24]
-            names = store.read_json(stem.with_suffix(".done")) or []
-            if names and all((staging / name).is_file() for name in names):
-                progress.fraction = before + unit.share
-                for name in names:
-                    progress.add(*_count(staging / name), resumed=True)
-            else:
-                names = _stage_unit(unit, stem, options, progress, before, pool)
-            parts += [staging / name for name in names]
-            before += unit.share
-    return parts
-
-
-def _stage_unit(
-    unit: formats.Unit,
-    stem: pathlib.Path,
-    options: Options,
-    progress: store.Progress,
-    before: float,
-    pool: concurrent.futures.Executor,
-) -> list[str]:
-    """Names of the unit's parts. A part that is there is read over, but not decoded again."""
-    names, items = [], unit.read()
-    while chunk := list(itertools.islice(items, _PART)):
-        part = stem.with_name(f"{stem.name}-{len(names):05d}.part")
-        if part.is_file():
-            progress.fraction = before + unit.share * chunk[-1].at
-            progress.add(*_count(part), resumed=True)
-        else:
-            with _whole(part) as file:
-                converted = pool.map(lambda raw: _convert(raw, options.image_px), chunk)
-                for raw, (head, image) in zip(chunk, converted, strict=True):
-                    text = json.dumps(head, ensure_ascii=False).encode()
-                    file.write(_HEAD.pack(len(text), len(image)) + text + image)
-                    progress.fraction = before + unit.share * raw.at
-                    progress.add(int("reason" not in head), int("reason" in head))
-        names.append(part.name)
-    with _whole(stem.with_suffix(".done")) as file:
-        file.write(json.dumps(names).encode())
-    return names
-
-
-@contextlib.contextmanager
-def _whole(path: pathlib.Path) -> Iterator[Any]:
-    """A file that appears under its name only when all of it is on disk."""
-    part = path.with_suffix(".writing")
-    with open(part, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _heads(path: pathlib.Path) -> Iterator[tuple[dict[str, Any], Any, int]]:
-    """(header, open file at the picture, its length) of every item of a part."""
-    with open(path, "rb") as file:
-        while start := file.read(_HEAD.size):
-            text, image = _HEAD.unpack(start)
-            head = json.loads(file.read(text))
-            after = file.tell() + image
-            yield head, file, image
-            file.seek(after)
-
-
-def _count(path: pathlib.Path) -> tuple[int, int]:
-    bad = [("reason" in head) for head, _, _ in _heads(path)]
-    return len(bad) - sum(bad), sum(bad)
-
-
 def _choose_splits(
     parts: list[pathlib.Path], validation: float, counts: Counter, skipped: list[dict]
 ) -> dict[str, Any]:
     """Sizes of the splits, and the edge below which an id's hash means validation.
 
-    A small set whose hashes all lie above `validation` still gets one validation picture.
+    A small set whose hashes are all above `validation` still gets one validation picture.
     """
     hashes = []
     for part in parts:
-        for head, _, _ in _heads(part):
+        for head, _, _ in staging.read(part):
             if "reason" in head:
                 counts[head["reason"]] += 1
                 skipped.append(head)
             else:
                 counts.update(head["notes"])
-                hashes.append(_hash(head["id"]))
+                hashes.append(store.uniform_hash(head["id"]))
     edge = validation
-    if validation and len(set(hashes)) > 1:  # a handful of pictures: one on either side at least
+    if validation and len(set(hashes)) > 1:  # few pictures: at least one on either side
         edge = min(max(edge, math.nextafter(min(hashes), 1)), max(hashes))
     held = sum(h < edge for h in hashes)
     return {"train": len(hashes) - held, "validation": held, "edge": edge}
@@ -351,43 +275,21 @@ def _choose_splits(
 
 def _examples(parts: list[pathlib.Path], split: str, edge: float) -> store.Examples:
     for i, part in enumerate(parts):
-        for j, (head, file, length) in enumerate(_heads(part)):
-            if "reason" in head or (_hash(head["id"]) < edge) != (split == "validation"):
+        for j, (head, file, length) in enumerate(staging.read(part)):
+            if "reason" in head:
+                continue
+            is_held_back = store.uniform_hash(head["id"]) < edge
+            if is_held_back != (split == "validation"):
                 continue
             image = io.BytesIO(file.read(length))
             values = {"image": image, "captions": head["captions"], "id": head["id"]}
-            # One file may be listed twice, so its place makes the key, not its id.
+            # A file may be listed twice, so the key is its position and not its id alone.
             yield f"{i:06d}/{j:04d}/{head['id']}", values
-
-
-def _hash(id: str) -> float:
-    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:6], "big") / 2**48
-
-
-@contextlib.contextmanager
-def _staging(path: pathlib.Path) -> Iterator[None]:
-    """The folder of parts, for this process alone. Kept on failure if there is work in it."""
-    with open(store.make_folder(path) / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"another process is preparing {path.parent}; wait for it, or use another --name."
-            ) from error
-        try:
-            yield
-        except UsageError:
-            if not any(_count(part)[0] for part in path.glob("*.part")):
-                shutil.rmtree(path)
-                with contextlib.suppress(OSError):  # other sizes of the set, a tokenizer
-                    path.parent.rmdir()
-                    path.parent.parent.rmdir()
-            raise
 
 
 @contextlib.contextmanager
 def _quiet_pictures() -> Iterator[None]:
-    """Pillow warns of odd metadata and of large pictures; here they are checked and counted."""
+    """Without Pillow's warnings about odd metadata and large pictures, which are counted here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module=re.escape("PIL."))

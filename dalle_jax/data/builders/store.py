@@ -1,10 +1,11 @@
-"""Writing a TFDS set in array_record format, without TensorFlow: what every `prepare` ends with.
+"""Writes TFDS sets in array_record format without TensorFlow: the last step of every `prepare`.
 
-`write` wraps one GeneratorBasedBuilder whose name, features and examples are arguments, so that a
-user's folder and a fetched set become the same thing on disk as a set of the TFDS catalogue.
+`write` wraps one GeneratorBasedBuilder whose name, features and examples are arguments. On disk a
+user's folder and a fetched set then have the format of a set of the TFDS catalogue.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import pathlib
@@ -40,15 +41,15 @@ def image_text_features(**extra: Any) -> Any:
 
 
 def folder(data_dir: str | pathlib.Path, name: str, config: str = "", version: str = VERSION):
-    """Where a set lives: DATA_DIR/NAME[/CONFIG]/VERSION."""
+    """The folder of a set: DATA_DIR/NAME[/CONFIG]/VERSION."""
     return pathlib.Path(data_dir) / name / config / version
 
 
 def check_name(name: str) -> str:
-    """The name, if it can be a set's.
+    """The name of a set, unchanged.
 
     Raises:
-      UsageError: otherwise.
+      UsageError: if it is not lower-case letters, digits and _ that start with a letter.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name or ""):
         raise UsageError(
@@ -78,8 +79,8 @@ def write(
       config: "" or the name of a variant, by habit `<image_px>px`.
       version: "1.2.3".
       features: a tfds FeaturesDict, e.g. `image_text_features()`.
-      splits: split name to a function that yields its examples. tfds stores them in an order
-        given by a hash of their keys: the same keys, the same order, and 'train[:1%]' is a sample.
+      splits: split name to a function that yields its examples. tfds orders them by a hash of
+        their keys: the same keys give the same order, and 'train[:1%]' is a random sample.
       description: one paragraph for dataset_info.json.
       homepage: URL, or "".
       licence: names of licences, or "".
@@ -107,36 +108,36 @@ def write(
             )
 
         def _split_generators(self, dl_manager):
-            del dl_manager  # fetching is done before, with checksums and messages of our own
-            return {split: self._generate_examples(make) for split, make in splits.items()}
+            del dl_manager  # the caller fetches, with checksums and messages of our own
+            return {split: self._generate_examples(read) for split, read in splits.items()}
 
-        def _generate_examples(self, make):
-            yield from make()
+        def _generate_examples(self, read):
+            yield from read()
 
     Set.name = check_name(name)
     make_folder(target.parent)
-    with _quiet():
+    with quiet_tfds():
         builder = Set(data_dir=str(data_dir), config=config or None, file_format="array_record")
         builder.download_and_prepare()
     return target
 
 
 def make_folder(path: pathlib.Path) -> pathlib.Path:
-    """The folder, made if needed; UsageError if it cannot be."""
+    """The folder, created if needed; UsageError if it cannot be created."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"folder {path} cannot be made ({error.strerror}); choose another --data_dir."
+            f"folder {path} cannot be created ({error.strerror}); choose another --data_dir."
         ) from error
     return path
 
 
 def already_done(target: pathlib.Path, recipe: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `target` holds a finished set of the same recipe; makes room if `overwrite`.
+    """Whether `target` holds a finished set with the same recipe; `overwrite` deletes it.
 
     Raises:
-      UsageError: if it holds one made another way: nothing is replaced unasked.
+      UsageError: if it holds one with another recipe and `overwrite` is not set.
     """
     if not (target / "features.json").is_file():
         return False
@@ -156,24 +157,29 @@ def already_done(target: pathlib.Path, recipe: dict[str, Any], overwrite: bool) 
 
 
 def finish(target: pathlib.Path, recipe: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Leaves prepare.json in the set: how it was made, and what was counted."""
+    """Writes prepare.json into the set: its recipe and the counts of its summary."""
     text = json.dumps({"recipe": recipe, **summary}, indent=2, ensure_ascii=False)
     (target / "prepare.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The JSON in a file, or None if there is none that can be read."""
+    """The JSON in a file, or None if the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 
 
+def uniform_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text only."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
+
+
 class Progress:
     """A line of progress with rate and time left: rewritten on a terminal, every 10 s in a log."""
 
     def __init__(self, total: int | None, what: str, stream: Any = None):
-        """`total` items called `what`; None if not known: then set `fraction` before `add`."""
+        """Counts `total` items called `what`; without a total set `fraction` before `add`."""
         self.total, self.what = total, what
         self.done = self.skipped = self.resumed = 0
         self.fraction: float | None = None  # of the work
@@ -183,7 +189,7 @@ class Progress:
         self._fraction_resumed = 0.0
 
     def add(self, done: int = 1, skipped: int = 0, resumed: bool = False) -> None:
-        """Counts; `resumed` items cost no time and are kept out of the rate."""
+        """Counts items; `resumed` items cost no time, so the rate leaves them out."""
         self.done += done
         self.skipped += skipped
         now = time.monotonic()
@@ -196,7 +202,7 @@ class Progress:
             self._print(now)
 
     def close(self) -> float:
-        """Prints the last line; seconds since the start."""
+        """Prints the last line; returns the seconds since the start."""
         now = time.monotonic()
         self._print(now, last=True)
         return now - self._start
@@ -236,13 +242,13 @@ def duration(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without tfds's own bars and coloured lines: `prepare` shows one progress line."""
+def quiet_tfds() -> Iterator[None]:
+    """Without tfds's own bars, warnings and lines on stdout, which holds a command's results."""
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # tfds warns of every config that is made at run time
+    logging.set_verbosity(logging.ERROR)  # tfds warns about configs created at run time
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield

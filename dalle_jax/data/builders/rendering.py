@@ -1,6 +1,7 @@
-"""Draws the stored examples of the shapes set, in this process or in several.
+"""Renders the stored examples of the shapes set, in this process or in several.
 
-Apart from the TFDS builder so that a drawing process imports numpy and Pillow only.
+A file of its own beside the TFDS builder, so that a rendering process imports only numpy and
+Pillow.
 """
 
 import contextlib
@@ -14,13 +15,13 @@ from PIL import Image
 
 from dalle_jax.data import scenes
 
-# Examples handed out at a time: bounds what waits in memory (64 MB of 256 px PNG) when the drawing
-# processes are faster than the writer.
+# Examples handed out at a time: a bound on the memory (64 MB of 256 px PNG) that finished examples
+# need when the rendering processes are faster than the writer.
 _BLOCK, _CHUNK = 4096, 64
 HELD_OUT = {"train": "exclude", "validation": "exclude", "held_out": "only"}
 
 
-class Drawn(NamedTuple):
+class StoredExample(NamedTuple):
     """One example as stored: its id, the PNG, the caption and the scene as JSON."""
 
     id: str
@@ -29,23 +30,23 @@ class Drawn(NamedTuple):
     scene: str
 
 
-def draw_example(
+def render_example(
     index: int, *, split: str, seed: int, image_px: int, kinds: Sequence[str] = scenes.KINDS
-) -> Drawn:
+) -> StoredExample:
     """Example `index` of a split: a function of its arguments; `kinds` take turns."""
     rng = scenes.example_rng(seed, split, index)
     kind = kinds[index % len(kinds)]
     scene = scenes.sample_scene(rng, kind, HELD_OUT[split])
     png = io.BytesIO()
     Image.fromarray(scenes.render(scene, image_px)).save(png, "PNG")
-    return Drawn(f"{split}-{index:07d}", png.getvalue(), scene.caption, scene.to_json())
+    return StoredExample(f"{split}-{index:07d}", png.getvalue(), scene.caption, scene.to_json())
 
 
 @contextlib.contextmanager
 def pool(workers: int):
-    """A pool of drawing processes for `draw_examples`; None, which draws here, for 0 or 1.
+    """A pool of processes for `render_examples`; None, which renders here, for 0 or 1 workers.
 
-    Spawned, never forked: the caller may hold JAX's threads.
+    The processes are spawned, never forked: the caller may hold JAX's threads.
     """
     if workers <= 1:
         yield None
@@ -54,17 +55,17 @@ def pool(workers: int):
             yield processes
 
 
-def draw_examples(num: int, processes, **example) -> Iterator[Drawn]:
+def render_examples(num: int, processes, **example) -> Iterator[StoredExample]:
     """The first `num` examples of a split in order; the same bytes with any number of processes.
 
     Args:
       num: how many.
-      processes: what `pool` gave.
-      **example: split, seed and image_px of `draw_example`.
+      processes: from `pool`.
+      **example: split, seed and image_px of `render_example`.
     """
-    draw = functools.partial(draw_example, **example)
+    render = functools.partial(render_example, **example)
     if processes is None:
-        yield from map(draw, range(num))
+        yield from map(render, range(num))
     else:
         for start in range(0, num, _BLOCK):
-            yield from processes.imap(draw, range(start, min(start + _BLOCK, num)), _CHUNK)
+            yield from processes.imap(render, range(start, min(start + _BLOCK, num)), _CHUNK)
