@@ -137,7 +137,7 @@ def _weigh(config: str, name: str, *, is_quick: bool) -> plan.Plan:
     found = topology.get(name)
     loaded = cfg.load(config)
     return plan.weigh(
-        loaded, tasks.TASKS[loaded.task](loaded, shapes_only=True), found, is_quick=is_quick
+        loaded, tasks.TASKS[loaded.task].make(loaded, shapes_only=True), found, is_quick=is_quick
     )
 
 

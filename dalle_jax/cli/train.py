@@ -50,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, config) -> int:
+    import functools
     import sys
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import distributed, loop, meshes, metrics, sharding, workdir
+    from dalle_jax.data.builders import codes
+    from dalle_jax.engine import checkpoint, distributed, loop, meshes, metrics, sharding, workdir
     from dalle_jax.types import UsageError
 
     distributed.agree(workdir.facts(args.workdir, config), ignore=workdir.PER_HOST)
@@ -64,14 +66,16 @@ def _train(args: argparse.Namespace, config) -> int:
         )
     if args.dry_run:
         # No data and no trained codec: shapes are enough.
-        task = tasks.TASKS[config.task](config, shapes_only=True)
+        task = tasks.TASKS[config.task].make(config, shapes_only=True)
         metrics.say(loop.plan(config, task))
         return 0
-    wanted = _wanted(config)
-    tokenizer = _tokenizer(config, args.workdir) if "text" in wanted else None
-    task = tasks.TASKS[config.task](config, tokenizer)
-    if "codes" in wanted:
-        _check_codes(config)
+    read_tokenizer = functools.cache(lambda: _tokenizer(config, args.workdir))
+    task = tasks.TASKS[config.task].make(config, read_tokenizer)
+    tokenizer = read_tokenizer() if "text" in task.batch_spec else None
+    if "codes" in task.batch_spec:
+        # Stored codes of another codec than the one that will decode what is learnt are refused.
+        fingerprint = task.keeps[checkpoint.CODEC].decode()
+        codes.check_codec(config.data, fingerprint, config.stages.dvae)
     loop.check(config, task)
 
     mesh = meshes.make_mesh(config.mesh)
@@ -81,7 +85,7 @@ def _train(args: argparse.Namespace, config) -> int:
             config.data,
             config.seed,
             split=split,
-            wanted=wanted,
+            wanted=set(task.batch_spec),
             tokenizer=tokenizer,
             training=training,
             batch=batch,
@@ -118,24 +122,6 @@ def _report(pipeline) -> None:
         metrics.say(f"note: {pipeline.truncated} captions were longer than data.text_len and cut.")
 
 
-def _wanted(config) -> set[str]:
-    """What the batches of the config's task hold."""
-    import sys
-
-    from dalle_jax import tasks
-
-    return sys.modules[tasks.TASKS[config.task].__module__].wanted(config)
-
-
-def _check_codes(config) -> None:
-    """Refuses stored codes of another codec than the one that will decode what is learnt."""
-    from dalle_jax.data.builders import codes
-    from dalle_jax.stages import run
-
-    fingerprint = run.load_codec(config.stages.dvae).fingerprint
-    codes.check_codec(config.data, fingerprint, config.stages.dvae)
-
-
 def _tokenizer(config, workdir: str):
     """That of the run in the workdir, else that of the frozen CLIP, else the prepared set's.
 
@@ -146,12 +132,12 @@ def _tokenizer(config, workdir: str):
 
     from dalle_jax.data import tokenizers
     from dalle_jax.engine import checkpoint
-    from dalle_jax.stages import run
+    from dalle_jax.stages.run import Run
 
     file = epath.Path(workdir) / checkpoint.TOKENIZER
     if file.exists() and checkpoint.steps(workdir):
         return tokenizers.Tokenizer(file.read_bytes())
     clip = config.get("stages", {}).get("clip", "")
     if clip:
-        return tokenizers.Tokenizer(run.read_tokenizer(clip))
+        return Run.open(clip, "clip").tokenizer
     return tokenizers.find(config.data)

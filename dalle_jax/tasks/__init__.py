@@ -2,12 +2,13 @@
 
 from dalle_jax.tasks import autoencode, clip, dalle, diffusion, prior
 
-# Name in config.task -> make(config, tokenizer=None, *, shapes_only=False) -> engine.task.Task.
-# The one list.
+# Name in config.task -> its module, whose
+#   make(config, read_tokenizer=None, *, shapes_only=False) -> engine.task.Task
+# builds what the loop trains. The one list.
 TASKS = {
-    "autoencode": autoencode.make,
-    "clip": clip.make,
-    "dalle": dalle.make,
-    "diffusion": diffusion.make,
-    "prior": prior.make,
+    "autoencode": autoencode,
+    "clip": clip,
+    "dalle": dalle,
+    "diffusion": diffusion,
+    "prior": prior,
 }
