@@ -52,15 +52,18 @@ CASES = {
 
 _HEAD = """# What every config costs, without a machine
 
-Written by `python -m dalle_jax plan --docs docs/plans.md`, which compiles the training step of each
-config for each topology and measures nothing: memory is the compiler's allocation, seconds are its
-estimate (`est.`, TPU only, without waiting for collectives) or the floor at the peak rate (`fl.`).
-`python -m dalle_jax plan --config=… --topology=…` prints one of them in full; `plan --help` tells
-what the figures are.
+`python -m dalle_jax plan --docs docs/plans.md` writes this page. It compiles the training step of
+each config for each topology and measures nothing.
+`python -m dalle_jax plan --config=… --topology=…` prints one plan in full, and `plan --help`
+explains the figures.
 
-GiB are per device: peak of what there is, and the training state in it. Work is in TFLOP a sample,
-model and hardware (with recomputation and masked scores). Seconds a sample are chip-seconds. MFU is
-the most that the time allows. Days are for all of the config's `train.steps`.
+- peak / GiB: memory per device by the compiler's allocation, of the memory that the device has
+- state: GiB of training state per device
+- model, hardware: TFLOP per sample; hardware includes recomputation and masked scores
+- s/sample: chip-seconds per sample. `est.` is the compiler's estimate (TPU only), without waiting
+  for collectives; `fl.` is the floor at the peak rate
+- MFU: the highest that the time allows
+- days: for all of the config's `train.steps`
 """
 
 _COLUMNS = (
