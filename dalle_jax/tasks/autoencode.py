@@ -89,12 +89,6 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
     )
 
 
-def wanted(config: cfg.ConfigDict) -> set[str]:
-    """What a batch holds."""
-    del config
-    return {"image"}
-
-
 def is_collapsed(perplexity: Array, most: int) -> Array:
     """1.0 where a batch uses hardly any codes, else 0.0.
 

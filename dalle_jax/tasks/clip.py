@@ -31,23 +31,20 @@ _EXCLUDED = -1e9
 _PREVIEW_CAPTIONS, _PREVIEW_BEST = 6, 4
 
 
-def wanted(config: cfg.ConfigDict) -> set[str]:
-    """What a batch holds."""
-    return {"image", "text"}
-
-
 def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a CLIP.
 
     Args:
       config: with the sections of configs/clip.py.
-      tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+      tokenizer: the run's tokenizer or a function that opens it; its ids must fit
+        `data.vocab_size`. None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for values that do not fit together.
     """
+    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
     _check(config, tokenizer, shapes_only)
     model = build.clip(config)
     codec = _codec(config, shapes_only)

@@ -27,23 +27,20 @@ PREVIEW_CAPTIONS = 6
 PREVIEW_CANDIDATES = 4
 
 
-def wanted(config: cfg.ConfigDict) -> set[str]:
-    """What a batch holds: text, and stored codes or pictures."""
-    return {"codes", "text"} if config.stages.from_codes else {"image", "text"}
-
-
 def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a DALL-E on top of the codec in `config.stages.dvae`.
 
     Args:
       config: with the sections of configs/dalle.py.
-      tokenizer: the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry runs.
+      tokenizer: the run's tokenizer or a function that opens it; its ids must fit
+        `data.vocab_size`. None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for a missing codec, or values that do not fit together.
     """
+    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
     _check(config, tokenizer, shapes_only)
     codec = by_shape.codec(config) if shapes_only else run.load_codec(config.stages.dvae)
     check_codec(config, codec)

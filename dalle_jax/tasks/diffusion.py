@@ -37,17 +37,13 @@ PREVIEW_SAMPLES = 2
 QUARTERS = 4
 
 
-def wanted(config: cfg.ConfigDict) -> set[str]:
-    """What a batch holds: an upsampler reads no captions."""
-    return {"image"} if config.loss.low_res_px else {"image", "text"}
-
-
 def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a decoder on the embeddings of `config.stages.clip`, or an upsampler.
 
     Args:
       config: with the sections of configs/decoder.py or configs/upsampler.py.
-      tokenizer: the run's tokenizer, which must be the CLIP's; None in dry runs.
+      tokenizer: the run's tokenizer, which must be the CLIP's, or a function that opens it (not
+        called for an upsampler). None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights.
 
@@ -61,6 +57,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
             "stages.clip is empty; a decoder needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
+    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
     clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
     return assemble(config, clip, tokenizer)
 

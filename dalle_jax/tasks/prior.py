@@ -36,18 +36,13 @@ NAME = "prior"
 X_0 = gaussian.Parameterisation("x_0", clip="none")
 
 
-def wanted(config: cfg.ConfigDict) -> set[str]:
-    """What a batch holds."""
-    del config
-    return {"image", "text"}
-
-
 def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a prior on the embeddings of the CLIP in `config.stages.clip`.
 
     Args:
       config: with the sections of configs/prior_diffusion.py or configs/prior_ar.py.
-      tokenizer: the run's tokenizer, which must be the CLIP's; None in dry runs.
+      tokenizer: the run's tokenizer, which must be the CLIP's, or a function that opens it;
+        None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights; an AR prior then needs no PCA either.
 
@@ -59,6 +54,7 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
             "stages.clip is empty; a prior needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
+    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
     clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
     return assemble(config, clip, tokenizer, _pca(config, clip, shapes_only))
 
