@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports."""
     import pathlib
 
-    from dalle_jax.engine import checkpoint, metrics
+    from dalle_jax.engine import checkpoint, console
     from dalle_jax.stages import run
 
     done = checkpoint.export(args.workdir, args.out, args.dtype)
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
         clip = run.load_clip(args.workdir)
         origin = clip.origin or clip.fingerprint
         (pathlib.Path(args.out) / checkpoint.ORIGIN).write_text(origin)
-    metrics.say(
+    console.log(
         f"{args.out}: step {done['step']}, {done['parameters']:,} numbers as {args.dtype}, "
-        f"{metrics.size(done['bytes'])}"
+        f"{console.format_bytes(done['bytes'])}"
     )
     return 0

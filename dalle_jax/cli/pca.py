@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax.config import ConfigDict
     from dalle_jax.data import pipeline, tokenizers
     from dalle_jax.data.builders import store
-    from dalle_jax.engine import meshes, metrics, sharding
+    from dalle_jax.engine import console, meshes, sharding
     from dalle_jax.stages import pca, prior, run
     from dalle_jax.types import UsageError
 
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     part.replace(out)
     tables, few = fitted.tables(), z_i[:4096]
     again = np.asarray(pca.dequantise(tables, pca.quantise(tables, few)))
-    metrics.say(
+    console.log(
         f"{out}: {fitted.num_dims} of {fitted.joint_width} components of {total:,} embeddings "
         f"explain {fitted.explained(fitted.num_dims):.4f} of the variance; {fitted.num_buckets} "
         f"buckets each; cosine of an embedding to its quantised self "

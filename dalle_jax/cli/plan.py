@@ -241,7 +241,7 @@ def _config(args: argparse.Namespace, attention: str = ""):
 def _task(config):
     from dalle_jax import tasks
 
-    return tasks.TASKS[config.task](config, shapes_only=True)
+    return tasks.make(config, shapes_only=True)
 
 
 def _print_json(records: list[dict], *, always_list: bool = False) -> None:

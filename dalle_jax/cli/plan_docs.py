@@ -133,9 +133,7 @@ def _is_made(record: dict[str, Any] | None, is_quick: bool) -> bool:
 def _weigh(config: str, name: str, *, is_quick: bool) -> plan.Plan:
     found = topology.get(name)
     loaded = cfg.load(config)
-    return plan.weigh(
-        loaded, tasks.TASKS[loaded.task](loaded, shapes_only=True), found, is_quick=is_quick
-    )
+    return plan.weigh(loaded, tasks.make(loaded, shapes_only=True), found, is_quick=is_quick)
 
 
 def _row(name: str, record: dict[str, Any] | None) -> tuple[str, ...]:

@@ -2,20 +2,22 @@
 
   python -m dalle_jax train --config=configs/dvae.py:size=smoke --workdir=runs/dvae
 
-A finished run is a no-op. A config that differs from the workdir's own is refused with the names
-of the fields. Ctrl-C or SIGTERM saves at the next step and exits with 130 or 143, so that
-`train … && train …` does not go on with a half-trained stage; a second Ctrl-C stops at once.
+A finished run is a no-op. If the config differs from the workdir's own, `train` refuses it and
+names the fields. Ctrl-C or SIGTERM saves at the next step and exits with 130 or 143, so that
+`train … && train …` does not continue with a half-trained stage; a second Ctrl-C stops at once.
 
-Several processes, one per host or GPU, run the same command with --distributed, or by hand:
+Several processes, one per host or GPU, run the same command with --distributed, or with explicit
+addresses:
 
   … --coordinator=10.0.0.1:8476 --process_count=2 --process_id=0      # and 1 on the other host
 
-Each reads its own rows of the batch; process 0 writes metrics and previews; --workdir is on a disk
-that all share. SIGTERM to any of them makes all save at the same step; what ends one ends all:
-docs/many_hosts.md.
+Each process reads its own rows of the batch; process 0 writes metrics and previews; --workdir is on
+a disk that all share. SIGTERM to any process makes all of them save the same step; if one process
+fails, all of them end: docs/many_hosts.md.
 """
 
 import argparse
+import functools
 
 from dalle_jax.cli import _flags
 
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reshard",
         action="store_true",
-        help="continue on whatever mesh today's devices make; without it, the same config.mesh on "
+        help="continue on the mesh of the present devices; without it, the same config.mesh on "
         "another number of devices than before is refused",
     )
     _flags.add_distributed(parser)
@@ -54,93 +56,69 @@ def _train(args: argparse.Namespace, config) -> int:
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import distributed, loop, meshes, metrics, sharding, workdir
-    from dalle_jax.types import UsageError
+    from dalle_jax.engine import console, distributed, loop, metric_log, sharding, workdir
 
     distributed.agree(workdir.facts(args.workdir, config), ignore=workdir.PER_HOST)
-    if config.task not in tasks.TASKS:
-        raise UsageError(
-            f"task {config.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
-        )
     if args.dry_run:
-        # No data and no trained codec: shapes are enough.
-        task = tasks.TASKS[config.task](config, shapes_only=True)
-        metrics.say(loop.plan(config, task))
+        # Shapes are enough: no data and no trained codec.
+        task = tasks.make(config, shapes_only=True)
+        console.log(loop.dry_run(loop.prepare(config, task)))
         return 0
-    wanted = _wanted(config)
-    tokenizer = _tokenizer(config, args.workdir) if "text" in wanted else None
-    task = tasks.TASKS[config.task](config, tokenizer)
-    if "codes" in wanted:
-        _check_codes(config)
-    loop.check(config, task)
+    tokenizer = functools.cache(lambda: _tokenizer(config, args.workdir))
+    task = tasks.make(config, tokenizer)
+    program = loop.prepare(config, task)
+    if "codes" in task.batch_spec:
+        _check_codes(config, task)
 
-    mesh = meshes.make_mesh(config.mesh)
-
-    def batches(split: str, training: bool, batch: int):
+    def open_split(split: str, batch: int, *, training: bool):
         return pipeline.make(
             config.data,
             config.seed,
             split=split,
-            wanted=wanted,
-            tokenizer=tokenizer,
+            wanted=set(task.batch_spec),
+            tokenizer=tokenizer() if "text" in task.batch_spec else None,
             training=training,
             batch=batch,
-            rows=sharding.local_rows(mesh, batch),
+            rows=sharding.local_rows(program.mesh, batch),
         )
 
-    training = batches(config.data.split, True, config.data.batch)
-    held_out = batches(config.data.eval_split, False, config.data.eval_batch)
+    batches = open_split(config.data.split, config.data.batch, training=True)
+    held_out = open_split(config.data.eval_split, config.data.eval_batch, training=False)
     distributed.agree(
-        {"training examples": training.num_examples, "held-out examples": held_out.num_examples}
+        {"training examples": batches.num_examples, "held-out examples": held_out.num_examples}
     )
     try:
-        loop.train(config, task, training, held_out, args.workdir, may_reshard=args.reshard)
+        loop.train(program, batches, held_out, args.workdir, may_reshard=args.reshard)
     except loop.Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except loop.NonFiniteError as error:
+    except metric_log.NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        training.close()
+        batches.close()
         held_out.close()
-    _report(training)
+    for reason, count in batches.skipped.items():
+        console.log(f"note: {count} records skipped: {reason}")
+    if batches.truncated:
+        console.log(f"note: {batches.truncated} captions were longer than data.text_len and cut.")
     return 0
 
 
-def _report(pipeline) -> None:
-    """Says what the data held that could not be used as it was."""
-    from dalle_jax.engine import metrics
-
-    for reason, count in pipeline.skipped.items():
-        metrics.say(f"note: {count} records skipped: {reason}")
-    if pipeline.truncated:
-        metrics.say(f"note: {pipeline.truncated} captions were longer than data.text_len and cut.")
-
-
-def _wanted(config) -> set[str]:
-    """What the batches of the config's task hold."""
-    import sys
-
-    from dalle_jax import tasks
-
-    return sys.modules[tasks.TASKS[config.task].__module__].wanted(config)
-
-
-def _check_codes(config) -> None:
-    """Refuses stored codes of another codec than the one that will decode what is learnt."""
+def _check_codes(config, task) -> None:
+    """Refuses stored codes that another codec wrote than the one that the task was made with."""
     from dalle_jax.data.builders import codes
-    from dalle_jax.stages import run
+    from dalle_jax.engine import checkpoint
 
-    fingerprint = run.load_codec(config.stages.dvae).fingerprint
+    fingerprint = task.keeps[checkpoint.CODEC].decode()
     codes.check_codec(config.data, fingerprint, config.stages.dvae)
 
 
 def _tokenizer(config, workdir: str):
-    """That of the run in the workdir, else that of the frozen CLIP, else the prepared set's.
+    """The tokenizer of the run in the workdir, else of the frozen CLIP, else of the prepared set.
 
-    A resumed run must read text as it was trained to, whatever happened to the prepared set; one
-    that feeds captions to a CLIP must read them as that does.
+    A resumed run reads text as before, even if the prepared set has changed; a run that feeds
+    captions to a CLIP reads them as the CLIP does.
     """
     from etils import epath
 

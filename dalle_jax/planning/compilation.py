@@ -46,11 +46,11 @@ class Compiled:
     is_quick: bool = False
 
 
-def step(made: Program, held: int, topology: Topology, *, is_quick: bool = False) -> Compiled:
+def step(program: Program, held: int, topology: Topology, *, is_quick: bool = False) -> Compiled:
     """Compiles; a program that is too large for its device is an answer and not an error.
 
     Args:
-      made: the run's program.
+      program: the run's program.
       held: bytes of the step's arguments on one device. What the step does not read (a frozen
         codec's decoder) is no argument of the executable, but it lies in memory all the same.
       topology: where it would run.
@@ -63,7 +63,7 @@ def step(made: Program, held: int, topology: Topology, *, is_quick: bool = False
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         try:
-            lowered = _lower_stopped(made) if is_quick else made.lower_step()
+            lowered = _lower_stopped(program) if is_quick else program.lower_step()
             executable = _executable(lowered, {"xla_dump_to": name})
         except jax.errors.JaxRuntimeError as error:
             seconds = time.perf_counter() - began
@@ -125,15 +125,15 @@ def allocated_bytes(assignment: str, held: int = 0) -> int:
     return max(parameters, held) + others
 
 
-def _lower_stopped(made: Program) -> jax.stages.Lowered:
+def _lower_stopped(program: Program) -> jax.stages.Lowered:
     """The training step with a call in it at which its compiler stops."""
 
     def stopped(*arguments):
         # An output, since the partitioner refuses calls with side effects and no operand.
-        return jax.ffi.ffi_call(_STOP, jax.ShapeDtypeStruct((), bool))(), made.step(*arguments)
+        return jax.ffi.ffi_call(_STOP, jax.ShapeDtypeStruct((), bool))(), program.step(*arguments)
 
-    with made.use():
-        return jax.jit(stopped, donate_argnums=0).lower(*made.arguments)
+    with program.use():
+        return jax.jit(stopped, donate_argnums=0).lower(*program.arguments)
 
 
 def _executable(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:

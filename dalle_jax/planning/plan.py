@@ -1,6 +1,6 @@
 """What a training step costs on machines that are not there: memory, FLOPs, time, traffic.
 
-`weigh` compiles the true step (`program.build`, the very functions of `loop.train`) for a topology
+`weigh` compiles the true step (`Program.build`, the functions of `loop.train`) for a topology
 and reads the executable: no data, no weights, no device. Figures are the compiler's own and
 arithmetic, and none is a measurement:
 
@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import flops, program, sharding
+from dalle_jax.engine import flops, sharding
+from dalle_jax.engine.program import Program
 from dalle_jax.engine.task import Task
 from dalle_jax.planning import compilation, hlo, kernel_estimates
 from dalle_jax.planning.topology import Topology
@@ -138,27 +139,27 @@ def weigh(config: ConfigDict, task: Task, topology: Topology, *, is_quick: bool 
       UsageError: for a mesh or a batch that does not divide.
     """
     batch, accum = config.data.batch, config.optim.accum_steps
-    made = program.build(config, task, topology.devices)
-    sharding.check_batch(batch, made.mesh, "data.batch", accum)
-    state, frozen, inputs, key = made.arguments
+    program = Program.build(config, task, topology.devices)
+    state, frozen, inputs, key = program.arguments
     parts = {name: held_bytes(getattr(state, name)) for name in ("params", "ema", "opt_state")}
     held = held_bytes(state) + held_bytes(frozen) + held_bytes(inputs)
 
-    with made.use():
-        work = flops.hardware(made.step, *made.arguments) / batch
-        chip = topology.chip
-        by_hand = kernel_estimates.seconds(made.step, *made.arguments, chip=chip) if chip else 0.0
-        kept = flops.kept_bytes(
-            made.task.loss, state.params, state.extra, frozen, inputs, key, state.step
+    with program.use():
+        work = flops.hardware(program.step, *program.arguments) / batch
+        kernels_s = 0.0
+        if chip := topology.chip:
+            kernels_s = kernel_estimates.seconds(program.step, *program.arguments, chip=chip)
+        activations = flops.kept_bytes(
+            program.task.loss, state.params, state.extra, frozen, inputs, key, state.step
         )
-    shards = made.mesh.shape["data"] * made.mesh.shape["fsdp"]
-    kept = kept / shards / accum
-    notes = _notes(config, made.mesh)
+    shards = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    activations = activations / shards / accum
+    notes = _notes(config, program.mesh)
     if held > topology.capacity:
         compiled = compilation.Compiled(False, held, None, 0.0)
         notes.append("the state alone does not fit, so the step was not compiled.")
     else:
-        compiled = compilation.step(made, held, topology, is_quick=is_quick)
+        compiled = compilation.step(program, held, topology, is_quick=is_quick)
     text = compiled.text or ""
     cycles = hlo.estimated_cycles(text)
     if compiled.is_quick:
@@ -172,7 +173,7 @@ def weigh(config: ConfigDict, task: Task, topology: Topology, *, is_quick: bool 
         topology=topology.name,
         chip=chip.name if chip else "CPU",
         devices=len(topology.devices),
-        mesh=dict(made.mesh.shape),
+        mesh=dict(program.mesh.shape),
         rules=config.mesh.rules,
         batch=batch,
         micro_batches=accum,
@@ -188,12 +189,14 @@ def weigh(config: ConfigDict, task: Task, topology: Topology, *, is_quick: bool 
         state_gib=held_bytes(state) / GIB,
         frozen_gib=held_bytes(frozen) / GIB,
         batch_gib=held_bytes(inputs) / GIB,
-        activations_gib=kept / GIB,
-        temporaries_gib=max(0.0, compiled.peak - held - kept) / GIB if compiled.fits else None,
+        activations_gib=activations / GIB,
+        temporaries_gib=max(0.0, compiled.peak - held - activations) / GIB
+        if compiled.fits
+        else None,
         model_tflop_per_sample=task.flops / batch / 1e12,
         hardware_tflop_per_sample=work / 1e12,
-        **_times(config, task, topology, work, cycles, by_hand),
-        collectives=hlo.traffic(hlo.collectives(text, made.mesh.shape)),
+        **_times(config, task, topology, work, cycles, kernels_s),
+        collectives=hlo.traffic(hlo.collectives(text, program.mesh.shape)),
         compile_s=compiled.seconds,
         is_quick=compiled.is_quick,
         notes=notes,
@@ -214,7 +217,7 @@ def _times(
     topology: Topology,
     work: float,
     cycles: int | None,
-    by_hand: float,
+    kernels_s: float,
 ) -> dict[str, Any]:
     """The fields of a plan that are times and rates.
 
@@ -224,15 +227,15 @@ def _times(
       topology: where it would run.
       work: hardware FLOPs of one sample.
       cycles: the compiler's estimate for one step; None = it makes none.
-      by_hand: seconds of one step in kernels written by hand.
+      kernels_s: seconds of one step in Pallas kernels.
     """
     batch, steps, devices = config.data.batch, config.train.steps, len(topology.devices)
     chip = topology.chip
-    estimate = (cycles / chip.clock_hz + by_hand) * devices / batch if chip and cycles else None
+    estimate = (cycles / chip.clock_hz + kernels_s) * devices / batch if chip and cycles else None
     floor = work / chip.peak_flops if chip else None
     times = dict(
         estimated_s_per_sample=estimate,
-        kernels_s_per_sample=by_hand * devices / batch,
+        kernels_s_per_sample=kernels_s * devices / batch,
         floor_s_per_sample=floor,
         basis="estimate" if estimate else "floor",
         steps=steps,

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from dalle_jax.engine import metrics
+from dalle_jax.engine import console
 from dalle_jax.sweeps import units
 from dalle_jax.sweeps.units import Sweep
 from dalle_jax.types import UsageError
@@ -200,7 +200,9 @@ class _Progress:
     def say(self, text: str) -> None:
         """A line that stays."""
         clear = "\r\x1b[K" if self._is_terminal else ""
-        print(f"{clear}[{metrics.duration(time.monotonic() - self._began)}] {text}", flush=True)
+        print(
+            f"{clear}[{console.format_duration(time.monotonic() - self._began)}] {text}", flush=True
+        )
 
     def show(self, running: list[int]) -> None:
         """Units done, steps of those at work, time left."""
@@ -219,7 +221,7 @@ class _Progress:
         left = sum(
             s["steps"] - s["step"] for s in self._states.values() if s["state"] != units.FAILED
         )
-        eta = metrics.duration(left * (now - self._began) / gained) if gained else "?"
+        eta = console.format_duration(left * (now - self._began) / gained) if gained else "?"
         text = f"{done}/{len(self._wids)} done · steps of unit {at_work} · ETA {eta}"
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1

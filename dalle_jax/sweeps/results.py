@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from dalle_jax.engine import loop, metrics
+from dalle_jax.engine import console, event_files
 from dalle_jax.pages import charts, html
 from dalle_jax.sweeps import units
 from dalle_jax.sweeps.units import Sweep
@@ -29,7 +29,7 @@ def collect(sweep: Sweep) -> dict[str, Any]:
     rows = []
     for wid in sweep.wids:
         found = units.status(sweep, wid)
-        final = loop.stored_metrics(sweep.workdir(wid))
+        final = event_files.final_metrics(sweep.workdir(wid))
         value = final.get(sweep.metric) if found["state"] == units.DONE else None
         rows.append(
             {
@@ -80,7 +80,7 @@ def table(found: dict[str, Any]) -> str:
             state += f" {row['step']}/{row['steps']}"
         changes = " ".join(f"{k}={v}" for k, v in row["overrides"].items())
         mark = "*" if row["wid"] == found["best"] else " "
-        time = metrics.duration(row["seconds"])
+        time = console.format_duration(row["seconds"])
         lines.append((f"{row['wid']}{mark}", state, value, time, changes))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     text = [
@@ -161,7 +161,7 @@ def _page(sweep: Sweep, found: dict[str, Any]) -> html.Page:
         facts.append(
             (f"best {sweep.metric}", f"{best['value']:.4g}", f"unit {best['wid']}: {changes}")
         )
-    spent = metrics.duration(sum(row["seconds"] for row in rows))
+    spent = console.format_duration(sum(row["seconds"] for row in rows))
     page.facts([*facts, ("time of all runs", spent, "hours:minutes:seconds")])
     page.table(
         [
@@ -170,7 +170,7 @@ def _page(sweep: Sweep, found: dict[str, Any]) -> html.Page:
                 "state": row["state"],
                 sweep.metric: row["value"],
                 **{key: str(value) for key, value in row["overrides"].items()},
-                "time": metrics.duration(row["seconds"]),
+                "time": console.format_duration(row["seconds"]),
             }
             for row in rows
         ],
@@ -213,7 +213,7 @@ def _curves(sweep: Sweep, rows: list[dict[str, Any]]) -> dict[str, charts.Series
     for row in rows[:_MAX_CURVES]:
         points = [
             (event["step"], event[name])
-            for event in metrics.read(row["workdir"])
+            for event in event_files.read(row["workdir"])
             if event["kind"] == (kind or "train") and event.get(name) is not None
         ]
         if len(points) > 1:

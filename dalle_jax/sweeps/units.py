@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import metrics
+from dalle_jax.engine import event_files
 from dalle_jax.types import UsageError
 
 SWEEP = "sweep.json"
@@ -201,7 +201,7 @@ def status(sweep: Sweep, wid: int) -> dict[str, Any]:
     folder = epath.Path(sweep.workdir(wid))
     file = folder / UNIT
     ended = json.loads(file.read_text()) if file.exists() else {}
-    events = metrics.read(str(folder))
+    events = event_files.read(str(folder))
     steps = sweep.load_config(wid).train.steps
     step = events[-1]["step"] if events else 0
     state = ended.get("state", STARTED if events else WAITING)

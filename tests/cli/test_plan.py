@@ -158,7 +158,7 @@ def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys
         from dalle_jax import tasks
         from dalle_jax.planning import plan
 
-        task = tasks.TASKS["dalle"](loaded, shapes_only=True)
+        task = tasks.make(loaded, shapes_only=True)
         return plan.weigh(loaded, task, topology.get(name), is_quick=is_quick)
 
     monkeypatch.setattr(plan_docs, "_weigh", weigh)

@@ -7,7 +7,8 @@ import linear_task as lt
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import chips, loop, program
+from dalle_jax.engine import chips, loop
+from dalle_jax.engine.program import Program
 from dalle_jax.planning import hlo, plan, search, topology
 from dalle_jax.types import UsageError
 
@@ -74,22 +75,23 @@ def test_the_estimate_is_the_compilers_cycles_at_the_clock(toy, monkeypatch):
 def test_what_is_weighed_is_what_train_runs(workdir, monkeypatch):
     """The text of the plan's step is that of the loop's."""
     texts = []
-    lower = program.Program.lower_step
+    lower = Program.lower_step
 
     def remember(self):
         lowered = lower(self)
         texts.append(lowered.as_text())
         return lowered
 
-    monkeypatch.setattr(program.Program, "lower_step", remember)
-    made = config(**{"train.steps": 1})
-    loop.train(made, make(made), lt.Batches(), lt.Batches(), str(workdir))
+    monkeypatch.setattr(Program, "lower_step", remember)
+    run_config = config(**{"train.steps": 1})
+    program = loop.prepare(run_config, make(run_config))
+    loop.train(program, lt.Batches(), lt.Batches(), str(workdir))
     weigh(topology.get("cpu:8"), **{"train.steps": 1})
     assert len(texts) == 2 and texts[0] == texts[1]
 
 
 def test_a_state_that_is_too_large_is_not_compiled(toy, monkeypatch):
-    monkeypatch.setattr(program.Program, "lower_step", None)
+    monkeypatch.setattr(Program, "lower_step", None)
     found = weigh(dataclasses.replace(toy, capacity=100))
     assert not found.fits and found.temporaries_gib is None
     assert found.shortfall_gib == pytest.approx(found.peak_gib - 100 / plan.GIB)
@@ -103,7 +105,7 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
             "temporaries (28.43G) exceeds available HBM (15.75G)"
         )
 
-    monkeypatch.setattr(program.Program, "lower_step", refuse)
+    monkeypatch.setattr(Program, "lower_step", refuse)
     found = weigh(toy)
     assert not found.fits and found.peak_gib == pytest.approx(28.43)
     assert found.collectives == [] and found.estimated_s_per_sample is None
@@ -111,7 +113,7 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
     def fail(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(program.Program, "lower_step", fail)
+    monkeypatch.setattr(Program, "lower_step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         weigh(toy)
 
