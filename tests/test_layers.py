@@ -27,7 +27,7 @@ STOREYS = {
     "importers": {"nn", "models"},
     "planning": {"nn", "models", "engine", "stages", "tasks"},
     "pages": set(),
-    "sweeps": {"engine", "pages"},
+    "sweeps": {"engine"},
     "benchmarks": {"nn", "data", "engine", "models", "stages", "sampling", "tasks", "planning"},
     "cli": {
         "nn", "diffusion", "data", "engine", "models", "stages", "sampling", "tasks", "evaluation",
