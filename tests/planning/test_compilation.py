@@ -27,7 +27,7 @@ allocation 7: size 1000000, color 1, page 0, preallocated-temp:
 def test_memory_is_read_from_the_buffer_assignment():
     assert compilation.allocated_bytes(ASSIGNMENT) == 512 + 4096 + 8192 + 65536
     # What the step is given but does not read is no parameter of the program.
-    assert compilation.allocated_bytes(ASSIGNMENT, held=20_000) == 512 + 20_000 + 65536
+    assert compilation.allocated_bytes(ASSIGNMENT, resident=20_000) == 512 + 20_000 + 65536
 
 
 @pytest.fixture
