@@ -3,18 +3,19 @@
     python -m dalle_jax train --config=configs/dalle_12b.py --config.stages.dvae=DIR --workdir=DIR
 
 `--dry_run` prints every array and its sharding and computes nothing; it needs neither the codec
-nor data. What it costs on a machine that is not there:
+nor data. `plan` estimates what the run costs on a machine that you do not have:
 
     python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16
 
-64 layers of width 3968, 62 heads of 64, 256 text slots and 32x32 codes of 8192: 12,292,808,448
-parameters. Paper: 430,000 updates of batch 1024 on 1024 V100-16GB; zero-shot MS-COCO FID about
-28. Not run here. Weights, their average and AdamW's moments are 183 GiB in float32, 1.5 GiB on each
-of 128 fsdp shards.
+The model has 64 layers of width 3968, 62 heads of 64, 256 text slots and 32x32 codes of 8192:
+12,292,808,448 parameters. In the paper it trains for 430,000 updates at batch 1024 on 1024
+V100-16GB, and its zero-shot FID on MS-COCO is about 28. It was not run here. The weights, their
+average and AdamW's moments take 183 GiB in float32, 1.5 GiB on each of 128 fsdp shards.
 
-3968 = 2**7 * 31: fsdp divides it up to 128 ways (256 chips = data 2 x fsdp 128), and the heads
-divide by 2 or 31 only, so tensor parallelism is off. On v4 and v5p, `--config.mesh.fsdp=32`: along
-an axis over a whole 4x4x8 torus their compiler makes all-reduces of all gathers and scatters.
+3968 = 2**7 * 31: fsdp divides it up to 128-fold (256 chips = data 2 x fsdp 128), and the heads
+divide by 2 or 31 only, so tensor parallelism is off. On v4 and v5p, use `--config.mesh.fsdp=32`:
+along an axis over a whole 4x4x8 torus, their compiler turns all gathers and scatters into
+all-reduces.
 """
 
 from dalle_jax import config as cfg
@@ -56,9 +57,9 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
         )
     )
     c.stages.dvae = ""  # workdir of the codec: required
-    c.stages.dvae_config = "configs/dvae_paper.py"  # its shape, for plans and dry runs
+    c.stages.dvae_config = "configs/dvae_paper.py"  # the codec's shape, for plans and dry runs
     c.stages.from_codes = False
-    c.stages.encode_chunk = 1  # the TPU's compiler takes 115 instead of 189 s over the codec
+    c.stages.encode_chunk = 1  # the TPU's compiler then takes 115 s, not 189 s, for the codec
 
     c.optim.name = "adamw"
     c.optim.lr = 4.5e-4

@@ -3,77 +3,187 @@
     python -m dalle_jax train --config=configs/decoder.py:size=shapes \
         --config.stages.clip=runs/clip --workdir=runs/decoder
 
-Sizes (`size=`): smoke (a minute on a CPU), demo (generated scenes at 32 px, 13 minutes of two
-cores), shapes (the same for an hour of one core), emoji (captioned emoji at 64 px; 114
-minutes of one core), single_gpu (64 px, half the paper's width; not run here).
-`width=`, `patch=` and `steps=` change a size; 0 keeps its own.
+Sizes (`size=`):
 
-The CPU sizes begin on patches: at 32 px the first level of one on pixels costs most of the step.
-And they predict x_0, without the variance: after 500 steps of 16 pictures eps and v drew noise
-still, x_0 coloured blobs where they belong; the variance's gradient slowed it down.
+    smoke       a minute on a CPU
+    demo        generated scenes at 32 px; it trains for 13 minutes on two cores
+    shapes      the same scenes for an hour on one core
+    emoji       captioned emoji at 64 px; it trains for 114 minutes on one core
+    single_gpu  64 px, half the paper's width; not run here
 
-To teach a trained one to inpaint, `--config.init_from=runs/decoder --config.loss.inpaint=true` with
-a new workdir: it starts as the same function. The paper's model is configs/decoder_paper.py.
+`width=`, `patch=` and `steps=` change a size; 0 keeps its own value.
+
+The CPU sizes work on patches: in a network on single pixels, the first level at 32 px costs most of
+the step. They predict x_0 and no variance. After 500 steps with 16 pictures each, networks that
+predict eps or v still sampled noise, while one that predicts x_0 placed coloured blobs correctly;
+the gradient of the variance slowed it down.
+
+To teach a trained decoder to inpaint, add `--config.init_from=runs/decoder
+--config.loss.inpaint=true` and give a new workdir: it starts as the same function. The paper's
+model is configs/decoder_paper.py.
 """
 
 from dalle_jax import config as cfg
 
-# px, width, channel mults, blocks, patch, text (width, layers, heads), batch, steps
-_SIZES = {
-    "smoke": (32, 16, (1, 2), 1, 4, (32, 1, 2), 16, 60),
-    "demo": (32, 48, (1, 2), 1, 2, (96, 2, 2), 16, 1700),
-    "shapes": (32, 48, (1, 2), 1, 2, (128, 2, 2), 16, 7000),
-    "emoji": (64, 64, (1, 2, 3), 1, 4, (128, 2, 2), 16, 5600),
-    "single_gpu": (64, 256, (1, 2, 3, 4), 3, 1, (1024, 12, 16), 128, 400_000),
+
+def _quarter(c: cfg.ConfigDict) -> int:
+    return c.train.steps // 4
+
+
+# What the small sizes but smoke change in the paper's objective; smoke runs all parts of it.
+SHORT = {
+    "model.predicts": "x_0",
+    "model.learned_variance": False,
+    "loss.snr_cap": 5.0,
+}
+SCENES = {
+    **SHORT,
+    "data.image_px": 32,
+    "data.batch": 16,
+    # Captions of the grammar have at most 9 ids; the pretrained CLIP was trained with 12.
+    "data.text_len": 12,
+    "model.width": 48,
+    "model.channel_mults": (1, 2),
+    "model.num_blocks": 1,
+    "model.patch_px": 2,
+    "model.text_layers": 2,
+    "model.text_heads": 2,
+    "stages.clip_config": "configs/clip.py:size=shapes",
+    "train.eval_every_steps": _quarter,
+}
+
+SIZES = {
+    "smoke": {
+        "data.image_px": 32,
+        "data.batch": 16,
+        "data.eval_batch": 16,
+        "model.width": 16,
+        "model.channel_mults": (1, 2),
+        "model.num_blocks": 1,
+        "model.patch_px": 4,
+        "model.text_width": 32,
+        "model.text_layers": 1,
+        "model.text_heads": 2,
+        "stages.clip_config": "configs/clip.py:size=smoke",
+        "loss.preview_spacing": "5",
+        "optim.warmup_steps": 10,
+        "optim.ema_decay": 0.9,
+        "train.steps": 60,
+        "train.log_every_steps": 10,
+        "train.save_every_steps": 30,
+    },
+    "demo": {**SCENES, "model.text_width": 96, "train.steps": 1700},
+    "shapes": {
+        **SCENES,
+        "model.text_width": 128,
+        "train.steps": 7000,
+        "train.preview_every_steps": _quarter,
+    },
+    "emoji": {
+        **SHORT,
+        "data.source": "emoji",
+        "data.image_px": 64,
+        "data.batch": 16,
+        "data.text_len": 24,
+        "data.vocab_size": 2048,
+        "model.width": 64,
+        "model.channel_mults": (1, 2, 3),
+        "model.num_blocks": 1,
+        "model.patch_px": 4,
+        "model.dropout": 0.05,
+        "model.text_width": 128,
+        "model.text_layers": 2,
+        "model.text_heads": 2,
+        "stages.clip_config": "configs/clip.py:size=emoji",
+        "train.steps": 5600,
+        "train.eval_every_steps": 1000,
+        "train.preview_every_steps": 1000,
+    },
+    "single_gpu": {
+        "dtype.compute": "bfloat16",
+        "data.source": "pairs",
+        "data.image_px": 64,
+        "data.batch": 128,
+        "data.crop": "clip",
+        "data.text_len": 77,
+        "data.vocab_size": 49408,
+        "model.width": 256,
+        "model.channel_mults": (1, 2, 3, 4),
+        "model.num_blocks": 3,
+        "model.attention_px": (32, 16, 8),
+        "model.patch_px": 1,
+        "model.dropout": 0.1,
+        "model.text_width": 1024,
+        "model.text_layers": 12,
+        "model.text_heads": 16,
+        "model.scan_layers": True,
+        "model.remat": "full",
+        "stages.clip_config": "configs/clip.py:size=b32",
+        "optim.lr": 1.2e-4,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 5000,
+        "optim.beta2": 0.999,
+        "optim.ema_decay": 0.9999,
+        "train.steps": 400_000,
+        "train.log_every_steps": 100,
+        "train.eval_every_steps": 5000,
+        "train.save_every_steps": 2000,
+        "train.preview_every_steps": 5000,
+    },
+}
+
+
+def _small_grids(c: cfg.ConfigDict) -> tuple[int, ...]:
+    """Sides of the levels' grids that are at most 8."""
+    side = c.data.image_px // c.model.patch_px
+    return tuple(n for n in (side >> i for i in range(len(c.model.channel_mults))) if n <= 8)
+
+
+# What follows from the width, the patch and the pixels.
+DERIVED = {
+    "model.attention_px": _small_grids,
+    "model.head_width": lambda c: next(n for n in (64, 32, 16) if c.model.width % n == 0),
 }
 
 
 def get_config(arg: str | None = None) -> cfg.ConfigDict:
-    """A decoder of the given size."""
+    """A decoder of the given size; `width`, `patch` and `steps` change it, 0 keeps its own."""
     args = cfg.parse_args(arg, size="shapes", width=0, patch=0, steps=0)
-    if args.size not in _SIZES:
-        raise cfg.UsageError(f"size={args.size!r} is unknown; use one of {', '.join(_SIZES)}.")
-    px, width, mults, num_blocks, patch, text, batch, steps = _SIZES[args.size]
-    width, patch, steps = args.width or width, args.patch or patch, args.steps or steps
     c = cfg.sibling(__file__, "base").get_config()
     c.task = "diffusion"
 
-    c.data.image_px = px
-    c.data.batch, c.data.eval_batch = batch, 64
+    c.data.eval_batch = 64
     c.data.add_bos_eos = True  # captions as the CLIP reads them
-    is_small = args.size != "single_gpu"
-    is_short = is_small and args.size != "smoke"  # smoke runs all parts of the paper's objective
-    sides = tuple(px // patch >> level for level in range(len(mults)))
     c.model = cfg.ConfigDict(
         dict(
-            width=width,
-            channel_mults=mults,
-            num_blocks=num_blocks,
-            attention_px=tuple(s for s in sides if s <= 8) if is_small else (32, 16, 8),
-            head_width=next(n for n in (64, 32, 16) if width % n == 0),
+            width=0,
+            channel_mults=(),
+            num_blocks=0,
+            attention_px=(),  # sides of the grids with attention
+            head_width=0,
             dropout=0.0,
-            patch_px=patch,
-            predicts="x_0" if is_short else "eps",
-            learned_variance=not is_short,
-            text_width=text[0],
-            text_layers=text[1],
-            text_heads=text[2],
+            patch_px=0,
+            predicts="eps",
+            learned_variance=True,
+            text_width=0,
+            text_layers=0,
+            text_heads=0,
             clip_tokens=4,
-            scan_layers=not is_small,
-            remat="none" if is_small else "full",
+            scan_layers=False,
+            remat="none",
         )
     )
+    c.stages.clip = ""  # workdir of the CLIP: required
+    c.stages.clip_config = ""  # the CLIP's shape, for plans and dry runs
     c.loss = cfg.ConfigDict(
         dict(
             schedule="cosine",
             num_steps=1000,
-            clip_drop=0.1,  # no embedding: guidance, and drawing from captions alone
+            clip_drop=0.1,  # share without the embedding, for guidance and captions alone
             text_drop=0.5,
-            # Weights of the steps, see `gaussian.capped_weight`; 0 = none, the paper's.
-            snr_cap=5.0 if is_short else 0.0,
-            # Steps T u^p of an even u; 1 = evenly, the paper's; 0.5 noisy ones more often.
-            time_power=1.0,
-            inpaint=False,  # shown the known part of a picture
+            snr_cap=0.0,  # cap on the steps' weights, `gaussian.capped_weight`; 0 = none, the paper
+            time_power=1.0,  # steps T u^p, u uniform; 1 = the paper, 0.5 = noisy ones more often
+            inpaint=False,  # the network also sees the known part of a picture
             low_res_px=0,  # above 0: an upsampler, see configs/upsampler.py
             corruption="none",
             crop=1.0,
@@ -81,39 +191,14 @@ def get_config(arg: str | None = None) -> cfg.ConfigDict:
             preview_guidance=2.0,
         )
     )
-    c.stages.clip = ""  # workdir of the CLIP: required
-    # Its shape, for plans and dry runs.
-    c.stages.clip_config = "configs/clip.py:size=" + (
-        "b32" if not is_small else args.size if args.size != "demo" else "shapes"
-    )
 
     c.optim.lr = 1e-3
     c.optim.beta2 = 0.99
     c.optim.weight_decay = 0.0
     c.optim.ema_decay = 0.999
-    c.train.steps = steps
 
-    if args.size == "smoke":
-        c.optim.warmup_steps, c.optim.ema_decay = 10, 0.9
-        c.data.eval_batch = 16
-        c.train.save_every_steps, c.train.log_every_steps = 30, 10
-        c.loss.preview_spacing = "5"
-    if args.size in ("demo", "shapes"):
-        # Captions of the grammar have at most 9 ids; the pretrained CLIP was trained so.
-        c.data.text_len = 12
-        c.train.eval_every_steps = steps // 4
-        c.train.preview_every_steps = 0 if args.size == "demo" else steps // 4
-    if args.size == "emoji":
-        c.data.source, c.data.vocab_size, c.data.text_len = "emoji", 2048, 24
-        c.model.dropout = 0.05
-        c.train.eval_every_steps = c.train.preview_every_steps = 1000
-    if args.size == "single_gpu":
-        c.dtype.compute = "bfloat16"
-        c.data.source, c.data.crop = "pairs", "clip"
-        c.data.text_len, c.data.vocab_size = 77, 49408
-        c.model.dropout = 0.1
-        c.optim.lr, c.optim.warmup_steps, c.optim.schedule = 1.2e-4, 5000, "constant"
-        c.optim.beta2, c.optim.ema_decay = 0.999, 0.9999
-        c.train.eval_every_steps = c.train.preview_every_steps = 5000
-        c.train.save_every_steps, c.train.log_every_steps = 2000, 100
+    changes = cfg.size_overrides(
+        args, SIZES, width="model.width", patch="model.patch_px", steps="train.steps"
+    )
+    cfg.apply(c, DERIVED, changes)
     return c

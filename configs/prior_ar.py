@@ -4,45 +4,53 @@
     python -m dalle_jax train --config=configs/prior_ar.py:size=shapes \
         --config.stages.clip=runs/clip --config.stages.pca=runs/pca.npz --workdir=runs/prior_ar
 
-Sizes (`size=`) as in configs/prior_diffusion.py; paper: 24 layers of 1664, 26 heads, 319 dimensions
-of 1,024 buckets (0.80 billion parameters in the blocks; not run here).
+The sizes (`size=`) are those of configs/prior_diffusion.py with the changes below. The paper's has
+24 layers of width 1664 with 26 heads and predicts 319 dimensions in 1,024 buckets each: 0.80
+billion parameters in the blocks; not run here. `steps=` changes a size; 0 keeps its own value.
 """
 
 from dalle_jax import config as cfg
 
-# What differs from the diffusion prior: batch, steps.
-_SIZES = {
-    "smoke": (32, 60),
-    "demo": (64, 2000),
-    "shapes": (64, 6000),
-    "emoji": (64, 6000),
-    "single_gpu": (512, 200_000),
-    "paper": (4096, 1_000_000),
+LARGE = {
+    "optim.lr": 1.6e-4,
+    "optim.beta2": 0.91,
+    "optim.eps": 1e-10,
+    "optim.ema_decay": 0.999,
+}
+
+# What each size changes in the diffusion prior of that size.
+SIZES = {
+    "smoke": {"data.batch": 32, "train.steps": 60},
+    "demo": {"data.batch": 64, "train.steps": 2000},
+    "shapes": {"data.batch": 64, "train.steps": 6000},
+    "emoji": {"data.batch": 64, "train.steps": 6000},
+    "single_gpu": {**LARGE, "data.batch": 512, "train.steps": 200_000},
+    "paper": {
+        **LARGE,
+        "data.batch": 4096,
+        "model.width": 1664,
+        "model.num_heads": 26,
+        "model.num_dims": 319,
+        "model.num_buckets": 1024,
+        "train.steps": 1_000_000,
+    },
 }
 
 
 def get_config(arg: str | None = None) -> cfg.ConfigDict:
-    """An autoregressive prior of the given size."""
+    """An autoregressive prior of the given size; `steps` changes it, 0 keeps its own value."""
     args = cfg.parse_args(arg, size="shapes", steps=0)
-    if args.size not in _SIZES:
-        raise cfg.UsageError(f"size={args.size!r} is unknown; use one of {', '.join(_SIZES)}.")
+    changes = cfg.size_overrides(args, SIZES, steps="train.steps")
     c = cfg.sibling(__file__, "prior_diffusion").get_config(f"size={args.size}")
-    c.data.batch, steps = _SIZES[args.size]
-    c.train.steps = args.steps or steps
 
-    c.stages.pca = ""  # of `python -m dalle_jax pca`: required
     c.model.kind = "ar"
-    c.model.num_dims = 0  # leading components that are drawn; 0 = as many as the PCA keeps
+    c.model.num_dims = 0  # leading components that the prior samples; 0 = all that the PCA keeps
     c.model.num_buckets = 0  # 0 = the PCA's
     for field in ("schedule", "num_steps"):
         del c.model[field]
+    c.stages.pca = ""  # file written by `python -m dalle_jax pca`: required
     del c.loss.eval_steps
-
     c.optim.weight_decay = 4.0e-2
-    if args.size in ("single_gpu", "paper"):
-        c.optim.lr, c.optim.beta2, c.optim.eps = 1.6e-4, 0.91, 1e-10
-        c.optim.ema_decay = 0.999
-    if args.size == "paper":
-        c.model.width, c.model.num_heads = 1664, 26
-        c.model.num_dims, c.model.num_buckets = 319, 1024
+
+    cfg.apply(c, changes)
     return c

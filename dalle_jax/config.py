@@ -1,8 +1,9 @@
-"""Config helpers: files with `:args`, typed overrides, validation, sweeps, JSON.
+"""Config helpers: files with `:args`, sizes, typed overrides, validation, sweeps, JSON.
 
-A config is a locked `ml_collections.ConfigDict` made by a Python file under `configs/`. Only
-cli, tasks and engine ever see one; a model gets its own frozen dataclass built by `build`.
-Nothing here knows a model, a dataset or a flag.
+A config is a locked `ml_collections.ConfigDict`, returned by the `get_config(arg)` of a Python
+file: one of `configs/`, which the package ships, or a user's own. Only cli, tasks and engine see
+it; a model gets its own frozen dataclass built by `build`. Nothing here knows a model, a dataset or
+a flag.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -21,6 +22,11 @@ from dalle_jax.types import UsageError
 
 ConfigDict = ml_collections.ConfigDict
 T = TypeVar("T")
+
+# A link to configs/ in a checkout; setup.cfg puts the files themselves into the wheel.
+SHIPPED = pathlib.Path(__file__).with_name("configs")
+
+ABSENT = "<absent>"  # in `differences`: the config does not have the field
 
 
 def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
@@ -45,28 +51,86 @@ def parse_args(text: str | None, **defaults: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
-def load(path: str) -> ConfigDict:
-    """The locked config that `path` describes: `configs/dalle.py` or `configs/dalle.py:size=smoke`.
+def size_overrides(
+    args: ConfigDict, sizes: Mapping[str, dict[str, Any]], **fields: str
+) -> dict[str, Any]:
+    """The overrides that a config file's arguments ask for: those of the size, then the others.
+
+    Args:
+      args: values of `parse_args`; `args.size` is a key of `sizes`.
+      sizes: the dotted overrides of each size.
+      **fields: argument -> the dotted field that it sets; 0 leaves the field to the size.
 
     Raises:
-      UsageError: if the file does not exist or has no get_config.
+      UsageError: for an unknown size, with the list of sizes.
     """
-    config = _module(path).get_config(_argument(path))
+    if args.size not in sizes:
+        raise UsageError(f"size={args.size!r} is unknown; use one of {', '.join(sizes)}.")
+    given = {field: args[name] for name, field in fields.items() if args[name]}
+    return {**sizes[args.size], **given}
+
+
+def shipped() -> list[str]:
+    """Names of the configs that the package ships, e.g. `dalle`, in alphabetical order."""
+    return sorted(file.stem for file in SHIPPED.glob("*.py"))
+
+
+def locate(path: str) -> pathlib.Path:
+    """The file of a config: the one at `path` if it exists, otherwise the shipped one of that name.
+
+    Args:
+      path: a .py file or a shipped config, with or without arguments; `dalle`, `dalle.py` and
+        `configs/dalle.py:size=smoke` all name the shipped configs/dalle.py.
+
+    Raises:
+      UsageError: if there is neither, with the nearest name.
+    """
+    file = pathlib.Path(path.split(":", 1)[0])
+    if file.suffix == ".py" and file.is_file():
+        return file
+    name = file.as_posix().removeprefix("configs/").removesuffix(".py")
+    if name in shipped():
+        return SHIPPED / f"{name}.py"
+    beside = [neighbour.name for neighbour in file.parent.glob("*.py")]
+    near = _suggest(file.name, beside) or _suggest(name, shipped())
+    raise UsageError(
+        f"config {file} does not exist, neither as a .py file nor as a shipped config;{near} "
+        f"shipped are {_listed(shipped())}."
+    )
+
+
+def load(path: str) -> ConfigDict:
+    """The locked config that `path` describes: a file or a shipped name, as `dalle:size=smoke`.
+
+    Raises:
+      UsageError: as `locate`, and if the file has no get_config or refuses its arguments.
+    """
+    config = start_from(path)
     config.lock()
     return config
 
 
+def start_from(path: str) -> ConfigDict:
+    """Like `load`, but unlocked, for config files of one's own: `c = cfg.start_from("dalle")`."""
+    return _module(locate(path)).get_config(_argument(path))
+
+
 def sibling(file: str, name: str):
-    """The module `name`.py beside a config file: `base = config.sibling(__file__, "base")`.
+    """The module `name`.py beside a config file: `base = cfg.sibling(__file__, "base")`.
 
     Config files are loaded by path, so `import base` would depend on the working directory.
     """
-    return _module(str(pathlib.Path(file).with_name(f"{name}.py")))
+    return _module(locate(str(pathlib.Path(file).with_name(f"{name}.py"))))
+
+
+def sizes(path: str) -> list[str]:
+    """The sizes of a config file: the keys of its `SIZES`, none for a file without."""
+    return list(getattr(_module(locate(path)), "SIZES", ()))
 
 
 def load_hyper(path: str) -> list[dict[str, Any]]:
     """The sweep of a config file: what its `get_hyper()` returns, a list of dotted overrides."""
-    module = _module(path)
+    module = _module(locate(path))
     if not hasattr(module, "get_hyper"):
         raise UsageError(
             f"{path} has no get_hyper(); give the values with --sweep, or see configs/dvae.py."
@@ -75,13 +139,26 @@ def load_hyper(path: str) -> list[dict[str, Any]]:
 
 
 def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
-    """A copy of `config` with dotted keys replaced, each value typed like what it replaces.
+    """A locked copy of `config` with dotted fields replaced; see `apply`."""
+    config = ConfigDict(config.to_dict())
+    apply(config, overrides)
+    config.lock()
+    return config
+
+
+def apply(config: ConfigDict, *overrides: dict[str, Any]) -> None:
+    """Sets dotted fields of an unlocked config; where several dicts name a field, the last wins.
+
+    Args:
+      config: changed in place.
+      *overrides: dotted field -> value, typed like what it replaces. A function is called with the
+        config when all plain values are set: the field follows from others.
 
     Raises:
-      UsageError: for an unknown key (with the nearest known one) or a value of another type.
+      UsageError: for an unknown field (with the nearest known one) or a value of another type.
     """
-    config = ConfigDict(config.to_dict())
-    for key, value in overrides.items():
+    merged = {key: value for values in overrides for key, value in values.items()}
+    for key, value in sorted(merged.items(), key=lambda item: callable(item[1])):
         node, *path = config, *key.split(".")
         for i, name in enumerate(path):
             if not isinstance(node, ConfigDict) or name not in node:
@@ -91,11 +168,10 @@ def override(config: ConfigDict, overrides: dict[str, Any]) -> ConfigDict:
                     f"{'.'.join(path[:i]) or 'the top level'} has {_listed(keys)}."
                 )
             if i == len(path) - 1:
+                value = value(config) if callable(value) else value
                 node[name] = _parse(key, value, node[name])
             else:
                 node = node[name]
-    config.lock()
-    return config
 
 
 def build(cls: type[T], values: ConfigDict, **extra: Any) -> T:
@@ -129,14 +205,16 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: ConfigDict, new: ConfigDict, ignore: Iterable[str] = ()) -> dict[str, tuple]:
-    """Fields whose values differ: dotted key -> (old, new); `ignore` holds key prefixes."""
+    """Fields whose values differ: dotted key -> (old, new), `ABSENT` for a field that one lacks.
+
+    `ignore` holds prefixes of keys that are not compared.
+    """
     ignore = tuple(ignore)
     a, b = flatten(old), flatten(new)
-    missing = "<absent>"
     return {
-        key: (a.get(key, missing), b.get(key, missing))
+        key: (a.get(key, ABSENT), b.get(key, ABSENT))
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, missing) != b.get(key, missing) and not key.startswith(ignore)
+        if a.get(key, ABSENT) != b.get(key, ABSENT) and not key.startswith(ignore)
     }
 
 
@@ -182,13 +260,7 @@ def _argument(path: str) -> str | None:
     return path.split(":", 1)[1] if ":" in path else None
 
 
-def _module(path: str):
-    file = pathlib.Path(path.split(":", 1)[0])
-    if not file.is_file():
-        near = (
-            sorted(p.as_posix() for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        )
-        raise UsageError(f"config file {file} does not exist; found beside it: {_listed(near)}.")
+def _module(file: pathlib.Path):
     spec = importlib.util.spec_from_file_location(f"dalle_jax_config_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Configs: typed overrides, refused typos, JSON and sweeps."""
+"""Configs: files and shipped names, sizes, typed overrides, refused typos, JSON and sweeps."""
 
 import dataclasses
 
@@ -87,6 +87,76 @@ def test_arguments_of_a_config_file():
         cfg.parse_args("sise=smoke", size="base")
 
 
+def test_a_function_follows_from_the_other_overrides(base):
+    """Whatever their order, also from the values of a later dict; a later dict may replace it."""
+    changes = {"deep.er.width": lambda c: c.optim.steps // 4, "optim.steps": 40}
+    got = cfg.ConfigDict(base.to_dict())
+    cfg.apply(got, changes, {"optim.steps": 80})
+    assert (got.optim.steps, got.deep.er.width) == (80, 20)
+    cfg.apply(got, changes, {"deep.er.width": 7})
+    assert (got.optim.steps, got.deep.er.width) == (40, 7)
+    with pytest.raises(UsageError, match="did you mean 'lr'"):
+        cfg.apply(got, {"optim.lrr": lambda c: 1.0})
+
+
+def test_a_size_is_overridden_by_the_other_arguments():
+    sizes = {"smoke": {"train.steps": 60, "model.width": 8}, "big": {"model.width": 512}}
+    args = cfg.parse_args("size=smoke,steps=7", size="big", steps=0, width=0)
+    fields = dict(steps="train.steps", width="model.width")
+    assert cfg.size_overrides(args, sizes, **fields) == {"train.steps": 7, "model.width": 8}
+    assert sizes["smoke"]["train.steps"] == 60
+    with pytest.raises(UsageError, match="size='huge' is unknown; use one of smoke, big."):
+        cfg.size_overrides(cfg.parse_args("size=huge", size="big"), sizes)
+
+
+@pytest.mark.parametrize("path", ["dalle", "dalle.py", "configs/dalle.py", "./configs/dalle.py"])
+def test_a_shipped_config_is_named_from_any_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cfg.locate(path) == cfg.SHIPPED / "dalle.py"
+    assert cfg.load(f"{path}:size=emoji").data.source == "emoji"
+
+
+def test_a_file_at_the_path_comes_before_a_shipped_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "configs" / "dalle.py"
+    file.parent.mkdir()
+    file.write_text(
+        "from dalle_jax import config as cfg\n"
+        "def get_config(arg=None):\n"
+        "    c = cfg.start_from('dalle:size=emoji')\n"
+        "    c.data.source = 'mine'\n"
+        "    c.extra = cfg.ConfigDict(dict(width=1))\n"
+        "    return c\n"
+    )
+    config = cfg.load("configs/dalle.py")
+    assert config.is_locked
+    shipped = cfg.load("dalle:size=emoji")
+    assert cfg.differences(shipped, config) == {
+        "data.source": ("emoji", "mine"),
+        "extra.width": (cfg.ABSENT, 1),
+    }
+
+
+@pytest.mark.parametrize(
+    "path, near",
+    [
+        ("dale:size=emoji", "did you mean 'dalle'"),
+        ("configs/dalle_13b.py", "did you mean 'dalle_12b'"),
+        ("elsewhere/dalle.py", "shipped are base, "),
+        ("mine", "did you mean 'mine.py'"),
+        ("mien.py", "did you mean 'mine.py'"),
+    ],
+)
+def test_a_config_that_does_not_exist_is_refused_with_the_nearest_name(
+    path, near, tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "mine").write_text("")  # not a .py file
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"{path.split(':')[0]} does not exist, .*{near}"):
+        cfg.load(path)
+
+
 def test_load_finds_siblings_whatever_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "base.py").write_text(
         "from dalle_jax import config as cfg\n"
@@ -106,7 +176,7 @@ def test_load_finds_siblings_whatever_the_working_directory(tmp_path, monkeypatc
     assert cfg.load_hyper(f"{tmp_path}/child.py") == [{"lr": 1, "width": 8}, {"lr": 2, "width": 8}]
     with pytest.raises(UsageError, match="get_hyper"):
         cfg.load_hyper(f"{tmp_path}/base.py")
-    with pytest.raises(UsageError, match="does not exist; found beside it: .*base.py"):
+    with pytest.raises(UsageError, match="does not exist, .* did you mean 'base.py'"):
         cfg.load(f"{tmp_path}/bse.py")
 
 

@@ -1,6 +1,7 @@
 """Every config file, in every size: it loads, locks, fits its model, and refuses what it must."""
 
 import ast
+import configparser
 import pathlib
 import re
 
@@ -22,17 +23,11 @@ def path_of(name: str) -> str:
     return str(ROOT / "configs" / f"{name}.py")
 
 
-def sizes(name: str) -> list[str]:
-    """The sizes that a file names when it is asked for one that it does not have."""
-    if name in FIXED:
-        return []
-    with pytest.raises(UsageError) as error:
-        cfg.load(f"{path_of(name)}:size=no_such_size")
-    words = re.search(r"use (?:one of )?(.+)\.$", str(error.value)).group(1)
-    return re.split(r", | or ", words)
-
-
-CASES = [f"{name}:size={size}" if size else name for name in FILES for size in sizes(name) or [""]]
+CASES = [
+    f"{name}:size={size}" if size else name
+    for name in FILES
+    for size in cfg.sizes(path_of(name)) or [""]
+]
 
 
 def load(case: str) -> cfg.ConfigDict:
@@ -77,8 +72,32 @@ def test_an_unknown_argument_is_refused(name):
 
 @pytest.mark.parametrize("name", [name for name in FILES if name not in FIXED])
 def test_a_smoke_size_exists(name):
-    assert "smoke" in sizes(name)
     assert load(f"{name}:size=smoke").train.steps <= 500
+    listed = ", ".join(cfg.sizes(path_of(name)))
+    with pytest.raises(UsageError, match=f"'no_such_size' is unknown; use one of {listed}."):
+        load(f"{name}:size=no_such_size")
+
+
+def test_the_package_ships_the_configs():
+    """Through a link in a checkout; package_data names each file for the wheel."""
+    assert cfg.shipped() == FILES
+    for name in FILES:
+        assert cfg.locate(name).resolve() == pathlib.Path(path_of(name))
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    patterns = setup["options.package_data"]["dalle_jax"].split()
+    packaged = {path for pattern in patterns for path in (ROOT / "dalle_jax").glob(pattern)}
+    assert set(cfg.SHIPPED.glob("*.py")) <= packaged
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.startswith(("prior", "decoder"))])
+def test_captions_have_the_form_that_the_clip_reads(case):
+    config = load(case)
+    clip = cfg.load(config.stages.clip_config)
+    fields = ["text_len", "vocab_size", "add_bos_eos"]
+    if config.task == "prior":
+        fields += ["image_px", "crop"]  # it reads the CLIP's pictures too
+    assert {f: config.data[f] for f in fields} == {f: clip.data[f] for f in fields}
 
 
 # A prior has the shape of its CLIP too: test_every_config_can_be_planned_without_weights_or_data.

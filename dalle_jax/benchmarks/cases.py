@@ -26,9 +26,8 @@ from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import prior as prior_sampling
 from dalle_jax.stages import by_shape
 from dalle_jax.stages import prior as prior_stage
-from dalle_jax.types import Array, Params, UsageError
+from dalle_jax.types import Array, Params
 
-CONFIGS = by_shape.CHECKOUT / "configs"
 PRIOR_STEPS = 50
 
 
@@ -48,9 +47,9 @@ def config_of(
       changes: dotted fields and what they are instead.
 
     Raises:
-      UsageError: for values that configs/bench.py does not take, and where it is not there.
+      UsageError: for values that configs/bench.py does not take.
     """
-    config = _load("bench", f":case={name},attention={attention},size={size}")
+    config = cfg.load(f"bench:case={name},attention={attention},size={size}")
     return cfg.override(config, changes or {})
 
 
@@ -158,7 +157,7 @@ def prior(config: cfg.ConfigDict) -> Case:
     """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
     task = tasks.make(config, shapes_only=True)
     clip = by_shape.clip(config)
-    model = prior_stage.make_prior(config, clip, None)
+    model = prior_stage.build_prior(config, clip, None)
     params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])
     data, rng = config.data, np.random.default_rng(config.seed)
     text = jax.device_put(_ids(rng, (data.batch, data.text_len), data.vocab_size))
@@ -214,7 +213,7 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     for path in sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
         wanted.add("text")
         changes["data.vocab_size"] = int(path.stem.partition("-")[2])
-    config = cfg.override(_load("base"), changes)
+    config = cfg.override(cfg.load("base"), changes)
     batches = pipeline.make(
         config.data,
         config.seed,
@@ -225,16 +224,6 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     )
     numbers = itertools.count()
     return Case(lambda: lambda: batches(next(numbers)), images=batch)
-
-
-def _load(name: str, argument: str = "") -> cfg.ConfigDict:
-    path = CONFIGS / f"{name}.py"
-    if not path.is_file():
-        raise UsageError(
-            f"{path} is missing: bench reads the sizes of its networks there; run it in a clone "
-            "of the repository."
-        )
-    return cfg.load(f"{path}{argument}")
 
 
 def _compiled(function: Callable, *arguments: Any, params: int) -> Case:

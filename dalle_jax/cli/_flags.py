@@ -20,7 +20,7 @@ def add_config(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         "--config",
         required=required,
         metavar="FILE[:ARGS]",
-        help="config file, e.g. configs/dalle.py:size=smoke. Any field can be changed with "
+        help="shipped config or file, e.g. dalle:size=smoke. Any field can be changed with "
         "--config.SECTION.FIELD=VALUE, e.g. --config.optim.lr=3e-4",
     )
 

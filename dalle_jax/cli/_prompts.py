@@ -65,7 +65,7 @@ def tokens(stage, prompts: list[str], name: str):
     from dalle_jax.data import tokenizers
     from dalle_jax.types import UsageError
 
-    own = tokenizers.Tokenizer(stage.tokenizer_bytes)
+    own = stage.tokenizer
     data = stage.config.data
     for prompt, row in zip(prompts, own.pieces(prompts), strict=True):
         if not any(i >= _FIRST_PIECE and own.decode([i]).strip() for i in row):

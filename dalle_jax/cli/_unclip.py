@@ -136,13 +136,13 @@ def check(args: argparse.Namespace) -> None:
 
 
 def drawing(args: argparse.Namespace):
-    """`unclip.Drawing` of the flags."""
+    """`unclip.Settings` of the flags."""
     from dalle_jax.sampling import unclip
 
     made = {}
     if getattr(args, "upsample_steps", None):
         made["upsample_steps"] = tuple(args.upsample_steps)
-    return unclip.Drawing(
+    return unclip.Settings(
         steps=args.steps,
         sampler=getattr(args, "sampler", "ddim"),
         eta=args.eta,
@@ -154,10 +154,11 @@ def drawing(args: argparse.Namespace):
 
 def folders(args: argparse.Namespace) -> dict[str, str]:
     """Stage -> folder: of the pretrained set, and what the flags say instead."""
-    from dalle_jax.stages import run, unclip
+    from dalle_jax.stages import pretrained
+    from dalle_jax.stages.unclip import Unclip
     from dalle_jax.types import UsageError
 
-    found = run.pretrained(args.pretrained) if args.pretrained else {}
+    found = pretrained.folders(args.pretrained) if args.pretrained else {}
     if args.pretrained and "decoder" not in found and not args.decoder:
         raise UsageError(
             f"the pretrained set {args.pretrained!r} holds no decoder of DALL-E 2, only "
@@ -167,11 +168,11 @@ def folders(args: argparse.Namespace) -> dict[str, str]:
         if getattr(args, flag, None):
             found[stage] = getattr(args, flag)
     given = getattr(args, "upsampler", None) or []
-    if len(given) > len(unclip.UPSAMPLERS):
-        raise UsageError(f"{len(given)} upsamplers; at most {len(unclip.UPSAMPLERS)} are used.")
+    if len(given) > len(Unclip.UPSAMPLERS):
+        raise UsageError(f"{len(given)} upsamplers; at most {len(Unclip.UPSAMPLERS)} are used.")
     if given:
-        found = {k: v for k, v in found.items() if k not in unclip.UPSAMPLERS}
-        found |= dict(zip(unclip.UPSAMPLERS, given, strict=False))
+        found = {k: v for k, v in found.items() if k not in Unclip.UPSAMPLERS}
+        found |= dict(zip(Unclip.UPSAMPLERS, given, strict=False))
     return found
 
 
@@ -186,12 +187,12 @@ def load(args: argparse.Namespace, *only: str):
       UsageError: for folders or settings that do not fit, before anything compiles.
     """
     from dalle_jax.diffusion import schedules
-    from dalle_jax.stages import unclip
+    from dalle_jax.stages.unclip import Unclip
 
     found = folders(args)
     finishes = not getattr(args, "no_upsample", True)
-    wanted = ("decoder", "clip", *only, *(unclip.UPSAMPLERS if finishes else ()))
-    made = unclip.load(found, wanted)
+    wanted = ("decoder", "clip", *only, *(Unclip.UPSAMPLERS if finishes else ()))
+    made = Unclip.load(found, wanted)
     how = drawing(args)
     schedules.respace(made.decoder.schedule, how.steps)
     for stage in made.upsamplers:
@@ -263,7 +264,5 @@ def cosines(clip, pictures, embedding) -> Sequence[float]:
     """Of CLIP between pictures [B, h, h, 3] float and embeddings [B, E] or [1, E]."""
     import numpy as np
 
-    from dalle_jax.sampling import embed
-
-    z = embed.images(clip, pictures)
+    z = clip.embed_images(pictures)
     return [round(float(x), 4) for x in np.sum(z * np.asarray(embedding), axis=-1)]

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax import images
     from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
-    from dalle_jax.sampling import embed, manipulate, unclip
+    from dalle_jax.sampling import manipulate, unclip
 
     _unclip.check(args)
     thetas = _unclip.numbers(
@@ -72,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
     start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
     one = images.to_float(picture)[None]
     latent = manipulate.invert(stages, one, drawing)
-    way = manipulate.edited(stages, latent, tokens[0], old, thetas)
+    way = manipulate.edit(stages, latent, tokens[0], old, thetas)
     tell = functools.partial(_prompts.progress, "edit", start, len(thetas))
     indices = np.zeros(len(thetas), int)  # the same noise for all
-    small = manipulate.draw(
+    small = manipulate.sample(
         stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
     )
     drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)
     shown = np.concatenate([one, drawn])
-    embedded = embed.texts(stages.clip, tokens)
+    embedded = stages.clip.embed_texts(tokens)
     near = [_unclip.cosines(stages.clip, shown, z[None]) for z in embedded]
     gallery.clear(out)
     labels = [" ".join(f"{x:.3f}" for x in some) for some in zip(*near, strict=True)]

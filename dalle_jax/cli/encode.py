@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax.data import sources
     from dalle_jax.data.builders import codes, store
     from dalle_jax.engine import console, meshes, sharding
-    from dalle_jax.stages import run
+    from dalle_jax.stages.codec import Codec
     from dalle_jax.types import UsageError
 
     for flag in ("batch", "threads"):
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             "it in one (it uses all devices of that machine)."
         )
 
-    codec = run.load_codec(args.workdir)
+    codec = Codec.load(args.workdir)
     config = ConfigDict(codec.config.data.to_dict())
     for key in ("source", "data_dir", "image_key", "caption_key", "label_template"):
         if getattr(args, key) is not None:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             fingerprint=codec.fingerprint,
             grid=int(codec.grid),
             num_codes=int(codec.num_codes),
-            workdir=str(codec.workdir),
+            workdir=str(codec.folder),
             step=int(codec.step),
         ),
         batch=batch,

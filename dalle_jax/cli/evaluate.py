@@ -221,10 +221,10 @@ def _report(args, result, write_pictures) -> None:
 
 def _folders(args) -> dict[str, str]:
     """Stage name -> folder, for the stages that the suite uses."""
-    from dalle_jax.stages import run
+    from dalle_jax.stages import pretrained
     from dalle_jax.types import UsageError
 
-    found = run.pretrained(args.pretrained) if args.pretrained else {}
+    found = pretrained.folders(args.pretrained) if args.pretrained else {}
     given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
     found |= {name: folder for name, folder in given.items() if folder}
     needed = {
@@ -250,18 +250,19 @@ def _folders(args) -> dict[str, str]:
 
 
 def _codec(folders):
-    from dalle_jax.stages import run
+    from dalle_jax.stages.codec import Codec
+    from dalle_jax.stages.dalle import DalleStage
 
     if "dvae" in folders:
-        return run.load_codec(folders["dvae"])
-    return run.load_dalle(folders["dalle"]).codec
+        return Codec.load(folders["dvae"])
+    return DalleStage.load(folders["dalle"]).codec
 
 
 def _dalle(args, folders):
     """(image_px, generate, reconstruct) of a DALL-E, as `shapes_suite` takes them."""
-    from dalle_jax.stages import run
+    from dalle_jax.stages.dalle import DalleStage
 
-    dalle = run.load_dalle(folders["dalle"], dvae=folders.get("dvae", ""))
+    dalle = DalleStage.load(folders["dalle"], codec=folders.get("dvae", ""))
     draw, tokens = parts.dalle_generator(args, dalle), parts.tokens(dalle)
 
     def generate(captions, num_candidates, first_prompt):
@@ -281,11 +282,11 @@ def _shapes(args, folders):
     from dalle_jax import images
     from dalle_jax.evaluation import shapes
     from dalle_jax.sampling import rerank
-    from dalle_jax.stages import run
+    from dalle_jax.stages.clip import ClipStage
 
     generate = score = None
     if "dalle" in folders:
-        clip = run.load_clip(folders["clip"]) if "clip" in folders else None
+        clip = ClipStage.load(folders["clip"]) if "clip" in folders else None
         image_px, generate, reconstruct = _dalle(args, folders)
         if clip is not None:
             tokens = parts.tokens(clip)
@@ -337,11 +338,10 @@ def _retrieval(args, folders):
 
     from dalle_jax import images
     from dalle_jax.cli import evaluate_page
-    from dalle_jax.data import tokenizers
     from dalle_jax.evaluation import shapes
-    from dalle_jax.stages import run
+    from dalle_jax.stages.clip import ClipStage
 
-    clip = run.load_clip(folders["clip"])
+    clip = ClipStage.load(folders["clip"])
     params = jax.device_put({"params": clip.params})
 
     def embed(method):
@@ -349,7 +349,7 @@ def _retrieval(args, folders):
         return parts.batched(lambda x: apply(params, x))
 
     embed_image, embed_text = embed("encode_image"), embed("encode_text")
-    own = tokenizers.Tokenizer(clip.tokenizer_bytes)
+    own = clip.tokenizer
     split, batches = parts.batches(args, clip.config, {"image", "text"}, own)
     result = shapes.retrieval_suite(
         ((batch["image"], batch["text"]) for batch in batches),

@@ -17,9 +17,8 @@ _PIXELS = 8  # side that pictures are averaged to, for plain pixels
 def _clip(clip) -> Callable:
     """Embeddings of unit length by a CLIP."""
     from dalle_jax import images
-    from dalle_jax.sampling import embed
 
-    return lambda pictures: embed.images(clip, images.to_float(pictures))
+    return lambda pictures: clip.embed_images(images.to_float(pictures))
 
 
 def _pixels(clip) -> Callable:
@@ -57,12 +56,12 @@ def check(args: argparse.Namespace) -> None:
 
 def of_dalle(args: argparse.Namespace, found: dict[str, str], *, report):
     """The figures of DALL-E, and a function of (folder, figures) that writes pictures and page."""
-    from dalle_jax.data import tokenizers
-    from dalle_jax.stages import run
+    from dalle_jax.stages.clip import ClipStage
+    from dalle_jax.stages.dalle import DalleStage
 
-    dalle = run.load_dalle(found["dalle"], dvae=found.get("dvae", ""))
-    clip = run.load_clip(found["clip"]) if "clip" in found else None
-    own = tokenizers.Tokenizer(dalle.tokenizer_bytes)
+    dalle = DalleStage.load(found["dalle"], codec=found.get("dvae", ""))
+    clip = ClipStage.load(found["clip"]) if "clip" in found else None
+    own = dalle.tokenizer
     settings = {"guidance": args.guidance, "temperature": args.temperature}
     draw = parts.dalle_generator(args, dalle)
     return _measure(args, dalle.config, own, clip, [(settings, draw)], report)

@@ -89,7 +89,7 @@ def _vary(drawer, latents: dict, still, drawing, pictures, num: int, first: int)
     one = latents[first]
     many = manipulate.Latent(one.z.repeat(num, 0), one.x_t.repeat(num, 0))
     common = dict(key=drawer.key, indices=drawer.rows(first, len(pictures), num))
-    drawn = manipulate.draw(drawer.stages, many, drawing, mesh=drawer.mesh, **common)
+    drawn = manipulate.sample(drawer.stages, many, drawing, mesh=drawer.mesh, **common)
     return images.to_uint8(drawn).reshape(len(pictures), num, *drawn.shape[1:])
 
 
@@ -98,7 +98,7 @@ def _inpaint(drawer, way: str, drawing, picture, known, caption: str, num: int, 
     from dalle_jax import images
     from dalle_jax.sampling import unclip
 
-    drawn = unclip.draw_best(
+    drawn = unclip.sample_best(
         drawer.stages,
         way,
         drawer.tokens([caption])[0],

@@ -30,9 +30,8 @@ def skills(args: argparse.Namespace) -> tuple[str, ...]:
 
 def tokens(stage) -> Callable:
     """Captions to ids by the stage's own tokenizer."""
-    from dalle_jax.data import tokenizers
 
-    own, data = tokenizers.Tokenizer(stage.tokenizer_bytes), stage.config.data
+    own, data = stage.tokenizer, stage.config.data
     return lambda captions: own.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
 
 

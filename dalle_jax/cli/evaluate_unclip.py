@@ -149,7 +149,7 @@ class Drawer:
         return self.tokenizer.encode(captions, data.text_len, add_bos_eos=data.add_bos_eos)
 
     def drawing(self, guidance: float, eta: float | None = None):
-        """`unclip.Drawing` of the flags with this guidance, and this eta in place of --eta."""
+        """`unclip.Settings` of the flags with this guidance, and this eta in place of --eta."""
         from dalle_jax.sampling import unclip
 
         args = self.args
@@ -157,7 +157,7 @@ class Drawer:
         if args.upsample_steps:
             made["upsample_steps"] = tuple(args.upsample_steps)
         eta = args.eta if eta is None else eta
-        return unclip.Drawing(
+        return unclip.Settings(
             steps=args.steps, sampler=args.sampler, eta=eta, guidance=guidance, **made
         )
 
@@ -180,7 +180,7 @@ class Drawer:
         z, has_clip = unclip.image_embeddings(
             self.stages, way, text, **common, **_unclip.prior_options(self.args, way)
         )
-        drawn = unclip.draw_base(
+        drawn = unclip.sample_base(
             self.stages.decoder, z, has_clip, text, drawing, mesh=self.mesh, **common
         )
         return images.to_uint8(drawn).reshape(len(ids), num_candidates, *drawn.shape[1:])
@@ -194,20 +194,19 @@ def prepare(args: argparse.Namespace, found: dict[str, str]) -> Drawer:
     """
     import jax
 
-    from dalle_jax.data import tokenizers
     from dalle_jax.diffusion import schedules
     from dalle_jax.engine import meshes
     from dalle_jax.sampling import unclip
-    from dalle_jax.stages import unclip as unclip_stages
+    from dalle_jax.stages.unclip import Unclip
 
-    stages = unclip_stages.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
+    stages = Unclip.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
     reads = bool(stages.decoder.model.config.text_layers)
     ways = [*stages.priors, "none", *(["caption"] if reads else [])]
     if args.ways:
         ways = [way for way in args.ways.split(",") if way and way != DALLE]
     for way in ways:
-        unclip.check_way(stages, way)
-    own, key = tokenizers.Tokenizer(stages.clip.tokenizer_bytes), jax.random.key(args.seed)
+        unclip.check_prior(stages, way)
+    own, key = stages.clip.tokenizer, jax.random.key(args.seed)
     made = Drawer(args, stages, tuple(ways), own, key, meshes.local())
     schedules.respace(stages.decoder.schedule, made.drawing(1.0).steps)
     for stage in stages.upsamplers:
@@ -230,7 +229,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
 
     from dalle_jax import images
     from dalle_jax.evaluation import shapes
-    from dalle_jax.sampling import embed, rerank, unclip
+    from dalle_jax.sampling import rerank, unclip
     from dalle_jax.types import UsageError
 
     drawer = prepare(args, found)
@@ -270,10 +269,10 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
         def reconstruct(pictures, drawing=drawing, drawn_once=drawn_once):
             name = pictures.tobytes()
             if name not in drawn_once:
-                z = embed.images(stages.clip, images.to_float(pictures))
+                z = stages.clip.embed_images(images.to_float(pictures))
                 some = np.arange(len(z))
                 common = dict(key=drawer.key, indices=some, mesh=drawer.mesh)
-                drawn = unclip.draw_base(stages.decoder, z, some >= 0, None, drawing, **common)
+                drawn = unclip.sample_base(stages.decoder, z, some >= 0, None, drawing, **common)
                 drawn_once[name] = images.to_uint8(drawn)
             return drawn_once[name]
 

@@ -30,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
     import pathlib
 
     from dalle_jax.engine import checkpoint, console
-    from dalle_jax.stages import run
+    from dalle_jax.stages.clip import ClipStage
 
     done = checkpoint.export(args.workdir, args.out, args.dtype)
     if checkpoint.load_config(args.workdir).task == "clip":
-        clip = run.load_clip(args.workdir)
+        clip = ClipStage.load(args.workdir)
         origin = clip.origin or clip.fingerprint
         (pathlib.Path(args.out) / checkpoint.ORIGIN).write_text(origin)
     console.log(

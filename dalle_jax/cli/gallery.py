@@ -120,7 +120,7 @@ def clear(folder: pathlib.Path) -> None:
 def described(stages: dict) -> dict[str, dict]:
     """Folder, step and fingerprint of each stage."""
     return {
-        name: dict(workdir=stage.workdir, step=stage.step, fingerprint=stage.fingerprint)
+        name: dict(workdir=stage.folder, step=stage.step, fingerprint=stage.fingerprint)
         for name, stage in stages.items()
     }
 

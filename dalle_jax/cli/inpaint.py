@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
     _flags.use_cache(args)
     way, names = _unclip.way(args)
     stages = _unclip.load(args, *names, "inpaint")
-    unclip.check_way(stages, way)
+    unclip.check_prior(stages, way)
     text = _prompts.tokens(stages.clip, [prompt], "CLIP")[0]
     picture, whole, notes = _unclip.read_picture(args.image, stages.image_px)
     read, given = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
     known = read(given, whole.shape[:2], args.image)
     known = _masks.fit(~known if args.invert_mask else known, stages.image_px)
     start, out = time.monotonic(), pathlib.Path(args.out)
-    drawn = unclip.draw_best(
+    drawn = unclip.sample_best(
         stages,
         way,
         text,

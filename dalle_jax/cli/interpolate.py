@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     way = manipulate.between(stages, ends, thetas, args.noise, key=key)
     tell = functools.partial(_prompts.progress, "between", start, args.num)
     indices = np.arange(args.num)
-    small = manipulate.draw(
+    small = manipulate.sample(
         stages, way, drawing, key=key, indices=indices, mesh=mesh, progress=tell
     )
     # One noise for the upsamplers, so that the way is as smooth as the decoder's.

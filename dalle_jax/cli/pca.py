@@ -70,10 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
     from dalle_jax import images
     from dalle_jax.config import ConfigDict
-    from dalle_jax.data import pipeline, tokenizers
+    from dalle_jax.data import pipeline
     from dalle_jax.data.builders import store
     from dalle_jax.engine import console, meshes, sharding
-    from dalle_jax.stages import pca, prior, run
+    from dalle_jax.stages import pca
+    from dalle_jax.stages.clip import ClipStage
     from dalle_jax.types import UsageError
 
     for flag, least in (("batch", 1), ("max_examples", 0), ("dims", 0), ("buckets", 2)):
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     out = pathlib.Path(args.out).expanduser()
     if out.suffix != ".npz":
         raise UsageError(f"--out={args.out!r} must end in .npz.")
-    clip = run.load_clip(args.clip)
+    clip = ClipStage.load(args.clip)
     config = ConfigDict(clip.config.data.to_dict())
     for key in ("source", "data_dir", "image_key", "caption_key", "label_template"):
         if getattr(args, key) is not None:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         0,
         split=args.split,
         wanted={"image", "text"},
-        tokenizer=tokenizers.Tokenizer(clip.tokenizer_bytes),
+        tokenizer=clip.tokenizer,
         training=False,
         batch=batch,
     )
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
     @jax.jit
     def embed(params, pictures, text):
-        return prior.embeddings(clip, params, images.to_float(pictures), text)
+        return clip.embeddings(params, images.to_float(pictures), text)
 
     progress = store.Progress(total, "pictures embedded", sys.stderr)
     found = []

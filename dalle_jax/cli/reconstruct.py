@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     given = [_unclip.read_picture(path, stages.image_px) for path in args.image]
     pictures = np.stack([picture for picture, _, _ in given])
     start, out, key = time.monotonic(), pathlib.Path(args.out), jax.random.key(args.seed)
-    latent, cosines = manipulate.truncated(stages, images.to_float(pictures), dims, key=key)
+    latent, cosines = manipulate.truncate(stages, images.to_float(pictures), dims, key=key)
     tell = functools.partial(_prompts.progress, "reconstruct", start, len(latent.z))
     indices = np.zeros(len(latent.z), int)  # the same noise for all
-    small = manipulate.draw(
+    small = manipulate.sample(
         stages, latent, drawing, key=key, indices=indices, mesh=mesh, progress=tell
     )
     drawn = unclip.upsample(stages, small, drawing, key=key, indices=indices, mesh=mesh)

@@ -131,7 +131,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
         prompt, folder = prompts[i], folders[i]
         start = time.monotonic()
         label = f"{i + 1}/{len(prompts)} {_prompts.short(prompt)}"
-        drawn = rerank.draw_best(
+        drawn = rerank.sample_best(
             dalle,
             clip,
             text[i],
@@ -222,15 +222,17 @@ def _check_pipeline(args) -> None:
 
 
 def _stages(args):
-    from dalle_jax.stages import run
+    from dalle_jax.stages import pretrained
+    from dalle_jax.stages.clip import ClipStage
+    from dalle_jax.stages.dalle import DalleStage
 
-    shipped = run.pretrained(args.pretrained) if args.pretrained else {}
+    shipped = pretrained.folders(args.pretrained) if args.pretrained else {}
     clip_dir = args.clip or shipped.get("clip")
     dvae_dir = args.dvae or shipped.get("dvae", "")
     # CLIP first: it is the quicker one to find wrong.
-    clip = run.load_clip(clip_dir) if clip_dir else None
+    clip = ClipStage.load(clip_dir) if clip_dir else None
     dalle_dir = args.workdir or shipped.get("dalle", f"{args.pretrained}/dalle")
-    return run.load_dalle(dalle_dir, dvae=dvae_dir), clip
+    return DalleStage.load(dalle_dir, codec=dvae_dir), clip
 
 
 def _counts(args, has_clip: bool) -> tuple[int, int]:

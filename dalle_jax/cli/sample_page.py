@@ -10,7 +10,8 @@ import numpy as np
 from dalle_jax import images
 from dalle_jax.pages import html
 from dalle_jax.sampling import rerank
-from dalle_jax.stages import run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.dalle import DalleStage
 from dalle_jax.types import UsageError
 
 _SHEET_PX = 128  # small pictures are enlarged to about this on the contact sheet
@@ -22,8 +23,8 @@ def write(
     prompt: str,
     drawn: rerank.Ranked,
     seconds: float,
-    dalle: run.DalleStage,
-    clip: run.ClipStage | None,
+    dalle: DalleStage,
+    clip: ClipStage | None,
     rows: int,
 ) -> dict:
     """Pictures, codes and scores.json of one prompt.
@@ -57,8 +58,8 @@ def write(
     result = {
         "prompt": prompt,
         "settings": {name: getattr(args, name) for name in names} | {"keep_rows": rows},
-        "dalle": dict(workdir=dalle.workdir, step=dalle.step, fingerprint=dalle.fingerprint),
-        "clip": clip and dict(workdir=clip.workdir, step=clip.step, fingerprint=clip.fingerprint),
+        "dalle": dict(workdir=dalle.folder, step=dalle.step, fingerprint=dalle.fingerprint),
+        "clip": clip and dict(workdir=clip.folder, step=clip.step, fingerprint=clip.fingerprint),
         "kept": kept,
         "scores": scores if scores is None else [round(float(s), 5) for s in scores],
         "seconds": round(seconds, 2),
@@ -91,8 +92,8 @@ def write_pages(
     out: pathlib.Path,
     results: Sequence[dict],
     given: np.ndarray | None,
-    dalle: run.DalleStage,
-    clip: run.ClipStage | None,
+    dalle: DalleStage,
+    clip: ClipStage | None,
     command: str,
 ) -> None:
     """sheet.png and index.html over all prompts.
@@ -130,8 +131,8 @@ def write_pages(
         )
         page.gallery(list(zip(pictures, labels, strict=True)))
     page.section("Command").command(command)
-    source = f"DALL-E {dalle.workdir}, step {dalle.step:,}"
-    page.text(source + ("." if clip is None else f"; CLIP {clip.workdir}, step {clip.step:,}."))
+    source = f"DALL-E {dalle.folder}, step {dalle.step:,}"
+    page.text(source + ("." if clip is None else f"; CLIP {clip.folder}, step {clip.step:,}."))
     scale = max(1, _SHEET_PX // dalle.codec.image_px)
     sheet = images.contact_sheet(blocks, scale=scale)
     (out / "sheet.png").write_bytes(images.png_bytes(sheet))

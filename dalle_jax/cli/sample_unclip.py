@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
     distributed.agree({"the command": command, "prompts": prompts})
     way, names = _unclip.way(args)
     stages = _unclip.load(args, *names)
-    unclip.check_way(stages, way)
+    unclip.check_prior(stages, way)
     text = _prompts.tokens(stages.clip, prompts, "CLIP")
     candidates = args.candidates or max(CANDIDATES, args.keep or 0)
     keep = args.keep or min(KEEP, candidates)
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace, prompts: list[str], command: str) -> int:
     folders = _prompts.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
         start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {_prompts.short(prompts[i])}"
-        drawn = unclip.draw_best(
+        drawn = unclip.sample_best(
             stages,
             way,
             text[i],

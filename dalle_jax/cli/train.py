@@ -17,7 +17,6 @@ fails, all of them end: docs/many_hosts.md.
 """
 
 import argparse
-import functools
 
 from dalle_jax.cli import _flags
 
@@ -52,11 +51,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, config) -> int:
+    import functools
     import sys
 
     from dalle_jax import tasks
     from dalle_jax.data import pipeline
-    from dalle_jax.engine import console, distributed, loop, metric_log, sharding, workdir
+    from dalle_jax.data.builders import codes
+    from dalle_jax.engine import (
+        checkpoint,
+        console,
+        distributed,
+        loop,
+        metric_log,
+        sharding,
+        workdir,
+    )
 
     distributed.agree(workdir.facts(args.workdir, config), ignore=workdir.PER_HOST)
     if args.dry_run:
@@ -64,11 +73,14 @@ def _train(args: argparse.Namespace, config) -> int:
         task = tasks.make(config, shapes_only=True)
         console.log(loop.dry_run(loop.prepare(config, task)))
         return 0
-    tokenizer = functools.cache(lambda: _tokenizer(config, args.workdir))
-    task = tasks.make(config, tokenizer)
+    read_tokenizer = functools.cache(lambda: _tokenizer(config, args.workdir))
+    task = tasks.make(config, read_tokenizer)
     program = loop.prepare(config, task)
+    tokenizer = read_tokenizer() if "text" in task.batch_spec else None
     if "codes" in task.batch_spec:
-        _check_codes(config, task)
+        # Refuses codes that another codec wrote than the one that will decode the samples.
+        fingerprint = task.keeps[checkpoint.CODEC].decode()
+        codes.check_codec(config.data, fingerprint, config.stages.dvae)
 
     def open_split(split: str, batch: int, *, training: bool):
         return pipeline.make(
@@ -76,7 +88,7 @@ def _train(args: argparse.Namespace, config) -> int:
             config.seed,
             split=split,
             wanted=set(task.batch_spec),
-            tokenizer=tokenizer() if "text" in task.batch_spec else None,
+            tokenizer=tokenizer,
             training=training,
             batch=batch,
             rows=sharding.local_rows(program.mesh, batch),
@@ -105,15 +117,6 @@ def _train(args: argparse.Namespace, config) -> int:
     return 0
 
 
-def _check_codes(config, task) -> None:
-    """Refuses stored codes that another codec wrote than the one that the task was made with."""
-    from dalle_jax.data.builders import codes
-    from dalle_jax.engine import checkpoint
-
-    fingerprint = task.keeps[checkpoint.CODEC].decode()
-    codes.check_codec(config.data, fingerprint, config.stages.dvae)
-
-
 def _tokenizer(config, workdir: str):
     """The tokenizer of the run in the workdir, else of the frozen CLIP, else of the prepared set.
 
@@ -124,12 +127,12 @@ def _tokenizer(config, workdir: str):
 
     from dalle_jax.data import tokenizers
     from dalle_jax.engine import checkpoint
-    from dalle_jax.stages import run
+    from dalle_jax.stages.run import Run
 
     file = epath.Path(workdir) / checkpoint.TOKENIZER
     if file.exists() and checkpoint.steps(workdir):
         return tokenizers.Tokenizer(file.read_bytes())
     clip = config.get("stages", {}).get("clip", "")
     if clip:
-        return tokenizers.Tokenizer(run.read_tokenizer(clip))
+        return Run.open(clip, "clip").tokenizer
     return tokenizers.find(config.data)

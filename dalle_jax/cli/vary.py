@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax import images
     from dalle_jax.cli import _flags, gallery
     from dalle_jax.engine import meshes
-    from dalle_jax.sampling import embed, manipulate, unclip
+    from dalle_jax.sampling import manipulate, unclip
 
     _unclip.check(args)
     _flags.use_cache(args)
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         small = np.concatenate([again, varied])
         indices = np.concatenate([[0], np.arange(count)])
         drawn = draw(small, drawing, key=key, indices=indices, mesh=mesh)
-        near = _unclip.cosines(stages.clip, drawn, embed.images(stages.clip, one))
+        near = _unclip.cosines(stages.clip, drawn, stages.clip.embed_images(one))
         gallery.clear(folder)
         numbers = [f"{n:02d}" for n in range(count + 1)]
         labels = [f"eta 0 · {near[0]:.3f}"]

@@ -1,4 +1,4 @@
-"""Drawing with a U-Net: conditions and guidance as a `predict`, and one compiled loop around it.
+"""Sampling from a U-Net: conditions and guidance as a `predict`, one compiled loop around it.
 
 The noise of a picture is a function of (key, global index of the picture, step) alone, so it does
 not change with the batch, with chunks or with the number of devices. Caption and embedding are
@@ -59,7 +59,7 @@ def denoiser(
     return predict if scale is None else guidance.guided(predict, scale)
 
 
-def draw(
+def sample(
     model: unet.Unet,
     params: Params,
     cond: Batch,
@@ -118,7 +118,7 @@ def draw(
         if not scalar and jnp.ndim(scale):
             options["scale"] = jnp.concatenate([options["scale"], jnp.ones(short)])
     static = dict(schedule=schedule, px=px, sampler=sampler, clip=clip, mesh=mesh)
-    return _draw(model, params, key, rows, options, **static)[:count]
+    return _sample(model, params, key, rows, options, **static)[:count]
 
 
 def check_eta(sampler: str, eta: float) -> None:
@@ -128,11 +128,11 @@ def check_eta(sampler: str, eta: float) -> None:
     if not 0 <= eta <= 1:
         raise UsageError(f"eta={eta}; expected 0 (no noise) to 1 (as much as DDPM).")
     if eta and sampler == "dpmpp":
-        raise UsageError(f"eta={eta}, but dpmpp draws no noise; use sampler ddim, or eta=0.")
+        raise UsageError(f"eta={eta}, but dpmpp adds no noise; use sampler ddim, or eta=0.")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "px", "sampler", "clip", "mesh"))
-def _draw(model, params, key, rows, options, *, schedule, px, sampler, clip, mesh):
+def _sample(model, params, key, rows, options, *, schedule, px, sampler, clip, mesh):
     rows = _spread(rows, mesh)
     p = parameterisation(model.config, clip)
     predict = denoiser(model, params, rows["cond"], options["scale"])
@@ -143,24 +143,24 @@ def _draw(model, params, key, rows, options, *, schedule, px, sampler, clip, mes
         x_t = flat.reshape(-1, px, px, 3)
     project = None if rows["keep"] is None else samplers.keep_known(*rows["keep"])
     if sampler == "ddpm":
-        drawn = samplers.ddpm(predict, schedule, p, x_t, keys, project=project)
+        x_0 = samplers.ddpm(predict, schedule, p, x_t, keys, project=project)
     elif sampler == "dpmpp":
-        drawn = samplers.dpmpp(predict, schedule, p, x_t, project=project)
+        x_0 = samplers.dpmpp(predict, schedule, p, x_t, project=project)
     else:
         eta = 0.0 if options["eta"] is None else options["eta"]
-        drawn = samplers.ddim(predict, schedule, p, x_t, keys, eta=eta, project=project)
+        x_0 = samplers.ddim(predict, schedule, p, x_t, keys, eta=eta, project=project)
     if rows["keep"] is not None:
         picture, known = rows["keep"]
-        return _spread(jnp.where(known, picture, jnp.clip(drawn, -1, 1)), mesh)
-    return _spread(jnp.clip(drawn, -1, 1), mesh)
+        return _spread(jnp.where(known, picture, jnp.clip(x_0, -1, 1)), mesh)
+    return _spread(jnp.clip(x_0, -1, 1), mesh)
 
 
 def _spread(tree, mesh: Mesh | None):
     """Every array with its first axis over the mesh's data axes; without a mesh, as it is."""
     if mesh is None:
         return tree
-    where = NamedSharding(mesh, PartitionSpec(_data_axes(mesh)))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), tree)
+    sharding = NamedSharding(mesh, PartitionSpec(_data_axes(mesh)))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
 
 
 def _data_axes(mesh: Mesh) -> tuple[str, ...]:

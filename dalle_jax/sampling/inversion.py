@@ -1,7 +1,7 @@
-"""From a picture back to its noise: the x_T from which a decoder draws it again.
+"""From a picture back to its noise: the x_T from which a decoder samples it again.
 
-The other half of unCLIP's latent of a picture, beside its CLIP embedding. One compiled loop, like
-drawing in `sampling.diffusion`, on whose `denoiser` it stands.
+The other half of unCLIP's latent of a picture, beside its CLIP embedding. One compiled loop around
+the `denoiser` of `sampling.diffusion`.
 
 Source: Ramesh et al. 2022 (arXiv:2204.06125) §3; the inversion is `samplers.ddim_invert`.
 """
@@ -30,17 +30,17 @@ def invert(
     corrections: int = CORRECTIONS,
     clip: gaussian.Clip = "static",
 ) -> Array:
-    """The x_T that `diffusion.draw` with ddim at eta 0 and the same options makes the pictures of.
+    """The x_T from which `diffusion.sample` (ddim, eta 0, same options) gives the pictures.
 
     Args:
       model: the network.
       params: its parameters, no collection level.
       cond: `unet_plan.cond_spec`, [B, …] each.
       pictures: [B, h, h, 3] float in [-1, 1].
-      schedule: the steps that will be drawn with.
-      scale: of guidance, as it will be drawn with; 1 = none.
+      schedule: the steps that will be sampled with.
+      scale: of guidance, as it will be sampled with; 1 = none.
       corrections: calls of the network per step beyond the first.
-      clip: as it will be drawn with. Without clipping the way back is a little more exact, but at
+      clip: as it will be sampled with. Without clipping the way back is a little more exact, but at
         the noisiest steps an estimate of x_0 is the network's error a thousandfold, and a changed
         embedding or noise leads nowhere.
 

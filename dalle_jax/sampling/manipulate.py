@@ -1,8 +1,8 @@
 """What unCLIP's latent of a picture makes possible: variations, interpolations, edits, inpainting.
 
 The latent is (z_i, x_T): the CLIP embedding, which holds what a picture is of, and the noise from
-which the decoder draws just this picture, which holds the rest. Inversion and drawing share one
-`unclip.Drawing`, so that an unchanged latent gives the picture back. The decoder is shown no
+which the decoder samples just this picture, which holds the rest. Inversion and sampling share one
+`unclip.Settings`, so that an unchanged latent gives the picture back. The decoder is shown no
 caption here, only the embedding. Pictures are [B, h, h, 3] float in [-1, 1] of any size, resized to
 the decoder's; what comes back is of the decoder's size too, to be finished by `unclip.upsample`.
 
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.diffusion import samplers, schedules
-from dalle_jax.sampling import embed, inversion, latents, unclip
+from dalle_jax.sampling import inversion, latents, unclip
 from dalle_jax.stages import pca
 from dalle_jax.stages.unclip import Unclip
 from dalle_jax.types import Array, Key, UsageError
@@ -32,7 +32,7 @@ class Latent:
 
     Attributes:
       z: [B, E] float32, CLIP image embeddings of unit length.
-      x_t: [B, s, s, 3] float32, from which the decoder draws them with these embeddings.
+      x_t: [B, s, s, 3] float32, from which the decoder samples them with these embeddings.
     """
 
     z: np.ndarray
@@ -42,23 +42,23 @@ class Latent:
 def invert(
     stages: Unclip,
     pictures: Array,
-    drawing: unclip.Drawing,
+    settings: unclip.Settings,
     *,
     corrections: int = inversion.CORRECTIONS,
 ) -> Latent:
-    """The latents of pictures, for `drawing`'s steps and guidance.
+    """The latents of pictures, for the steps and guidance of `settings`.
 
     Args:
       stages: CLIP and decoder.
       pictures: [B, h, h, 3] float in [-1, 1].
-      drawing: how they will be drawn.
-      corrections: see `samplers.ddim_invert`; each costs as much as drawing.
+      settings: how they will be sampled.
+      corrections: see `samplers.ddim_invert`; each costs as much as sampling.
     """
     decoder, small = stages.decoder, _resized(pictures, stages.decoder.image_px)
     # As in training, where the embedding is that of the decoder's own small picture.
-    z = embed.images(stages.clip, small)
-    schedule = schedules.respace(decoder.schedule, drawing.steps)
-    size = drawing.chunk or unclip.fitting_chunk(decoder, drawing.guidance != 1)
+    z = stages.clip.embed_images(small)
+    schedule = schedules.respace(decoder.schedule, settings.steps)
+    size = settings.chunk or unclip.fitting_chunk(decoder, settings.guidance != 1)
     x_t = []
     for start in range(0, len(small), size):
         rows = slice(start, start + size)
@@ -70,34 +70,34 @@ def invert(
                 unclip.nothing_known(decoder, cond),
                 small[rows],
                 schedule=schedule,
-                scale=drawing.guidance,
+                scale=settings.guidance,
                 corrections=corrections,
             )
         )
     return Latent(z, np.concatenate([np.asarray(x) for x in x_t]))
 
 
-def draw(
+def sample(
     stages: Unclip,
     latent: Latent,
-    drawing: unclip.Drawing,
+    settings: unclip.Settings,
     *,
     key: Key,
     indices: Array,
     mesh: Mesh | None = None,
     progress: unclip.Progress = lambda done: None,
 ) -> np.ndarray:
-    """Small pictures of latents, [B, s, s, 3] float32 in [-1, 1]; see `unclip.draw_base`."""
+    """Small pictures of latents, [B, s, s, 3] float32 in [-1, 1]; see `unclip.sample_base`."""
     has_clip = np.ones(len(latent.z), bool)
     options = dict(key=key, indices=indices, x_t=latent.x_t, mesh=mesh, progress=progress)
-    return unclip.draw_base(stages.decoder, latent.z, has_clip, None, drawing, **options)
+    return unclip.sample_base(stages.decoder, latent.z, has_clip, None, settings, **options)
 
 
 def vary(
     stages: Unclip,
     latent: Latent,
     num: int,
-    drawing: unclip.Drawing,
+    settings: unclip.Settings,
     *,
     key: Key,
     mesh: Mesh | None = None,
@@ -109,9 +109,9 @@ def vary(
       stages: the stages.
       latent: of the picture, B = 1.
       num: how many; at eta 0 all of them are the picture again.
-      drawing: its `eta` says how much changes that the embedding does not hold.
+      settings: `eta` controls how much changes that the embedding does not hold.
       key: typed key; more variations only add to those of fewer.
-      mesh: see `unclip.draw_base`.
+      mesh: see `unclip.sample_base`.
       progress: see there.
 
     Returns:
@@ -119,20 +119,21 @@ def vary(
     """
     many = Latent(latent.z.repeat(num, 0), latent.x_t.repeat(num, 0))
     options = dict(key=key, indices=np.arange(num), mesh=mesh, progress=progress)
-    return draw(stages, many, drawing, **options)
+    return sample(stages, many, settings, **options)
 
 
 def between(
     stages: Unclip, ends: Latent, thetas: Sequence[float], noise: str, *, key: Key
 ) -> Latent:
-    """The latents on the way between two pictures.
+    """The latents along the path between two pictures.
 
     Args:
       stages: the stages.
       ends: of the two, B = 2.
-      thetas: places on the way, 0 = the first picture and 1 = the second.
+      thetas: places on the path, 0 = the first picture and 1 = the second.
       noise: "slerp" goes from one picture's noise to the other's, so that the ends are the pictures
-        themselves; "fixed" draws one noise for all: the way is smoother, its ends are variations.
+        themselves; "fixed" samples one noise for all: the path is smoother, its ends are
+        variations.
       key: typed key, of the fixed noise.
 
     Source: §3.2 and its figure 4.
@@ -148,17 +149,17 @@ def between(
     return Latent(np.asarray(z), np.asarray(x_t))
 
 
-def edited(
+def edit(
     stages: Unclip, latent: Latent, new: Array, old: Array | None, thetas: Sequence[float]
 ) -> Latent:
-    """The latents on the way from a picture towards what a caption says, its noise unchanged.
+    """The latents along the path from a picture towards a caption, its noise unchanged.
 
     Args:
       stages: the stages.
       latent: of the picture, B = 1.
-      new: [T] int32, a caption of what it is to become, by the CLIP's tokenizer.
+      new: [T] int32, a caption of what the picture is to become, by the CLIP's tokenizer.
       old: [T] int32, a caption of what it is, or None.
-      thetas: how far to turn the embedding, 0 = not at all, 1 = all the way; paper 0.25 to 0.5.
+      thetas: how far to turn the embedding, 0 = not at all, 1 = completely; paper 0.25 to 0.5.
 
     Raises:
       UsageError: if both captions are one.
@@ -166,7 +167,7 @@ def edited(
     Source: §3.3.
     """
     check_captions(new, old)
-    z_t = embed.texts(stages.clip, np.stack([new, new if old is None else old]))
+    z_t = stages.clip.embed_texts(np.stack([new, new if old is None else old]))
     direction = latents.text_difference(z_t[:1], None if old is None else z_t[1:])
     thetas = _thetas(thetas)
     z = latents.slerp(latent.z, direction, thetas[:, None])
@@ -179,10 +180,10 @@ def check_captions(new: Array, old: Array | None) -> None:
         raise UsageError("the two captions are the same to CLIP, and name no direction.")
 
 
-def truncated(
+def truncate(
     stages: Unclip, pictures: Array, dims: Sequence[int], *, key: Key
 ) -> tuple[Latent, np.ndarray]:
-    """What CLIP keeps of pictures: latents of embeddings cut to their leading components.
+    """What CLIP retains of pictures: latents of embeddings cut to their leading components.
 
     Args:
       stages: with a PCA.
@@ -204,7 +205,7 @@ def truncated(
             "these stages have no PCA of the CLIP's embeddings; give --pca=FILE, which `python -m "
             "dalle_jax pca` makes, or an AR prior, which has one."
         )
-    z = embed.images(stages.clip, _resized(pictures, stages.decoder.image_px))
+    z = stages.clip.embed_images(_resized(pictures, stages.decoder.image_px))
     cut = np.stack([np.asarray(pca.truncate(stages.pca, z, d)) for d in dims], axis=1)  # [B, D, E]
     x_t = fixed_noise(stages, cut.shape[0] * cut.shape[1], key=key)
     cosines = np.einsum("BDE,BE->BD", cut, z)
@@ -220,10 +221,10 @@ def fixed_noise(stages: Unclip, num: int, *, key: Key) -> np.ndarray:
 
 
 def _thetas(thetas: Sequence[float]) -> np.ndarray:
-    made = np.asarray(thetas, np.float32)
-    if made.ndim != 1 or not len(made) or not ((made >= 0) & (made <= 1)).all():
+    array = np.asarray(thetas, np.float32)
+    if array.ndim != 1 or not len(array) or not ((array >= 0) & (array <= 1)).all():
         raise UsageError(f"theta={list(thetas)}; expected numbers in [0, 1].")
-    return made
+    return array
 
 
 def _resized(pictures: Array, px: int) -> np.ndarray:

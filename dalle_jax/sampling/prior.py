@@ -163,6 +163,22 @@ def sample_ar(
     )
 
 
+def sample(
+    model: Any,
+    params: Params,
+    tables: dict[str, Array] | None,
+    text: Array,
+    z_t: Array,
+    *,
+    key: Key,
+    **options,
+) -> Array:
+    """`sample_diffusion`, or `sample_ar` where there are the tables of a PCA."""
+    if tables is None:
+        return sample_diffusion(model, params, text, z_t, key=key, **options)
+    return sample_ar(model, params, tables, text, z_t, key=key, **options)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "sampler", "num_draws"))
 def _sample_diffusion(
     model, params, text, z_t, key, options, *, schedule, sampler, num_draws

@@ -1,8 +1,7 @@
-"""CLIP scores of drawn pictures, and their order: the one place of the house that uses pmap.
+"""CLIP scores of samples, and their order: the one place of the house that uses pmap.
 
 Reranking is embarrassingly parallel and its networks fit one device, which is what pmap is for.
-The scores themselves are a pure function (`score_fn`), so jit over a mesh could replace pmap here
-without anybody noticing. Called by cli/sample.py and evaluation.
+The scores themselves are a pure function (`score_fn`), so jit over a mesh could replace pmap.
 """
 
 import dataclasses
@@ -14,13 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.models import clip
+from dalle_jax import chunks
+from dalle_jax.models.clip import Clip
 from dalle_jax.nn import kv_cache
 from dalle_jax.sampling import dalle as sampling
-from dalle_jax.stages import run
+from dalle_jax.stages import clip
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.dalle import DalleStage
 from dalle_jax.types import Array, Key, Params
 
-MAX_CHUNK = 128  # candidates at a time and device; beyond it drawing gets no faster
+MAX_CHUNK = 128  # candidates at a time and device; beyond it sampling gets no faster
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Ranked:
       candidates: [K] int, their global indices.
       codes: [K, g*g] int32.
       images: [K, h, w, 3] float32 in [-1, 1].
-      scores: [N] float32 of *all* candidates in the order drawn; None without a CLIP.
+      scores: [N] float32 of *all* candidates in the order sampled; None without a CLIP.
     """
 
     candidates: np.ndarray
@@ -40,7 +42,7 @@ class Ranked:
     scores: np.ndarray | None
 
 
-def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> Array:
+def score_fn(model: Clip, params: Params, images: Array, tokens: Array) -> Array:
     """Cosine between each picture and its own caption; pure and jit-able.
 
     Args:
@@ -59,7 +61,7 @@ def score_fn(model: clip.Clip, params: Params, images: Array, tokens: Array) -> 
 
 
 def score(
-    stage: run.ClipStage,
+    stage: ClipStage,
     images: Array,
     text: Array,
     batch: int = 64,
@@ -72,7 +74,7 @@ def score(
     on the number of devices.
 
     Args:
-      stage: the CLIP, from `stages.load_clip`.
+      stage: the CLIP.
       images: [M, h, w, 3] float in [-1, 1].
       text: [M, T] int32 by the CLIP's own tokenizer, one caption per picture.
       batch: pictures per device and call; bounds memory only.
@@ -93,30 +95,25 @@ def score(
     if not len(images):
         return np.zeros((0,), np.float32)
     devices = tuple(jax.local_devices() if devices is None else devices)
-    prompts, which = np.unique(text, axis=0, return_inverse=True)
+    prompts, owners = np.unique(text, axis=0, return_inverse=True)
     embedded = np.asarray(_embed_text(stage.model)(stage.on(), prompts))  # [P, E]
-    everywhere = NamedSharding(Mesh(np.array(devices), "devices"), PartitionSpec())
+    replicated = NamedSharding(Mesh(np.array(devices), "devices"), PartitionSpec())
     # A power of two per device: a run whose last batch is smaller compiles at most log2 programs.
-    per_device = min(batch, 1 << (-(-len(images) // len(devices)) - 1).bit_length())
+    per_device = chunks.power_of_two(-(-len(images) // len(devices)), batch)
     mapped, scores = _pmapped(stage.model, devices), []
-    for start in range(0, len(images), len(devices) * per_device):
-        stop = start + len(devices) * per_device
-        part, owner = images[start:stop], which.reshape(-1)[start:stop]
-        padding = stop - start - len(part)
-        part = np.concatenate([part, np.zeros((padding, *part.shape[1:]), np.float32)])
-        owner = np.concatenate([owner, np.zeros((padding,), owner.dtype)])
+    for rows, count in chunks.rows(len(images), len(devices) * per_device):
         out = mapped(
-            stage.on(everywhere),
-            part.reshape(len(devices), per_device, *part.shape[1:]),
-            embedded[owner].reshape(len(devices), per_device, -1),
+            stage.on(replicated),
+            images[rows].reshape(len(devices), per_device, *images.shape[1:]),
+            embedded[owners.reshape(-1)[rows]].reshape(len(devices), per_device, -1),
         )
-        scores.append(np.asarray(out).reshape(-1)[: len(part) - padding])
+        scores.append(np.asarray(out).reshape(-1)[:count])
     return np.concatenate(scores)
 
 
-def draw_best(
-    dalle: run.DalleStage,
-    clip_stage: run.ClipStage | None,
+def sample_best(
+    dalle: DalleStage,
+    ranker: ClipStage | None,
     text: Array,
     clip_text: Array | None,
     *,
@@ -128,27 +125,27 @@ def draw_best(
     progress: Callable[[int], None] = lambda done: None,
     **options,
 ) -> Ranked:
-    """Draws N candidates for one prompt in chunks, scores them and keeps the best K.
+    """Samples N candidates for one prompt in chunks, scores them and keeps the best K.
 
     Of all others only the scores stay in memory, so that N is bounded by patience alone.
 
     Args:
-      dalle: draws and decodes.
-      clip_stage: ranks; None = the first K in the order drawn.
+      dalle: samples and decodes.
+      ranker: scores them; None = the first K in the order sampled.
       text: [T] int32 by DALL-E's tokenizer.
       clip_text: [T] int32 by CLIP's tokenizer; None without a CLIP.
       num_candidates: N.
       keep: K.
       chunk: candidates at a time.
-      key: typed key. The same key draws the same pictures for every chunk and device count.
-      mesh: devices that share drawing and decoding; None = one device.
-      progress: called with the number drawn so far.
+      key: typed key. The same key gives the same pictures for every chunk and device count.
+      mesh: devices that share sampling and decoding; None = one device.
+      progress: called with the number of candidates so far.
       **options: of `sampling.dalle.sample`.
     """
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    chunks = sampling.sample_batches(
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    batches = sampling.sample_batches(
         dalle.model,
-        dalle.on(where),
+        dalle.on(replicated),
         np.asarray(text)[None],
         num_candidates=num_candidates,
         chunk=chunk,
@@ -160,65 +157,56 @@ def draw_best(
     shards = 1 if mesh is None else mesh.size
     rows = -(-min(chunk, num_candidates) // shards) * shards
     scores, best = [], None
-    for first, codes in chunks:
+    for first, codes in batches:
         codes = codes[0]  # [n, g*g]: one prompt
         padded = np.pad(codes, ((0, rows - len(codes)), (0, 0)))
         if mesh is not None:
             padded = jax.device_put(padded, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
-        drawn = np.asarray(dalle.codec.decode(padded))[: len(codes)]
-        if clip_stage is None:
-            here = np.zeros(len(codes), np.float32)
+        images = np.asarray(dalle.codec.decode(padded))[: len(codes)]
+        if ranker is None:
+            scores.append(np.zeros(len(codes), np.float32))
         else:
-            here = score(clip_stage, drawn, np.repeat(clip_text[None], len(codes), axis=0))
-        scores.append(here)
-        found = (first + np.arange(len(codes)), here, codes, drawn)
+            scores.append(score(ranker, images, np.repeat(clip_text[None], len(codes), axis=0)))
+        ranked = (first + np.arange(len(codes)), scores[-1], codes, images)
         if best is not None:
-            found = tuple(np.concatenate(pair) for pair in zip(best, found, strict=True))
-        top = order(found[1])[:keep]
-        best = tuple(values[top] for values in found)
+            ranked = tuple(np.concatenate(pair) for pair in zip(best, ranked, strict=True))
+        top = order(ranked[1])[:keep]
+        best = tuple(values[top] for values in ranked)
         progress(first + len(codes))
-    everything = None if clip_stage is None else np.concatenate(scores)
-    return Ranked(best[0], best[2], best[3], everything)
+    return Ranked(best[0], best[2], best[3], None if ranker is None else np.concatenate(scores))
 
 
-def fitting_chunk(dalle: run.DalleStage, guidance: float = 1.0) -> int:
-    """Candidates that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
+def fitting_chunk(dalle: DalleStage, guidance: float = 1.0) -> int:
+    """Candidates that one device samples at a time; see `chunks.fitting`."""
     c, codec = dalle.model.config, dalle.codec
     streams = 1 if guidance == 1 else 2
     slots = sum(kv_cache.ImageCache(mask).num_slots for mask in c.layer_masks())
     caches = 2 * slots * c.width * jnp.dtype(dalle.model.dtype.compute).itemsize * streams
     # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
     each = 2 * caches + codec.image_px**2 * 64 * 4
-    stats = jax.local_devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 2**30) - stats.get("bytes_in_use", 0)
-    return max(1, min(MAX_CHUNK, free // 2 // each))
+    return chunks.fitting(each, MAX_CHUNK)
 
 
 def order(scores: Array) -> np.ndarray:
-    """Indices from best to worst, [M] int: highest score first, ties in order of drawing.
+    """Indices from best to worst, [M] int: highest score first, ties in the order of sampling.
 
     A score that is not a number goes last (numpy sorts it there): it must never be shown as best.
     """
     return np.argsort(-np.asarray(scores), kind="stable")
 
 
-def _score_embedded(model: clip.Clip, params: Params, images: Array, text: Array) -> Array:
+def _score_embedded(model: Clip, params: Params, images: Array, text: Array) -> Array:
     """Cosines of images [B, h, w, 3] with unit caption embeddings [B, E]."""
-    px = model.config.image_px
-    if images.shape[1:3] != (px, px):
-        shape = (images.shape[0], px, px, 3)
-        images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), -1.0, 1.0)
-    image = model.apply({"params": params}, images, method="encode_image")
-    return jnp.einsum("BE,BE->B", image, text)
+    return jnp.einsum("BE,BE->B", clip.encode_image(model, params, images), text)
 
 
 @functools.lru_cache(maxsize=8)
-def _embed_text(model: clip.Clip):
+def _embed_text(model: Clip):
     return jax.jit(lambda params, text: model.apply({"params": params}, text, method="encode_text"))
 
 
 @functools.lru_cache(maxsize=8)
-def _pmapped(model: clip.Clip, devices: tuple[jax.Device, ...]):
+def _pmapped(model: Clip, devices: tuple[jax.Device, ...]):
     # Parameters are broadcast (in_axes None): jax.device_put_replicated is gone from jax 0.10.
     score = functools.partial(_score_embedded, model)
     return jax.pmap(score, in_axes=(None, 0, 0), devices=devices)

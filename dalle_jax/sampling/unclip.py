@@ -1,7 +1,7 @@
 """unCLIP, whole: caption -> text embedding -> prior -> image embedding -> decoder -> upsamplers.
 
-The stages are a `unclip_set.Unclip`. What the latent space makes possible beside (variations,
-interpolations, …) is `sampling.manipulate`. Pictures are float32 in [-1, 1] on the host between the
+What the latent space makes possible beside (variations, interpolations, edits) is
+`sampling.manipulate`. Pictures are float32 in [-1, 1] on the host between the
 stages: each stage runs in chunks that fit its own memory.
 
 All noise is a function of (key, stage, global index of the picture, step), so that a picture is the
@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dalle_jax import chunks
 from dalle_jax.diffusion import corrupt, schedules
-from dalle_jax.sampling import diffusion, embed, rerank
-from dalle_jax.stages import unclip, unet
+from dalle_jax.sampling import diffusion, prior, rerank
 from dalle_jax.stages.unclip import Unclip
+from dalle_jax.stages.unet import UnetStage
 from dalle_jax.types import Array, Batch, Key, UsageError
 
-# What the decoder is given of a caption, beside the caption: an embedding of a prior, the text
-# embedding in its place, or nothing.
-WAYS = ("diffusion", "ar", "none", "caption")
+# What the decoder is given beside the caption: an image embedding by one of the priors, the text
+# embedding in its place ("none"), or no embedding at all ("caption").
+PRIORS = ("diffusion", "ar", "none", "caption")
 MAX_CANDIDATES = 2**16  # of one prompt: global indices are prompt * this + candidate
 MAX_CHUNK = 64  # pictures at a time and device
 _PRIOR, _DECODER, _UPSAMPLER = 0, 1, 2  # streams of noise; the i-th upsampler has 2 + i
@@ -35,8 +36,8 @@ Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How the decoder and the upsamplers draw.
+class Settings:
+    """How the decoder and the upsamplers sample.
 
     Attributes:
       steps: of the decoder, a spacing of `diffusion.schedules`; paper 250.
@@ -63,15 +64,15 @@ class Drawing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Ranked:
     """The best of one prompt's candidates, best first.
 
     Attributes:
       candidates: [K] int, their global indices.
       images: [K, h, w, 3] float32 in [-1, 1], of the finished size.
-      small: [K, s, s, 3] float32 as the decoder drew them; without upsamplers the same.
-      embeddings: [K, E] float32 image embeddings that they were drawn from; zeros without any.
-      scores: [N] float32 of *all* candidates in the order drawn.
+      small: [K, s, s, 3] float32 by the decoder; without upsamplers the same.
+      embeddings: [K, E] float32 image embeddings that they were sampled from; zeros without any.
+      scores: [N] float32 of *all* candidates in the order sampled.
     """
 
     candidates: np.ndarray
@@ -83,19 +84,19 @@ class Drawn:
 
 def image_embeddings(
     stages: Unclip,
-    way: str,
+    prior_name: str,
     text: Array,
     *,
     key: Key,
     indices: Array,
     **options,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the decoder is given for captions.
+    """Image embeddings for captions, as the decoder takes them.
 
     Args:
       stages: the stages.
-      way: one of WAYS: a prior, "none" (the text embedding in the image embedding's place) or
-        "caption" (no embedding: the decoder reads the caption only).
+      prior_name: one of PRIORS: a prior, "none" (the text embedding in the image embedding's place)
+        or "caption" (no embedding: the decoder reads the caption only).
       text: [B, T] int32 by the CLIP's tokenizer.
       key: typed key.
       indices: [B] int, global indices of the pictures: each has its own draw.
@@ -105,37 +106,47 @@ def image_embeddings(
       z_i [B, E] float32 of unit length, and has_clip [B] bool.
 
     Raises:
-      UsageError: for an unknown way, or one that these stages cannot go.
+      UsageError: for an unknown prior, or one that these stages lack.
     """
-    check_way(stages, way)
+    check_prior(stages, prior_name)
     text, indices = np.asarray(text, np.int32), np.asarray(indices, np.int32)
-    z_t = embed.texts(stages.clip, text)
-    if way in ("none", "caption"):
-        return z_t, np.full(len(text), way == "none")
+    z_t = stages.clip.embed_texts(text)
+    if prior_name in ("none", "caption"):
+        return z_t, np.full(len(text), prior_name == "none")
     # The prior numbers captions from `first` on; an array of firsts numbers them anyhow.
     first = indices - np.arange(len(indices), dtype=np.int32)
     stream = jax.random.fold_in(key, _PRIOR)
-    z = stages.priors[way].sample(text, z_t, key=stream, first=jnp.asarray(first), **options)
+    stage = stages.priors[prior_name]
+    z = prior.sample(
+        stage.model,
+        stage.on(),
+        stage.tables,
+        text,
+        z_t,
+        key=stream,
+        first=jnp.asarray(first),
+        **options,
+    )
     return np.asarray(z), np.ones(len(text), bool)
 
 
-def check_way(stages: Unclip, way: str) -> None:
-    """Raises UsageError for an unknown way from caption to picture, or one without its stage."""
-    if way not in WAYS:
-        raise UsageError(f"prior {way!r} is unknown; use one of {', '.join(WAYS)}.")
-    if way in unclip.PRIORS.values() and way not in stages.priors:
+def check_prior(stages: Unclip, name: str) -> None:
+    """Raises UsageError for an unknown name of PRIORS, or one whose stage is missing."""
+    if name not in PRIORS:
+        raise UsageError(f"prior {name!r} is unknown; use one of {', '.join(PRIORS)}.")
+    if name in Unclip.PRIORS.values() and name not in stages.priors:
         has = [*stages.priors, "none", "caption"]
-        raise UsageError(f"there is no {way} prior among the stages; use one of {', '.join(has)}.")
-    if way == "caption" and not stages.decoder.model.config.text_layers:
-        raise UsageError("this decoder reads no captions; it cannot draw from one alone.")
+        raise UsageError(f"there is no {name} prior among the stages; use one of {', '.join(has)}.")
+    if name == "caption" and not stages.reads_captions:
+        raise UsageError("this decoder reads no captions; it cannot sample from one alone.")
 
 
-def draw_base(
-    stage: unet.UnetStage,
+def sample_base(
+    stage: UnetStage,
     z: Array,
     has_clip: Array,
     text: Array | None,
-    drawing: Drawing,
+    settings: Settings,
     *,
     key: Key,
     indices: Array,
@@ -151,26 +162,26 @@ def draw_base(
       z: [B, E].
       has_clip: [B] bool, False = without the embedding.
       text: [B, T] int32; None = without captions.
-      drawing: how.
+      settings: how.
       key: typed key, of all stages.
       indices: [B] int, global.
       x_t: [B, h, h, 3] to start from instead of noise.
       keep: (pictures [B, h, h, 3], known [B, h, h, 1] bool), what comes back bit for bit.
       mesh: spreads the pictures over its devices; None = one.
-      progress: called with the number drawn so far.
+      progress: called with the number of pictures so far.
 
     Returns:
       [B, h, h, 3] float32 in [-1, 1].
     """
     cond = conditions(stage, z, has_clip, text)
-    options = dict(sampler=drawing.sampler, eta=drawing.eta, scale=drawing.guidance)
+    options = dict(sampler=settings.sampler, eta=settings.eta, scale=settings.guidance)
     key = jax.random.fold_in(key, _DECODER)
-    common = dict(key=key, indices=indices, mesh=mesh, progress=progress, chunk=drawing.chunk)
-    return _draw(stage, cond, drawing.steps, options, x_t=x_t, keep=keep, **common)
+    common = dict(key=key, indices=indices, mesh=mesh, progress=progress, chunk=settings.chunk)
+    return _sample(stage, cond, settings.steps, options, x_t=x_t, keep=keep, **common)
 
 
-def conditions(stage: unet.UnetStage, z: Array, has_clip: Array, text: Array | None) -> Batch:
-    """What a decoder is shown, `unet_plan.cond_spec` without masks; see `draw_base`."""
+def conditions(stage: UnetStage, z: Array, has_clip: Array, text: Array | None) -> Batch:
+    """What a decoder is shown, `unet_plan.cond_spec` without masks; see `sample_base`."""
     c = stage.model.config
     cond = {"clip": np.asarray(z, np.float32), "has_clip": np.asarray(has_clip, bool)}
     if c.text_layers:
@@ -179,7 +190,7 @@ def conditions(stage: unet.UnetStage, z: Array, has_clip: Array, text: Array | N
     return cond
 
 
-def nothing_known(stage: unet.UnetStage, cond: Batch) -> Batch:
+def nothing_known(stage: UnetStage, cond: Batch) -> Batch:
     """The conditions of whole pictures: an inpainting network is shown that nothing is known."""
     if not stage.model.config.inpaint:
         return cond
@@ -191,7 +202,7 @@ def nothing_known(stage: unet.UnetStage, cond: Batch) -> Batch:
 def upsample(
     stages: Unclip,
     pictures: Array,
-    drawing: Drawing,
+    settings: Settings,
     *,
     key: Key,
     indices: Array,
@@ -204,12 +215,12 @@ def upsample(
     Args:
       stages: the stages; without upsamplers the pictures come back as they are.
       pictures: [B, s, s, 3] float in [-1, 1].
-      drawing: how.
-      key: see `draw_base`, as for all arguments not named here.
+      settings: how.
+      key: see `sample_base`, as for all arguments not named here.
       indices: see there.
       keep: of each upsampler, see there; () = nothing is kept.
       mesh: see there.
-      progress: called with the number that the last upsampler has drawn so far.
+      progress: called with the number that the last upsampler has finished so far.
 
     Returns:
       [B, h, h, 3] float32 in [-1, 1].
@@ -219,8 +230,8 @@ def upsample(
         is_last = i == len(stages.upsamplers) - 1
         # Rounded as in training, where the small picture is one of a file.
         cond = {"low_res": np.asarray(corrupt.to_levels(pictures))}
-        steps = drawing.upsample_steps[min(i, len(drawing.upsample_steps) - 1)]
-        pictures = _draw(
+        steps = settings.upsample_steps[min(i, len(settings.upsample_steps) - 1)]
+        pictures = _sample(
             stage,
             cond,
             steps,
@@ -229,17 +240,17 @@ def upsample(
             indices=indices,
             keep=keep[i] if keep else None,
             mesh=mesh,
-            chunk=drawing.chunk,
+            chunk=settings.chunk,
             progress=progress if is_last else lambda done: None,
         )
     return pictures
 
 
-def draw_best(
+def sample_best(
     stages: Unclip,
-    way: str,
+    prior_name: str,
     text: Array,
-    drawing: Drawing,
+    settings: Settings,
     *,
     num_candidates: int,
     keep: int,
@@ -249,14 +260,14 @@ def draw_best(
     mesh: Mesh | None = None,
     progress: Progress = lambda done: None,
     **options,
-) -> Drawn:
-    """Draws N candidates of one caption, ranks them by CLIP and finishes the best K.
+) -> Ranked:
+    """Samples N candidates of one caption, ranks them by CLIP and finishes the best K.
 
     Args:
       stages: the stages.
-      way: see `image_embeddings`.
+      prior_name: see `image_embeddings`.
       text: [T] int32 by the CLIP's tokenizer.
-      drawing: how.
+      settings: how.
       num_candidates: N, at most MAX_CANDIDATES.
       keep: K; only these are upsampled.
       key: typed key. More candidates only add to those of fewer.
@@ -264,7 +275,7 @@ def draw_best(
       known: (picture [h, h, 3] float of the finished size, known [h, h, 1] bool): inpainting; with
         the inpainter where there is one. What is known comes back bit for bit.
       mesh: devices that share the work; None = one.
-      progress: called with the number of candidates drawn so far.
+      progress: called with the number of candidates so far.
       **options: of the prior, see `image_embeddings`.
     """
     if not 1 <= keep <= num_candidates <= MAX_CANDIDATES:
@@ -273,93 +284,91 @@ def draw_best(
     if known is not None and stages.inpainter is not None:
         stage = stages.inpainter
     pyramid = [] if known is None else kept_parts(stages, *known)
-    chunk = drawing.chunk or fitting_chunk(stage, drawing.guidance != 1) * _shards(mesh)
-    small, embedded, scores = [], [], []
+    chunk = settings.chunk or fitting_chunk(stage, settings.guidance != 1) * _shards(mesh)
+    small, embeddings, scores = [], [], []
     for start in range(0, num_candidates, chunk):
         # One shape for all chunks: the last one is filled up with candidates that are dropped.
         rows = np.arange(start, start + min(chunk, num_candidates)) + first
         texts = np.broadcast_to(text, (len(rows), len(text)))
-        z, has_clip = image_embeddings(stages, way, texts, key=key, indices=rows, **options)
+        z, has_clip = image_embeddings(stages, prior_name, texts, key=key, indices=rows, **options)
         part = [_repeated(x, len(rows)) for x in pyramid[0]] if pyramid else None
-        drawn = draw_base(
-            stage, z, has_clip, texts, drawing, key=key, indices=rows, keep=part, mesh=mesh
+        pictures = sample_base(
+            stage, z, has_clip, texts, settings, key=key, indices=rows, keep=part, mesh=mesh
         )
         left = num_candidates - start
-        small.append(drawn[:left])
-        embedded.append((z * has_clip[:, None])[:left])
+        small.append(pictures[:left])
+        embeddings.append((z * has_clip[:, None])[:left])
         scores.append(rerank.score(stages.clip, small[-1], texts[:left]))
         progress(min(start + chunk, num_candidates))
-    small, embedded, scores = (np.concatenate(x) for x in (small, embedded, scores))
+    small, embeddings, scores = (np.concatenate(x) for x in (small, embeddings, scores))
     best = rerank.order(scores)[:keep]
     finished = upsample(
         stages,
         small[best],
-        drawing,
+        settings,
         key=key,
         indices=first + best,
         keep=[tuple(_repeated(x, keep) for x in part) for part in pyramid[1:]],
         mesh=mesh,
     )
-    return Drawn(first + best, finished, small[best], embedded[best], scores)
+    return Ranked(first + best, finished, small[best], embeddings[best], scores)
 
 
 def kept_parts(stages: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
-    """What is kept at each stage's size, decoder first: pictures, and where they are known.
+    """The known pixels at each stage's size, decoder first: pictures, and bool masks.
 
     Args:
       stages: the stages.
       picture: [h, h, 3] float in [-1, 1], of the finished size.
       known: [h, h, 1] bool.
 
-    A pixel of a smaller size is known where all that it covers is: nothing of what is to be drawn
+    A pixel of a smaller size is known where all that it covers is: nothing of what is to be sampled
     anew shows through.
     """
-    made = []
+    parts = []
     for stage in (stages.decoder, *stages.upsamplers):
         px, times = stage.image_px, len(picture) // stage.image_px
-        here, seen = picture, known
+        small, is_known = picture, known
         if times > 1:
-            here = jax.image.resize(picture, (px, px, 3), "cubic", antialias=True)
-            here = np.asarray(jnp.clip(here, -1, 1))
-            seen = np.asarray(known).reshape(px, times, px, times, 1).all(axis=(1, 3))
-        made.append((np.asarray(here, np.float32), np.asarray(seen, bool)))
-    return made
+            small = jax.image.resize(picture, (px, px, 3), "cubic", antialias=True)
+            small = np.asarray(jnp.clip(small, -1, 1))
+            is_known = np.asarray(known).reshape(px, times, px, times, 1).all(axis=(1, 3))
+        parts.append((np.asarray(small, np.float32), np.asarray(is_known, bool)))
+    return parts
 
 
-def fitting_chunk(stage: unet.UnetStage, is_guided: bool = False) -> int:
-    """Pictures that one device draws at a time in half of its free memory (a CPU: 0.5 GiB)."""
+def fitting_chunk(stage: UnetStage, is_guided: bool = False) -> int:
+    """Pictures that one device samples at a time; see `chunks.fitting`."""
     c = stage.model.config
     # The maps that the way up takes from the way down, and a block's own: float32.
     maps = sum((c.num_blocks + 4) * m / 4**i for i, m in enumerate(c.channel_mults))
     each = 4 * c.width * (c.image_px // c.patch_px) ** 2 * maps * (2 if is_guided else 1)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 2**30) - stats.get("bytes_in_use", 0)
-    return max(1, min(MAX_CHUNK, int(free // 2 / each)))
+    return chunks.fitting(each, MAX_CHUNK)
 
 
-def _draw(
+def _sample(
     stage, cond, spacing, options, *, key, indices, mesh, chunk, progress, x_t=None, keep=None
 ) -> np.ndarray:
-    """`diffusion.draw` in chunks of one shape, each picture with its own conditions."""
+    """`diffusion.sample` in chunks of one shape, each picture with its own conditions."""
     if keep is None:
         cond = nothing_known(stage, cond)
     elif stage.model.config.inpaint:
         cond = cond | {"picture": keep[0], "known": keep[1]}
     rows = dict(cond=cond, indices=np.asarray(indices, np.int32), x_t=x_t, keep=keep)
-    where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     schedule = schedules.respace(stage.schedule, spacing)
     count = len(rows["indices"])
     is_guided = options.get("scale", 1) != 1
     size = min(chunk or fitting_chunk(stage, is_guided) * _shards(mesh), count)
-    parts = []
-    for start in range(0, count, size):
-        some = np.minimum(np.arange(start, start + size), count - 1)
+    params, parts, done = stage.on(replicated), [], 0
+    for some, n in chunks.rows(count, size):
         part = jax.tree.map(lambda x, some=some: np.asarray(x)[some], rows)
-        drawn = diffusion.draw(
-            stage.model, stage.on(where), schedule=schedule, key=key, mesh=mesh, **part, **options
+        pictures = diffusion.sample(
+            stage.model, params, schedule=schedule, key=key, mesh=mesh, **part, **options
         )
-        parts.append(np.asarray(drawn)[: count - start])
-        progress(min(start + size, count))
+        parts.append(np.asarray(pictures)[:n])
+        done += n
+        progress(done)
     return np.concatenate(parts)
 
 

@@ -5,89 +5,72 @@ day, `stages.clip_config` that of the CLIP of `stages.clip`. Called by tasks/, w
 shapes_only=True)` is what `plan` compiles.
 """
 
-import pathlib
-
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from dalle_jax import config as cfg
 from dalle_jax.models import build
 from dalle_jax.stages import run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.run import Run
 from dalle_jax.types import UsageError
 
-CHECKOUT = pathlib.Path(__file__).resolve().parents[2]
 
-
-def codec(config: cfg.ConfigDict) -> run.Codec:
+def codec(config: cfg.ConfigDict) -> Codec:
     """The codec of a run: that of `stages.dvae` if it is given, else `stages.dvae_config`'s shape.
 
     Raises:
-      UsageError: like `stages.load_codec` and `codec_of`.
+      UsageError: like `Codec.load` and `codec_of`.
     """
     if config.stages.dvae:
-        return run.load_codec(config.stages.dvae)
+        return Codec.load(config.stages.dvae)
     return codec_of(config.stages.dvae_config)
 
 
-def codec_of(path: str) -> run.Codec:
-    """The codec that a config file describes, without weights.
+def codec_of(path: str) -> Codec:
+    """The codec that a config describes, without weights.
 
     Args:
-      path: `configs/dvae_paper.py` or `configs/dvae.py:size=smoke`; looked for in the working
-        directory and then, in a checkout, at its root.
+      path: see `config.load`, e.g. `configs/dvae_paper.py` or `dvae:size=smoke`.
 
     Returns:
-      A codec whose params are ShapeDtypeStructs, with step 0 and no workdir and fingerprint.
+      A codec whose params are ShapeDtypeStructs, with step 0 and no folder and fingerprint.
 
     Raises:
-      UsageError: if there is no such config, or it is not one of an autoencoder.
+      UsageError: if there is no such config, or it does not describe an autoencoder.
     """
     config = _load("stages.dvae_config", path, "autoencode", "a codec, e.g. configs/dvae_paper.py")
-    px = config.data.image_px
-    images = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
-    variables = jax.eval_shape(build.autoencoder(config).init, jax.random.key(0), images)
-    return run.make_codec(config, nn.meta.unbox(variables), digits="", workdir="", step=0)
+    return Codec.of(_run(config, build.autoencoder(config), run.picture(config.data.image_px)))
 
 
-def clip(config: cfg.ConfigDict) -> run.ClipStage:
+def clip(config: cfg.ConfigDict) -> ClipStage:
     """The CLIP of a run: that of `stages.clip` if it is given, else `stages.clip_config`'s shape.
 
     Raises:
-      UsageError: like `stages.load_clip` and `clip_of`.
+      UsageError: like `ClipStage.load` and `clip_of`.
     """
     if config.stages.clip:
-        return run.load_clip(config.stages.clip)
+        return ClipStage.load(config.stages.clip)
     return clip_of(config.stages.clip_config)
 
 
-def clip_of(path: str) -> run.ClipStage:
-    """The CLIP that a config file describes, without weights and tokenizer; see `codec_of`."""
+def clip_of(path: str) -> ClipStage:
+    """The CLIP that a config describes, without weights and tokenizer; see `codec_of`."""
     config = _load("stages.clip_config", path, "clip", "a CLIP, e.g. configs/clip.py:size=l14")
     data, model = config.data, build.clip(config)
-    images = jax.ShapeDtypeStruct((1, data.image_px, data.image_px, 3), jnp.float32)
-    text = jax.ShapeDtypeStruct((1, data.text_len), jnp.int32)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images, text)
-    return run.ClipStage(
-        model=model,
-        params=nn.meta.unbox(variables)["params"],
-        config=config,
-        tokenizer_bytes=b"",
-        image_px=data.image_px,
-        text_len=data.text_len,
-        fingerprint="",
-        workdir="",
-        step=0,
-    )
+    return ClipStage(_run(config, model, run.picture(data.image_px), run.ids(data.text_len)), model)
 
 
-def _load(field: str, path: str, task: str, wanted: str) -> cfg.ConfigDict:
-    file, colon, argument = path.partition(":")
-    if not pathlib.Path(file).is_file() and (CHECKOUT / file).is_file():
-        file = str(CHECKOUT / file)
-    config = cfg.load(file + colon + argument)
+def _run(config: cfg.ConfigDict, model: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Run:
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return Run.by_shape(config, nn.meta.unbox(variables))
+
+
+def _load(field: str, path: str, task: str, expected: str) -> cfg.ConfigDict:
+    config = cfg.load(path)
     if config.task != task:
         raise UsageError(
-            f"{field}={path!r} is a config of task {config.task!r}; expected one of {wanted}."
+            f"{field}={path!r} is a config of task {config.task!r}; expected one of {expected}."
         )
     return config

@@ -7,15 +7,16 @@ compiles.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import ClassVar
 
 from dalle_jax.engine import checkpoint
-from dalle_jax.stages import pca, prior, run, unet
+from dalle_jax.stages import pca, run
+from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.pca import Pca
+from dalle_jax.stages.prior import PriorStage
+from dalle_jax.stages.run import Run, Stage
+from dalle_jax.stages.unet import UnetStage
 from dalle_jax.types import UsageError
-
-PRIORS = {"prior": "diffusion", "prior_ar": "ar"}  # stage -> kind
-UPSAMPLERS = ("upsampler_1", "upsampler_2")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,12 +32,62 @@ class Unclip:
       pca: of the CLIP's embeddings, an AR prior's or one of its own; None without.
     """
 
-    clip: run.ClipStage
-    decoder: unet.UnetStage
-    priors: Mapping[str, prior.PriorStage]
-    inpainter: unet.UnetStage | None = None
-    upsamplers: tuple[unet.UnetStage, ...] = ()
+    PRIORS: ClassVar[dict[str, str]] = {"prior": "diffusion", "prior_ar": "ar"}  # stage -> kind
+    UPSAMPLERS: ClassVar[tuple[str, ...]] = ("upsampler_1", "upsampler_2")
+
+    clip: ClipStage
+    decoder: UnetStage
+    priors: Mapping[str, PriorStage]
+    inpainter: UnetStage | None = None
+    upsamplers: tuple[UnetStage, ...] = ()
     pca: Pca | None = None
+
+    @classmethod
+    def load(cls, folders: Mapping[str, str], only: Sequence[str] = ()) -> "Unclip":
+        """The stages in these folders.
+
+        Args:
+          folders: stage -> workdir or exported folder: `decoder`, and any of `clip`, `prior` (the
+            diffusion prior), `prior_ar`, `inpaint`, `upsampler_1`, `upsampler_2`, and `pca` (a
+            file). Without a clip, it is where the decoder's config says or in the folder beside it.
+          only: names to load, beside clip and decoder; () = all of them.
+
+        Raises:
+          UsageError: if a folder is not what its name says, if two stages were trained with
+            different CLIPs (naming both), or if their sizes do not follow one another.
+        """
+        folders = {
+            name: folder
+            for name, folder in folders.items()
+            if not only or name in only or name in ("clip", "decoder")
+        }
+        if not folders.get("decoder"):
+            raise UsageError(
+                "there is no decoder; give --decoder=DIR (the workdir of a run of "
+                "configs/decoder.py) or a pretrained set that holds one."
+            )
+        # Opened first: a folder that is missing or of another task is reported as such.
+        opened = Run.open(folders["decoder"], "diffusion")
+        clip_folder = run.companion(opened.folder, opened.config, "clip", folders.get("clip", ""))
+        clip = ClipStage.load(clip_folder)
+        _check_one_clip({k: v for k, v in folders.items() if k not in ("clip", "pca")}, clip)
+        decoder = UnetStage.of(opened, clip).check_is_decoder()
+        priors = {
+            kind: _prior(folders[name], clip, kind)
+            for name, kind in cls.PRIORS.items()
+            if name in folders
+        }
+        components = pca.load(folders["pca"]) if folders.get("pca") else None
+        if components is None and "ar" in priors:
+            components = priors["ar"].pca
+        if components is not None and components.clip and components.clip not in clip.fingerprints:
+            raise UsageError(
+                f"the PCA is of the embeddings of a CLIP {components.clip}, but {clip.folder!r} "
+                f"holds {clip.fingerprint}; make it again with `python -m dalle_jax pca`."
+            )
+        inpainter = _inpainter(folders["inpaint"], clip) if "inpaint" in folders else None
+        upsamplers = _upsamplers(cls.UPSAMPLERS, folders, decoder.image_px)
+        return cls(clip, decoder, priors, inpainter, upsamplers, components)
 
     @property
     def image_px(self) -> int:
@@ -44,109 +95,70 @@ class Unclip:
         return (self.decoder, *self.upsamplers)[-1].image_px
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def reads_captions(self) -> bool:
+        """Whether the decoder has a text encoder of its own."""
+        return bool(self.decoder.model.config.text_layers)
+
+    @property
+    def parts(self) -> dict[str, Stage]:
         """Name, as `load` knows it, -> stage: all that there are."""
-        kinds = {kind: name for name, kind in PRIORS.items()}
-        found = {"clip": self.clip, "decoder": self.decoder, "inpaint": self.inpainter}
-        found |= {kinds[kind]: stage for kind, stage in self.priors.items()}
-        found |= dict(zip(UPSAMPLERS, self.upsamplers, strict=False))
-        return {name: stage for name, stage in found.items() if stage is not None}
+        names = {kind: name for name, kind in self.PRIORS.items()}
+        parts = {"clip": self.clip, "decoder": self.decoder, "inpaint": self.inpainter}
+        parts |= {names[kind]: stage for kind, stage in self.priors.items()}
+        parts |= dict(zip(self.UPSAMPLERS, self.upsamplers, strict=False))
+        return {name: stage for name, stage in parts.items() if stage is not None}
 
 
-def load(folders: Mapping[str, str], only: Sequence[str] = ()) -> Unclip:
-    """The stages that lie in these folders.
-
-    Args:
-      folders: stage -> workdir or exported folder: `decoder`, and any of `clip`, `prior` (the
-        diffusion prior), `prior_ar`, `inpaint`, `upsampler_1`, `upsampler_2`, and `pca` (a file).
-        Without a clip, it is where the decoder's config says or in the folder beside it.
-      only: names to load, beside clip and decoder; () = all of them.
-
-    Raises:
-      UsageError: if a folder is not what its name says, if two stages were trained with different
-        CLIPs (naming both), or if their sizes do not follow one another. Before anything compiles.
-    """
-    folders = {
-        name: folder
-        for name, folder in folders.items()
-        if not only or name in only or name in ("clip", "decoder")
-    }
-    if not folders.get("decoder"):
-        raise UsageError(
-            "there is no decoder; give --decoder=DIR (the workdir of a run of configs/decoder.py) "
-            "or a pretrained set that holds one."
-        )
-    # Opened first: a folder that is missing or of another task is told as such.
-    config, _ = run.open_run(folders["decoder"], "diffusion", None)
-    where = prior.clip_workdir(folders["decoder"], config, folders.get("clip", ""))
-    clip = run.load_clip(where)
-    trained = {name: folders[name] for name in folders if name not in ("clip", "pca")}
-    _check_one_clip(trained, clip)
-    decoder = _decoder(folders["decoder"], clip)
-    priors, fitted = {}, pca.load(folders["pca"]) if folders.get("pca") else None
-    for name, kind in PRIORS.items():
-        if name in folders:
-            priors[kind] = _prior(folders[name], clip, kind)
-    if fitted is None and "ar" in priors:
-        fitted = priors["ar"].pca
-    if fitted is not None and fitted.clip and fitted.clip not in (clip.fingerprint, clip.origin):
-        raise UsageError(
-            f"the PCA is of the embeddings of a CLIP {fitted.clip}, but {clip.workdir!r} holds "
-            f"{clip.fingerprint}; make it again with `python -m dalle_jax pca`."
-        )
-    inpainter = _decoder(folders["inpaint"], clip) if "inpaint" in folders else None
-    if inpainter is not None and not inpainter.model.config.inpaint:
-        raise UsageError(
-            f"{folders['inpaint']!r} holds a decoder that is shown no masks; train one with "
-            "--config.loss.inpaint=true, or leave it out: the plain decoder inpaints too."
-        )
-    upsamplers, px = [], decoder.image_px
-    for name in UPSAMPLERS:
-        if name not in folders:
-            continue
-        stage = unet.load_unet(folders[name])
-        if stage.low_res_px != px:
-            takes = f"pictures of {stage.low_res_px} px" if stage.low_res_px else "no pictures"
-            raise UsageError(
-                f"{name} {folders[name]!r} takes {takes}, but the stage before it draws {px} px; "
-                "give upsamplers in order, each trained on the size before it."
-            )
-        upsamplers.append(stage)
-        px = stage.image_px
-    return Unclip(clip, decoder, priors, inpainter, tuple(upsamplers), fitted)
-
-
-def _check_one_clip(folders: Mapping[str, str], clip: run.ClipStage) -> None:
-    """Raises UsageError if two stages say that they were trained with different CLIPs."""
-    said, accepted = {}, {clip.fingerprint, clip.origin}  # an export rounds its weights
+def _check_one_clip(folders: Mapping[str, str], clip: ClipStage) -> None:
+    """Raises UsageError if two stages record that they were trained with different CLIPs."""
+    recorded = {}
     for name, folder in folders.items():
         file = checkpoint.absolute(folder) / checkpoint.CLIP
         if file.exists():
-            said[name] = file.read_text()
-    first = next(iter(said), None)
-    for name, digits in said.items():
-        if digits != said[first] and not {digits, said[first]} <= accepted:
+            recorded[name] = file.read_text()
+    first = next(iter(recorded), None)
+    for name, fingerprint in recorded.items():
+        both = {fingerprint, recorded[first]}
+        if len(both) > 1 and not both <= clip.fingerprints:  # an export rounds its weights
             raise UsageError(
                 f"{first} {folders[first]!r} was trained on the embeddings of a CLIP "
-                f"{said[first]}, but {name} {folders[name]!r} on those of {digits}; stages of one "
-                "pipeline share one CLIP: train one of them again."
+                f"{recorded[first]}, but {name} {folders[name]!r} on those of {fingerprint}; "
+                "stages of one pipeline share one CLIP: train one of them again."
             )
 
 
-def _decoder(folder: str, clip: run.ClipStage) -> unet.UnetStage:
-    stage = unet.load_unet(folder, clip)
-    if stage.low_res_px:
-        raise UsageError(
-            f"{folder!r} holds an upsampler from {stage.low_res_px} px; expected a decoder."
-        )
-    return stage
-
-
-def _prior(folder: str, clip: run.ClipStage, kind: str) -> prior.PriorStage:
-    stage = prior.load_prior(folder, clip)
+def _prior(folder: str, clip: ClipStage, kind: str) -> PriorStage:
+    stage = PriorStage.load(folder, clip)
     if stage.kind != kind:
         raise UsageError(
             f"{folder!r} holds a prior of kind {stage.kind!r}; expected {kind!r}: give it as "
             f"--prior_{stage.kind}."
         )
     return stage
+
+
+def _inpainter(folder: str, clip: ClipStage) -> UnetStage:
+    stage = UnetStage.load(folder, clip).check_is_decoder()
+    if not stage.model.config.inpaint:
+        raise UsageError(
+            f"{folder!r} holds a decoder that is shown no masks; train one with "
+            "--config.loss.inpaint=true, or leave it out: the plain decoder inpaints too."
+        )
+    return stage
+
+
+def _upsamplers(names: Sequence[str], folders: Mapping[str, str], px: int) -> tuple[UnetStage, ...]:
+    stages = []
+    for name in names:
+        if name not in folders:
+            continue
+        stage = UnetStage.load(folders[name])
+        if stage.low_res_px != px:
+            takes = f"pictures of {stage.low_res_px} px" if stage.low_res_px else "no pictures"
+            raise UsageError(
+                f"{name} {folders[name]!r} takes {takes}, but the stage before it draws {px} px; "
+                "give upsamplers in order, each trained on the size before it."
+            )
+        stages.append(stage)
+        px = stage.image_px
+    return tuple(stages)

@@ -1,102 +1,79 @@
-"""Decoders and upsamplers from their workdirs, as callable stages. See `stages`."""
+"""A trained U-Net: DALL-E 2's decoder with its CLIP, or an upsampler."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from dalle_jax import config as cfg
 from dalle_jax.diffusion import schedules
-from dalle_jax.models import build, unet, unet_plan
-from dalle_jax.sampling import diffusion
-from dalle_jax.stages import prior, run
-from dalle_jax.types import Array, Batch, Key, Params
+from dalle_jax.models import build, unet_plan
+from dalle_jax.stages import run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.run import Run, Stage
+from dalle_jax.types import UsageError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class UnetStage(run.Weights):
+class UnetStage(Stage):
     """A trained decoder or upsampler.
 
     Attributes:
-      model: the linen module; its `config` says what it takes (`unet_plan.cond_spec`).
-      params: its parameters, host arrays (no collection level).
-      schedule: all steps of the process that it was trained on.
-      config: its run's config.
-      tokenizer_bytes: the SentencePiece model it was trained with, a decoder's CLIP's; b"" of an
-        upsampler.
-      clip: a decoder's CLIP, loaded; None of an upsampler.
-      image_px: side of the pictures it draws.
-      low_res_px: side of the pictures that an upsampler takes; 0 of a decoder.
-      fingerprint: 16 hex digits of weights and architecture.
-      workdir: where it came from.
-      step: training step of the weights.
+      clip: the CLIP that a decoder was trained with; None for an upsampler.
     """
 
-    model: unet.Unet
-    params: Params
-    schedule: schedules.Schedule
-    config: cfg.ConfigDict
-    tokenizer_bytes: bytes
-    clip: run.ClipStage | None
-    image_px: int
-    low_res_px: int
-    fingerprint: str
-    workdir: str
-    step: int
+    clip: ClipStage | None
 
-    def draw(
-        self, cond: Batch, *, key: Key, indices: Array, spacing: schedules.Spacing, **options
-    ) -> Array:
-        """Pictures [B, px, px, 3] float32 in [-1, 1]; see `diffusion.draw`.
+    @classmethod
+    def load(cls, folder: str, clip: str | ClipStage = "", step: int | None = None) -> "UnetStage":
+        """The decoder or upsampler in the folder of a diffusion run.
 
         Args:
-          cond: what `unet_plan.cond_spec` names, [B, …] each.
-          key: typed key.
-          indices: [B] global index of each picture.
-          spacing: which steps to take, see `schedules.spaced_rows`: "ddim50", 250, "fast27".
-          **options: of `diffusion.draw`.
+          folder: the run's folder.
+          clip: a decoder's CLIP, or its folder if it was moved; see `run.companion`.
+          step: training step; the latest by default.
+
+        Raises:
+          UsageError: see `Run.open`; or if the CLIP is another one than the decoder was trained
+            with.
         """
-        steps = schedules.respace(self.schedule, spacing)
-        return diffusion.draw(
-            self.model, self.on(), cond, schedule=steps, key=key, indices=indices, **options
+        return cls.of(Run.open(folder, "diffusion", step), clip)
+
+    @classmethod
+    def of(cls, opened: Run, clip: str | ClipStage = "") -> "UnetStage":
+        """The decoder or upsampler of an opened run; see `load`."""
+        config = opened.config
+        if config.loss.low_res_px:
+            clip = None
+        else:
+            if not isinstance(clip, ClipStage):
+                clip = ClipStage.load(run.companion(opened.folder, config, "clip", clip))
+            clip.check_trained_on(opened.folder)
+        model = build.unet(config, 0 if clip is None else clip.joint_width)
+        stage = cls(opened, model, clip)
+        px = stage.image_px
+        stage.check_shapes(
+            lambda params, *inputs: model.apply({"params": params}, *inputs),
+            run.picture(px),
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            unet_plan.cond_spec(model.config, 1, px),
         )
+        return stage
 
+    @functools.cached_property
+    def schedule(self) -> schedules.Schedule:
+        """All steps of the process that it was trained on."""
+        return schedules.make(self.config.loss.schedule, self.config.loss.num_steps)
 
-def load_unet(workdir: str, clip: str | run.ClipStage = "", step: int | None = None) -> UnetStage:
-    """The decoder or upsampler that a diffusion run's workdir (or exported folder) holds.
+    @property
+    def low_res_px(self) -> int:
+        """Side of the pictures that an upsampler takes; 0 for a decoder."""
+        return self.config.loss.low_res_px
 
-    Args:
-      workdir: the run's folder.
-      clip: a decoder's CLIP, or its folder if it has moved; see `unclip_stages.clip_workdir`.
-      step: training step; the latest by default.
-
-    Raises:
-      UsageError: if a folder is missing, of another task, not trained yet or damaged, or if the
-        CLIP is another one than the decoder was trained with.
-    """
-    config, variables = run.open_run(workdir, "diffusion", step)
-    is_decoder = not config.loss.low_res_px
-    if is_decoder and not isinstance(clip, run.ClipStage):
-        clip = run.load_clip(prior.clip_workdir(workdir, config, clip))
-    if is_decoder:
-        prior.check_clip(workdir, clip)
-    model = build.unet(config, clip.model.config.joint_width if is_decoder else 0)
-    params = run.floats(variables.params, config)
-    px = config.data.image_px
-    x = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
-    t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cond = unet_plan.cond_spec(model.config, 1, px)
-    run.trace(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, x, t, cond)
-    return UnetStage(
-        model=model,
-        params=params,
-        schedule=schedules.make(config.loss.schedule, config.loss.num_steps),
-        config=config,
-        tokenizer_bytes=run.read_tokenizer(workdir) if is_decoder else b"",
-        clip=clip if is_decoder else None,
-        image_px=px,
-        low_res_px=config.loss.low_res_px,
-        fingerprint=run.fingerprint(params, config),
-        workdir=str(workdir),
-        step=variables.step,
-    )
+    def check_is_decoder(self) -> "UnetStage":
+        """This stage; UsageError if it is an upsampler."""
+        if self.low_res_px:
+            raise UsageError(
+                f"{self.folder!r} holds an upsampler from {self.low_res_px} px; expected a decoder."
+            )
+        return self

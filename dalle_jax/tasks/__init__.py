@@ -5,7 +5,7 @@ from dalle_jax.engine.task import Task
 from dalle_jax.tasks import autoencode, clip, dalle, diffusion, prior
 from dalle_jax.types import UsageError
 
-# Name in config.task -> module with a function `make` like the one below. The one list.
+# Name in config.task -> its module, which has a function `make` like the one below. The one list.
 TASKS = {
     "autoencode": autoencode,
     "clip": clip,
@@ -15,12 +15,12 @@ TASKS = {
 }
 
 
-def make(config: ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task of a config.
 
     Args:
       config: `config.task` names the task.
-      tokenizer: the run's tokenizer, or a function that opens it, called only by a task with text.
+      read_tokenizer: () -> the run's tokenizer, called only by a task with text; None in dry runs.
       shapes_only: for plans and dry runs: frozen networks have shapes but no weights.
 
     Raises:
@@ -30,4 +30,4 @@ def make(config: ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Ta
         raise UsageError(
             f"task {config.task!r} is unknown; config.task is one of {', '.join(TASKS)}."
         )
-    return TASKS[config.task].make(config, tokenizer, shapes_only=shapes_only)
+    return TASKS[config.task].make(config, read_tokenizer, shapes_only=shapes_only)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import config as cfg
-from dalle_jax import images as pictures
+from dalle_jax import images
 from dalle_jax.engine import checkpoint
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import build, dvae, vqvae
@@ -28,13 +28,13 @@ ALARMS = {
 }
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: cfg.ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task of a config whose model.kind is "dvae" or "vqvae"; `shapes_only` changes nothing.
 
     Raises:
       UsageError: for an unknown kind, or sizes that do not fit, before anything compiles.
     """
-    del tokenizer, shapes_only  # pictures only, no frozen network
+    del read_tokenizer, shapes_only  # pictures only, no frozen network
     model = build.autoencoder(config)
     module = dvae if config.model.kind == "dvae" else vqvae
     image_px = config.data.image_px
@@ -47,29 +47,30 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
 
     def loss(params: Params, extra, frozen, batch: Batch, key: Key, step: Array):
         del frozen
-        images = pictures.to_float(batch["image"])
-        total, metrics, extra = module.loss(model, params, extra, images, key, step)
-        most = min(model.config.num_codes, images.shape[0] * model.config.grid**2)
+        pictures = images.to_float(batch["image"])
+        total, metrics, extra = module.loss(model, params, extra, pictures, key, step)
+        most = min(model.config.num_codes, len(pictures) * model.config.grid**2)
         metrics["loss"] = total
         metrics[COLLAPSED] = is_collapsed(metrics["perplexity"], most) * (step >= judged_from)
         return total, Output(metrics, extra)
 
     def evaluate(params: Params, extra, frozen, batch: Batch, key: Key) -> dict[str, Array]:
         del frozen, key
-        metrics = vqvae.evaluate(model, params, extra, pictures.to_float(batch["image"]))
+        metrics = vqvae.evaluate(model, params, extra, images.to_float(batch["image"]))
         return metrics | {"loss": metrics["recon"]}  # what every task has, and a sweep ranks by
 
     @jax.jit
-    def reconstruct(params: Params, extra, images: Array) -> Array:
+    def reconstruct(params: Params, extra, pictures: Array) -> Array:
         variables = {"params": params, **(extra or {})}
-        codes = model.apply(variables, images, method="encode")
+        codes = model.apply(variables, pictures, method="encode")
         return model.apply(variables, codes, method="decode_codes")
 
     def preview(params: Params, extra, frozen, batch: Batch, key: Key) -> dict[str, Array]:
         """Each cell is an original over its reconstruction from hard codes."""
         del frozen, key
-        images = pictures.to_float(batch["image"][:PREVIEW])
-        return {"reconstructions": jnp.concatenate([images, reconstruct(params, extra, images)], 1)}
+        originals = images.to_float(batch["image"][:PREVIEW])
+        copies = reconstruct(params, extra, originals)
+        return {"reconstructions": jnp.concatenate([originals, copies], 1)}
 
     def warm_start(params: Params, extra) -> tuple[Params, dict]:
         return _warm_start(config, model.config, params, extra)
@@ -102,7 +103,7 @@ def is_collapsed(perplexity: Array, most: int) -> Array:
     return (perplexity < max(3.0, 0.02 * most)).astype(jnp.float32)
 
 
-def _warm_start(config: cfg.ConfigDict, made, params: Params, extra) -> tuple[Params, dict]:
+def _warm_start(config: cfg.ConfigDict, new, params: Params, extra) -> tuple[Params, dict]:
     """Weights of config.init_from: a run of the same kind, or a VQ-VAE that becomes a dVAE."""
     source_dir = config.init_from
     source = checkpoint.load_config(source_dir)
@@ -111,21 +112,19 @@ def _warm_start(config: cfg.ConfigDict, made, params: Params, extra) -> tuple[Pa
             f"init_from {source_dir!r} holds a {source.task!r} run; expected an {NAME!r} run."
         )
     old = build.autoencoder(source).config
-    converts = (old.kind, made.kind) == ("vqvae", "dvae")
-    if old.kind != made.kind and not converts:
+    converts = (old.kind, new.kind) == ("vqvae", "dvae")
+    if old.kind != new.kind and not converts:
         raise UsageError(
-            f"init_from {source_dir!r} holds a {old.kind}; a {made.kind} starts from a {made.kind}"
-            f"{' or a vqvae' if made.kind == 'dvae' else ''}."
+            f"init_from {source_dir!r} holds a {old.kind}; a {new.kind} starts from a {new.kind}"
+            f"{' or a vqvae' if new.kind == 'dvae' else ''}."
         )
     # n_init by its value: 0 stands for the width.
     same = ["trunk", "halvings", "width", "num_blocks", "num_codes"]
-    same += (
-        [] if converts else (["likelihood"] if made.kind == "dvae" else ["code_dim", "codebook"])
-    )
-    pairs = [(f"model.{name}", getattr(old, name), getattr(made, name)) for name in same]
-    pairs.append(("model.n_init", old.n_init or old.width, made.n_init or made.width))
+    same += [] if converts else (["likelihood"] if new.kind == "dvae" else ["code_dim", "codebook"])
+    pairs = [(f"model.{name}", getattr(old, name), getattr(new, name)) for name in same]
+    pairs.append(("model.n_init", old.n_init or old.width, new.n_init or new.width))
     if converts:  # a VQ-VAE's decoder gives the picture itself, no log-scales
-        pairs.append(("model.likelihood", "mse", made.likelihood))
+        pairs.append(("model.likelihood", "mse", new.likelihood))
     for field, theirs, ours in pairs:
         if theirs != ours:
             raise UsageError(

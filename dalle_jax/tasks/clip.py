@@ -17,12 +17,13 @@ import numpy as np
 
 from dalle_jax import axes, images
 from dalle_jax import config as cfg
-from dalle_jax.engine import checkpoint
-from dalle_jax.engine import task as task_lib
+from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import build, clip
 from dalle_jax.nn import partition
 from dalle_jax.stages import by_shape, run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.codec import Codec
 from dalle_jax.types import Array, Params, UsageError
 
 # Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
@@ -31,20 +32,20 @@ _EXCLUDED = -1e9
 _PREVIEW_CAPTIONS, _PREVIEW_BEST = 6, 4
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: cfg.ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a CLIP.
 
     Args:
       config: with the sections of configs/clip.py.
-      tokenizer: the run's tokenizer or a function that opens it; its ids must fit
-        `data.vocab_size`. None in dry runs.
+      read_tokenizer: () -> the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry
+        runs.
       shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for values that do not fit together.
     """
-    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
+    tokenizer = read_tokenizer and read_tokenizer()
     _check(config, tokenizer, shapes_only)
     model = build.clip(config)
     codec = _codec(config, shapes_only)
@@ -84,20 +85,20 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
     def preview(params, extra, frozen, batch, key):
         pictures = images.to_float(batch["image"])
         image, text, _ = embed_jit(params, pictures, batch["text"])
-        return {"own_then_best_matches": best_matches(*task_lib.to_host((pictures, image, text)))}
+        return {"own_then_best_matches": best_matches(*task.to_host((pictures, image, text)))}
 
     return Task(
         name="clip",
         batch_spec={"image": picture, "text": caption},
         init=init,
         loss=loss,
-        frozen=None if codec is None else codec.boxed,
+        frozen=None if codec is None else codec.frozen(),
         preview=preview,
         evaluate=evaluate,
         flops=3 * (batch * clip.flops(model.config) + 2 * batch**2 * model.config.joint_width),
         decay_mask=decay_mask,
         warm_start=_warm_start(config, init),
-        keeps=run.kept(tokenizer, codec),
+        keeps=run.identity_files(tokenizer, codec=codec),
     )
 
 
@@ -173,7 +174,7 @@ def _clamp_backward(logit_scale, gradient):
 clamp.defvjp(_clamp_forward, _clamp_backward)
 
 
-def reconstruct_some(codec: run.Codec, params: Params, pictures: Array, share: float) -> Array:
+def reconstruct_some(codec: Codec, params: Params, pictures: Array, share: float) -> Array:
     """`pictures` [B, h, w, 3] with a share of them replaced by the codec's reconstructions.
 
     Which ones is fixed, evenly spread over the batch (so also over devices): examples come in
@@ -182,9 +183,9 @@ def reconstruct_some(codec: run.Codec, params: Params, pictures: Array, share: f
     count = round(len(pictures) * share)
     if not count:
         return pictures
-    which = np.floor(np.arange(count) * len(pictures) / count).astype(np.int32)
-    drawn = codec.decode_fn(params, codec.encode_fn(params, pictures[which]))
-    return pictures.at[which].set(jax.lax.stop_gradient(drawn).astype(pictures.dtype))
+    rows = np.floor(np.arange(count) * len(pictures) / count).astype(np.int32)
+    copies = codec.decode_fn(params, codec.encode_fn(params, pictures[rows]))
+    return pictures.at[rows].set(jax.lax.stop_gradient(copies).astype(pictures.dtype))
 
 
 def best_matches(pictures: np.ndarray, image: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -243,16 +244,11 @@ def _check(config: cfg.ConfigDict, tokenizer, shapes_only: bool) -> None:
         )
 
 
-def _codec(config: cfg.ConfigDict, shapes_only: bool) -> run.Codec | None:
+def _codec(config: cfg.ConfigDict, shapes_only: bool) -> Codec | None:
     if not config.loss.recon_prob:
         return None
-    codec = by_shape.codec(config) if shapes_only else run.load_codec(config.stages.dvae)
-    if codec.image_px != config.data.image_px:
-        name = config.stages.dvae or config.stages.dvae_config
-        raise UsageError(
-            f"the codec {name} takes {codec.image_px} px pictures, but "
-            f"data.image_px is {config.data.image_px}; use the same for both."
-        )
+    codec = by_shape.codec(config) if shapes_only else Codec.load(config.stages.dvae)
+    codec.check_px(config)
     return codec
 
 
@@ -260,21 +256,11 @@ def _warm_start(config: cfg.ConfigDict, init):
     """`init_from`: the weights of another CLIP of the same shape; None without."""
     if not config.init_from:
         return None
-    loaded = run.load_clip(config.init_from).params
-
-    def shapes(tree):
-        return {k: tuple(v.shape) for k, v in checkpoint.flatten(tree).items()}
-
-    fresh = jax.eval_shape(init, jax.random.key(0))[0]
-    fresh = {
-        "/".join(str(part.key) for part in path if hasattr(part, "key")): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
-    }
-    wrong = [k for k, v in sorted((fresh | shapes(loaded)).items()) if fresh.get(k) != v]
-    wrong += sorted(fresh.keys() - shapes(loaded).keys())
-    if wrong:
+    stored = ClipStage.load(config.init_from).params
+    different = run.same_shapes(jax.eval_shape(init, jax.random.key(0))[0], stored)
+    if different:
         raise UsageError(
             f"init_from={config.init_from!r} has other shapes than this config, first "
-            f"{wrong[0]!r}; use the same model and data sizes."
+            f"{different!r}; use the same model and data sizes."
         )
-    return lambda params, extra: (loaded, extra)
+    return lambda params, extra: (stored, extra)

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from dalle_jax import config as cfg
 from dalle_jax.diffusion import corrupt, masks
 from dalle_jax.models import unet_plan
-from dalle_jax.stages import prior, run
-from dalle_jax.types import Array, Batch, Key, Params, UsageError
+from dalle_jax.types import Array, Batch, Key, UsageError
 
 
-def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
+def check(config: cfg.ConfigDict, model_config: unet_plan.UnetConfig) -> None:
     """Raises UsageError for values of `loss` that do not fit together or the network."""
     c, px = config.loss, config.data.image_px
     for name in ("clip_drop", "text_drop"):
@@ -36,7 +35,7 @@ def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
                 f"loss.crop={c.crop}, but a decoder sees whole pictures; set --config.loss.crop=1."
             )
         return
-    if made.text_layers or made.attention_px:
+    if model_config.text_layers or model_config.attention_px:
         raise UsageError(
             f"loss.low_res_px={c.low_res_px} makes an upsampler, which has neither text encoder "
             "nor attention; set --config.model.text_layers=0 and --config.model.attention_px=()."
@@ -52,7 +51,7 @@ def check(config: cfg.ConfigDict, made: unet_plan.UnetConfig) -> None:
             f"loss.crop={c.crop} of {px} px is {crop} px; expected at most 1 and whole pixels of "
             f"the {c.low_res_px} px picture, paper 0.25."
         )
-    unet_plan.check_px(made, crop)
+    unet_plan.check_px(model_config, crop)
 
 
 def steps(c: cfg.ConfigDict, key: Key, count: int) -> Array:
@@ -71,22 +70,6 @@ def steps(c: cfg.ConfigDict, key: Key, count: int) -> Array:
     places = jax.random.uniform(key, (count,)) ** c.time_power
     # float32 rounds the last places up to num_steps.
     return jnp.minimum((places * c.num_steps).astype(jnp.int32), c.num_steps - 1)
-
-
-def image_tower(clip: run.ClipStage) -> Params:
-    """The part of a CLIP that `embed` reads, with its logical names: what `Task.frozen` wants."""
-    boxed = prior.boxed(clip)
-    return {name: boxed[name] for name in ("image", "logit_scale")}
-
-
-def embed(clip: run.ClipStage, params: Params, pictures: Array) -> Array:
-    """z_i [B, E] of pictures [B, h, w, 3], resized (bicubic) to the CLIP's size; no gradient."""
-    px = clip.image_px
-    if pictures.shape[1:3] != (px, px):
-        pictures = jax.image.resize(pictures, (len(pictures), px, px, 3), "cubic")
-        pictures = jnp.clip(pictures, -1, 1)
-    z = clip.model.apply({"params": params}, pictures, method="encode_image")
-    return jax.lax.stop_gradient(z)
 
 
 def drop(c: cfg.ConfigDict, has_clip: Array, text: Array, key: Key) -> tuple[Array, Array]:
@@ -117,7 +100,7 @@ def inpainting(x_0: Array, key: Key) -> Batch:
 def upsampling(c: cfg.ConfigDict, pictures: Array, crop: float, key: Key) -> tuple[Array, Batch]:
     """Crops to learn from, and the same crops of the smaller pictures.
 
-    The picture is made smaller by antialiased bicubic interpolation, corrupted, rounded to 256
+    The picture is reduced by antialiased bicubic interpolation, corrupted, rounded to 256
     levels (an upsampler is given those), and stretched again as the network would (bilinear); then
     both are cut. So a crop's border is like any other place, which the border of a small picture
     that was stretched alone is not. Crops begin at whole pixels of the small picture: the phase

@@ -14,12 +14,15 @@ import numpy as np
 
 from dalle_jax import config as cfg
 from dalle_jax import images
-from dalle_jax.engine import task as task_lib
+from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import build, dalle
+from dalle_jax.models import build
+from dalle_jax.models import dalle as dalle_model
 from dalle_jax.nn import partition
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.stages import by_shape, run
+from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.dalle import DalleStage
 from dalle_jax.types import Array, Key, Params, UsageError
 
 NAME = "dalle"
@@ -27,40 +30,40 @@ PREVIEW_CAPTIONS = 6
 PREVIEW_CANDIDATES = 4
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: cfg.ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a DALL-E on top of the codec in `config.stages.dvae`.
 
     Args:
       config: with the sections of configs/dalle.py.
-      tokenizer: the run's tokenizer or a function that opens it; its ids must fit
-        `data.vocab_size`. None in dry runs.
+      read_tokenizer: () -> the run's tokenizer, whose ids must fit `data.vocab_size`; None in dry
+        runs.
       shapes_only: for plans and dry runs: without a `stages.dvae` the codec is the one that
         `stages.dvae_config` describes, without weights.
 
     Raises:
       UsageError: for a missing codec, or values that do not fit together.
     """
-    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
+    tokenizer = read_tokenizer and read_tokenizer()
     _check(config, tokenizer, shapes_only)
-    codec = by_shape.codec(config) if shapes_only else run.load_codec(config.stages.dvae)
-    check_codec(config, codec)
+    codec = by_shape.codec(config) if shapes_only else Codec.load(config.stages.dvae)
+    codec.check_px(config)
     return assemble(config, codec, tokenizer)
 
 
-def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
+def assemble(config: cfg.ConfigDict, codec: Codec, tokenizer=None) -> Task:
     """`make` for a codec that is already loaded."""
     model = build.dalle(config, codec.grid, codec.num_codes)
-    made, data = model.config, config.data
+    c, data = model.config, config.data
     text_spec = jax.ShapeDtypeStruct((data.batch, data.text_len), jnp.int32)
     if config.stages.from_codes:
-        spec = {"codes": jax.ShapeDtypeStruct((data.batch, made.num_image_tokens), jnp.int32)}
+        spec = {"codes": jax.ShapeDtypeStruct((data.batch, c.num_image_tokens), jnp.int32)}
     else:
         shape = (data.batch, data.image_px, data.image_px, 3)
         spec = {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
     def init(key: Key) -> tuple[Params, None]:
-        text = jnp.zeros((1, made.text_len), jnp.int32)
-        codes = jnp.zeros((1, made.num_image_tokens), jnp.int32)
+        text = jnp.zeros((1, c.text_len), jnp.int32)
+        codes = jnp.zeros((1, c.num_image_tokens), jnp.int32)
         return model.init(key, text, codes)["params"], None
 
     def codes_of(frozen: Params, batch) -> Array:
@@ -73,11 +76,11 @@ def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
     def losses(params, frozen, batch, key):
         codes = codes_of(frozen, batch)
         logits = model.apply({"params": params}, batch["text"], codes, key)
-        return dalle.loss(*logits, batch["text"], codes)
+        return dalle_model.loss(*logits, batch["text"], codes)
 
     def loss(params, extra, frozen, batch, key, step):
         del step
-        total, metrics = losses(params, frozen, batch, key if made.dropout else None)
+        total, metrics = losses(params, frozen, batch, key if c.dropout else None)
         return total, Output(metrics, extra)
 
     def evaluate(params, extra, frozen, batch, key):
@@ -91,14 +94,14 @@ def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
         del extra
         few = {name: value[:PREVIEW_CAPTIONS] for name, value in batch.items()}
         own = codes_jit(frozen, few)
-        drawn = sampling.sample(
+        samples = sampling.sample(
             model, params, few["text"], num_candidates=PREVIEW_CANDIDATES, key=key
         )
-        own, drawn = task_lib.to_host((own, drawn))
-        rows = np.concatenate([own[:, None], drawn], axis=1)
-        drawn = codec.decode(rows.reshape(-1, made.num_image_tokens))  # [n * k, h, w, 3]
-        h, w = drawn.shape[1:3]
-        strips = np.asarray(drawn).reshape(len(rows), -1, h, w, 3).swapaxes(1, 2)
+        own, samples = task.to_host((own, samples))
+        rows = np.concatenate([own[:, None], samples], axis=1)
+        pictures = codec.decode(rows.reshape(-1, c.num_image_tokens))  # [n * k, h, w, 3]
+        h, w = pictures.shape[1:3]
+        strips = np.asarray(pictures).reshape(len(rows), -1, h, w, 3).swapaxes(1, 2)
         return {"own_then_samples": strips.reshape(len(rows), h, -1, 3)}
 
     return Task(
@@ -106,14 +109,14 @@ def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
         batch_spec={"text": text_spec, **spec},
         init=init,
         loss=loss,
-        frozen=None if config.stages.from_codes else codec.encoder,
+        frozen=None if config.stages.from_codes else codec.frozen_encoder(),
         preview=preview,
         evaluate=evaluate,
-        flops=3 * data.batch * dalle.flops(made),
+        flops=3 * data.batch * dalle_model.flops(c),
         decay_mask=None,
         warm_start=_warm_start(config, init),
-        unit=("tokens", made.length),
-        keeps=run.kept(tokenizer, codec),
+        unit=("tokens", c.length),
+        keeps=run.identity_files(tokenizer, codec=codec),
     )
 
 
@@ -136,26 +139,14 @@ def _check(config: cfg.ConfigDict, tokenizer, shapes_only: bool) -> None:
         )
 
 
-def check_codec(config: cfg.ConfigDict, codec: run.Codec) -> None:
-    """Raises UsageError if the codec takes pictures of another size than the data's."""
-    if codec.image_px != config.data.image_px:
-        name = config.stages.dvae or config.stages.dvae_config
-        raise UsageError(
-            f"the codec {name} takes {codec.image_px} px pictures, but data.image_px is "
-            f"{config.data.image_px}; set --config.data.image_px={codec.image_px}."
-        )
-
-
 def _warm_start(config: cfg.ConfigDict, init):
     """`init_from`: the weights of another DALL-E of the same shape; None without."""
     if not config.init_from:
         return None
-    loaded = run.load_dalle(config.init_from, dvae=config.stages.dvae).params
-    fresh = jax.eval_shape(init, jax.random.key(0))[0]
-    wanted_shapes = [x.shape for x in jax.tree.leaves(fresh)]
-    if wanted_shapes != [x.shape for x in jax.tree.leaves(loaded)]:
+    stored = DalleStage.load(config.init_from, codec=config.stages.dvae).params
+    if run.same_shapes(jax.eval_shape(init, jax.random.key(0))[0], stored):
         raise UsageError(
             f"init_from={config.init_from!r} has other shapes than this config; use the same "
             "model sizes, text_len, vocab_size and codec."
         )
-    return lambda params, extra: (loaded, extra)
+    return lambda params, extra: (stored, extra)

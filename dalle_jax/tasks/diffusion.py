@@ -23,11 +23,13 @@ import numpy as np
 from dalle_jax import config as cfg
 from dalle_jax import images
 from dalle_jax.diffusion import gaussian, schedules
-from dalle_jax.engine import task as task_lib
+from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import build, unet, unet_plan
 from dalle_jax.sampling import diffusion as sampling
-from dalle_jax.stages import by_shape, prior, run
+from dalle_jax.stages import by_shape, run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.run import Run
 from dalle_jax.tasks import conditions
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
@@ -37,13 +39,12 @@ PREVIEW_SAMPLES = 2
 QUARTERS = 4
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: cfg.ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a decoder on the embeddings of `config.stages.clip`, or an upsampler.
 
     Args:
       config: with the sections of configs/decoder.py or configs/upsampler.py.
-      tokenizer: the run's tokenizer, which must be the CLIP's, or a function that opens it (not
-        called for an upsampler). None in dry runs.
+      read_tokenizer: () -> the run's tokenizer, which must be the CLIP's; None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights.
 
@@ -57,27 +58,26 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
             "stages.clip is empty; a decoder needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
-    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
-    clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
-    return assemble(config, clip, tokenizer)
+    clip = by_shape.clip(config) if shapes_only else ClipStage.load(config.stages.clip)
+    return assemble(config, clip, read_tokenizer and read_tokenizer())
 
 
-def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenizer=None) -> Task:
+def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=None) -> Task:
     """`make` for a CLIP that is already loaded; None = an upsampler."""
     data, loss_config = config.data, config.loss
     if clip is not None:
-        prior.check_reading(config, clip, tokenizer)
-    model = build.unet(config, 0 if clip is None else clip.model.config.joint_width)
+        clip.check_reading(config, tokenizer)
+    model = build.unet(config, 0 if clip is None else clip.joint_width)
     conditions.check(config, model.config)
-    made, px = model.config, data.image_px
+    c, px = model.config, data.image_px
     schedule = schedules.make(loss_config.schedule, loss_config.num_steps)
-    p = sampling.parameterisation(made)
+    p = sampling.parameterisation(c)
 
     def init(key: Key) -> tuple[Params, None]:
         # The side plays no part in the shapes of the parameters; the smallest is the fastest.
-        spec = unet_plan.cond_spec(made, 1, made.stride)
+        spec = unet_plan.cond_spec(c, 1, c.stride)
         cond = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
-        pictures = jnp.zeros((1, made.stride, made.stride, 3))
+        pictures = jnp.zeros((1, c.stride, c.stride, 3))
         return model.init(key, pictures, jnp.zeros((1,), jnp.int32), cond)["params"], None
 
     def condition(frozen: Params, batch: Batch, key: Key, *, training=False, crop=1.0):
@@ -87,13 +87,13 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
         if clip is None:
             x_0, cond = conditions.upsampling(loss_config, pictures, crop, keys[0])
         else:
-            x_0, z = pictures, conditions.embed(clip, frozen, pictures)
+            x_0, z = pictures, clip.image_embeddings(frozen, pictures)
             has_clip, text = jnp.ones(len(z), bool), batch["text"]
             if training:
                 has_clip, text = conditions.drop(loss_config, has_clip, text, keys[1])
             cond = {"clip": z, "has_clip": has_clip}
-            cond |= {"text": text} if made.text_layers else {}
-        return x_0, cond | (conditions.inpainting(x_0, keys[2]) if made.inpaint else {})
+            cond |= {"text": text} if c.text_layers else {}
+        return x_0, cond | (conditions.inpainting(x_0, keys[2]) if c.inpaint else {})
 
     def losses(params, frozen, batch, t, key, *, training):
         cond_key, noise_key, dropout_key = jax.random.split(key, 3)
@@ -101,14 +101,14 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
         # Flat: XLA's CPU compiler takes seconds over a rank-4 draw.
         eps = jax.random.normal(noise_key, (x_0.size,)).reshape(x_0.shape)
         x_t = gaussian.q_sample(schedule, x_0, t, eps)
-        drops = dropout_key if training and made.dropout else None
+        drops = dropout_key if training and c.dropout else None
         output = model.apply({"params": params}, x_t, t, cond, drops)
-        found = gaussian.losses(p, schedule, output, x_0, t, eps)
+        each = gaussian.losses(p, schedule, output, x_0, t, eps)
         if loss_config.snr_cap:
             weight = gaussian.capped_weight(p.predicts, schedule, t, loss_config.snr_cap)
-            found["loss"] += (weight - 1) * found["mse"]
+            each["loss"] += (weight - 1) * each["mse"]
         power = loss_config.time_power if training else 1.0
-        return jnp.mean(found["loss"]), measured(found, t, schedule.num_steps, power)
+        return jnp.mean(each["loss"]), averages(each, t, schedule.num_steps, power)
 
     def loss(params, extra, frozen, batch, key, step):
         del step
@@ -133,25 +133,25 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
         """A strip per picture; see the grids' names."""
         del extra
         few = {name: value[:PREVIEW_ROWS] for name, value in batch.items()}
-        own, cond = task_lib.to_host(shown(frozen, few, key))
-        params = jax.device_put(task_lib.to_host(params))
+        own, cond = task.to_host(shown(frozen, few, key))
+        params = jax.device_put(task.to_host(params))
 
-        def draw(cond, first, scale):
-            return sampling.draw(
+        def sample(cond, first, scale):
+            return sampling.sample(
                 model, params, cond, schedule=steps, key=key, scale=scale,
                 indices=first * len(own) + np.arange(len(own)), px=own.shape[1],
             )  # fmt: skip
 
         if clip is None:
-            columns = {"small_drawn_own": [cond["low_res"], draw(cond, 0, 1.0), own]}
+            columns = {"small_drawn_own": [cond["low_res"], sample(cond, 0, 1.0), own]}
         else:
             guided = loss_config.preview_guidance
-            drawn = [draw(cond, i, guided) for i in range(PREVIEW_SAMPLES)]
-            columns = {"own_then_samples": [own, *drawn]}
-            if made.text_layers:
+            samples = [sample(cond, i, guided) for i in range(PREVIEW_SAMPLES)]
+            columns = {"own_then_samples": [own, *samples]}
+            if c.text_layers:
                 alone = cond | {"has_clip": np.zeros_like(cond["has_clip"])}
-                drawn.append(draw(alone, PREVIEW_SAMPLES, guided))
-                columns = {"own_then_samples_then_by_caption_alone": [own, *drawn]}
+                samples.append(sample(alone, PREVIEW_SAMPLES, guided))
+                columns = {"own_then_samples_then_by_caption_alone": [own, *samples]}
         return {name: strips(each) for name, each in columns.items()}
 
     crop = round(px * loss_config.crop)
@@ -163,22 +163,22 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
         batch_spec=spec,
         init=init,
         loss=loss,
-        frozen=None if clip is None else conditions.image_tower(clip),
+        frozen=None if clip is None else clip.frozen_image_tower(),
         preview=preview,
         evaluate=evaluate,
-        flops=3 * data.batch * unet_plan.flops(made, crop),
-        warm_start=_warm_start(config, made, clip, init),
-        keeps={} if clip is None else prior.kept(tokenizer, clip),
+        flops=3 * data.batch * unet_plan.flops(c, crop),
+        warm_start=_warm_start(config, c, clip, init),
+        keeps={} if clip is None else run.identity_files(tokenizer, clip=clip),
     )
 
 
-def measured(
-    found: dict[str, Array], t: Array, num_steps: int, power: float = 1.0
+def averages(
+    each: dict[str, Array], t: Array, num_steps: int, power: float = 1.0
 ) -> dict[str, Array]:
     """Means of the losses of the examples, and of each quarter of the steps.
 
     Args:
-      found: of `gaussian.losses`, [B] each.
+      each: of `gaussian.losses`, [B] each.
       t: [B] steps.
       num_steps: of the process.
       power: `loss.time_power` by which t was drawn.
@@ -186,11 +186,11 @@ def measured(
     A quarter's mean is the batch's sum of what lies in it over the count that is expected there:
     right on average, also where a small batch has nothing of a quarter.
     """
-    metrics = {name: jnp.mean(value) for name, value in found.items()}
+    metrics = {name: jnp.mean(value) for name, value in each.items()}
     quarter = t * QUARTERS // num_steps
     for q in range(QUARTERS):
         share = ((q + 1) / QUARTERS) ** (1 / power) - (q / QUARTERS) ** (1 / power)
-        metrics[f"mse_q{q + 1}"] = jnp.mean(found["mse"] * (quarter == q)) / share
+        metrics[f"mse_q{q + 1}"] = jnp.mean(each["mse"] * (quarter == q)) / share
     return metrics
 
 
@@ -199,30 +199,27 @@ def strips(columns: list[Array]) -> np.ndarray:
     return np.concatenate([np.asarray(column) for column in columns], axis=2)
 
 
-def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
+def _warm_start(config: cfg.ConfigDict, c: unet_plan.UnetConfig, clip, init):
     """`init_from`: a run of the same sizes, or the plain one that learns to inpaint.
 
     The former may have been trained with another CLIP.
     """
     if not config.init_from:
         return None
-    stored, variables = run.open_run(config.init_from, NAME, None)
-    # Learning to inpaint takes minutes; what the embeddings mean must be known. A whole run learns
-    # the meaning of another CLIP's anew, and keeps what it knows of drawing.
-    if clip is not None and made.inpaint:
-        prior.check_clip(config.init_from, clip)
-    loaded = run.floats(variables.params, stored)
+    stored = Run.open(config.init_from, NAME)
+    # Learning to inpaint takes minutes, so the meaning of the embeddings must be known already. A
+    # whole run learns the meaning of another CLIP's embeddings anew and keeps what it has learnt of
+    # pictures.
+    if clip is not None and c.inpaint:
+        clip.check_trained_on(config.init_from)
+    params = stored.variables["params"]
     fresh = nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))[0])
-    if made.inpaint and not stored.loss.inpaint:
-        loaded = unet.widen(loaded, fresh)
-    ours, theirs = (
-        {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (fresh, loaded)
-    )
-    wrong = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
-    if wrong:
+    if c.inpaint and not stored.config.loss.inpaint:
+        params = unet.widen(params, fresh)
+    different = run.same_shapes(fresh, params)
+    if different:
         raise UsageError(
-            f"init_from={config.init_from!r} has other shapes than this config, first {wrong[0]!r};"
-            " use the same model and data sizes, and a CLIP of the same joint width."
+            f"init_from={config.init_from!r} has other shapes than this config, first "
+            f"{different!r}; use the same model and data sizes, and a CLIP of the same joint width."
         )
-    return lambda params, extra: (loaded, extra)
+    return lambda _, extra: (params, extra)

@@ -16,7 +16,6 @@ Source: Ramesh et al. 2022 (arXiv:2204.06125) §2.2; the loss of the diffusion p
 of the scale of `nn.condition`.
 """
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,11 @@ from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle, prior_ar, prior_diffusion
 from dalle_jax.nn import partition
-from dalle_jax.stages import by_shape, pca, prior, run
+from dalle_jax.sampling import prior as sampling
+from dalle_jax.stages import by_shape, pca, run
+from dalle_jax.stages import prior as prior_stage
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.prior import PriorStage
 from dalle_jax.tasks import clip as clip_task
 from dalle_jax.types import Array, Key, Params, UsageError
 
@@ -36,13 +39,12 @@ NAME = "prior"
 X_0 = gaussian.Parameterisation("x_0", clip="none")
 
 
-def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -> Task:
+def make(config: cfg.ConfigDict, read_tokenizer=None, *, shapes_only: bool = False) -> Task:
     """The task that trains a prior on the embeddings of the CLIP in `config.stages.clip`.
 
     Args:
       config: with the sections of configs/prior_diffusion.py or configs/prior_ar.py.
-      tokenizer: the run's tokenizer, which must be the CLIP's, or a function that opens it;
-        None in dry runs.
+      read_tokenizer: () -> the run's tokenizer, which must be the CLIP's; None in dry runs.
       shapes_only: for plans and dry runs: without a `stages.clip` the CLIP is the one that
         `stages.clip_config` describes, without weights; an AR prior then needs no PCA either.
 
@@ -54,33 +56,33 @@ def make(config: cfg.ConfigDict, tokenizer=None, *, shapes_only: bool = False) -
             "stages.clip is empty; a prior needs a trained CLIP: give its workdir with "
             "--config.stages.clip=DIR."
         )
-    tokenizer = tokenizer() if callable(tokenizer) else tokenizer
-    clip = by_shape.clip(config) if shapes_only else run.load_clip(config.stages.clip)
+    clip = by_shape.clip(config) if shapes_only else ClipStage.load(config.stages.clip)
+    tokenizer = read_tokenizer and read_tokenizer()
     return assemble(config, clip, tokenizer, _pca(config, clip, shapes_only))
 
 
 def assemble(
-    config: cfg.ConfigDict, clip: run.ClipStage, tokenizer=None, fitted: pca.Pca | None = None
+    config: cfg.ConfigDict, clip: ClipStage, tokenizer=None, components: pca.Pca | None = None
 ) -> Task:
     """`make` for a CLIP and a PCA that are already loaded."""
-    prior.check_reading(config, clip, tokenizer)
+    clip.check_reading(config, tokenizer)
     drop = config.loss.text_drop
     if not 0 <= drop <= 1:
         raise UsageError(f"loss.text_drop={drop}; expected a share in [0, 1], paper 0.1.")
-    model = prior.make_prior(config, clip, fitted)
-    made, data = model.config, config.data
-    objective = _Ar(model) if made.kind == "ar" else _Diffusion(model)
-    frozen = {"clip": prior.boxed(clip)}
-    if made.kind == "ar":
-        frozen["pca"] = _table_shapes(made) if fitted is None else fitted.tables(made.num_dims)
+    model = prior_stage.build_prior(config, clip, components)
+    c, data = model.config, config.data
+    objective = _Ar(model) if c.kind == "ar" else _Diffusion(model)
+    frozen = {"clip": clip.frozen()}
+    if c.kind == "ar":
+        frozen["pca"] = _table_shapes(c) if components is None else components.tables(c.num_dims)
 
     def init(key: Key) -> tuple[Params, None]:
-        inputs = [jnp.zeros(x.shape, x.dtype) for x in prior.example_inputs(model)]
+        inputs = [jnp.zeros(x.shape, x.dtype) for x in prior_stage.example_inputs(model)]
         return model.init(key, *inputs)["params"], None
 
     def embed(frozen, batch) -> tuple[Array, Array]:
         pictures = images.to_float(batch["image"])
-        return prior.embeddings(clip, frozen["clip"], pictures, batch["text"])
+        return clip.embeddings(frozen["clip"], pictures, batch["text"])
 
     def loss(params, extra, frozen, batch, key, step):
         del step
@@ -89,7 +91,7 @@ def assemble(
         dropped = jax.random.bernoulli(drop_key, drop, (len(z_i),)) if drop else None
         total, metrics = objective.loss(
             params, frozen, batch["text"], z_i, z_t, dropped, noise_key,
-            dropout_key if made.dropout else None,
+            dropout_key if c.dropout else None,
         )  # fmt: skip
         return total, Output({"loss": total, **metrics}, extra)
 
@@ -97,12 +99,12 @@ def assemble(
         del extra
         text = batch["text"]
         z_i, z_t = embed(frozen, batch)
-        loss_key, draw_key = jax.random.split(key)
+        loss_key, sample_key = jax.random.split(key)
         total, metrics = objective.loss(params, frozen, text, z_i, z_t, None, loss_key, None)
-        options = {} if made.kind == "ar" else {"steps": config.loss.eval_steps}
+        options = {} if c.kind == "ar" else {"steps": config.loss.eval_steps}
         tables = frozen.get("pca")
-        drawn = prior.draw(model, params, tables, text, z_t, key=draw_key, **options)
-        return {"loss": total, **metrics, **judge(drawn, z_i, z_t, text)}
+        samples = sampling.sample(model, params, tables, text, z_t, key=sample_key, **options)
+        return {"loss": total, **metrics, **judge(samples, z_i, z_t, text)}
 
     return Task(
         name=NAME,
@@ -116,7 +118,9 @@ def assemble(
         evaluate=evaluate,
         flops=3 * data.batch * objective.flops,
         warm_start=_warm_start(config, clip, init),
-        keeps=prior.kept(tokenizer, clip, fitted),
+        keeps=run.identity_files(
+            tokenizer, clip=clip, pca=b"" if components is None else pca.to_bytes(components)
+        ),
     )
 
 
@@ -155,11 +159,11 @@ class _Ar:
         return jnp.mean(dalle.cross_entropy(logits, dims)), {"accuracy": accuracy}
 
 
-def judge(drawn: Array, z_i: Array, z_t: Array, text: Array) -> dict[str, Array]:
-    """What drawn embeddings are worth, beside the text embeddings and chance.
+def judge(samples: Array, z_i: Array, z_t: Array, text: Array) -> dict[str, Array]:
+    """What sampled embeddings are worth, beside the text embeddings and chance.
 
     Args:
-      drawn: [B, E] of unit length, like the others.
+      samples: [B, E] of unit length, like the others.
       z_i: [B, E] of the true pictures.
       z_t: [B, E] of their captions.
       text: [B, T] int32.
@@ -178,20 +182,20 @@ def judge(drawn: Array, z_i: Array, z_t: Array, text: Array) -> dict[str, Array]
         best = jnp.max(jnp.where(excluded | own, -jnp.inf, scores), axis=1)
         return right, right > best
 
-    right, found = cosines(drawn)
-    right_text, found_text = cosines(z_t)
-    others, _ = cosines(jnp.roll(drawn, 1, axis=0))
+    right, is_nearest = cosines(samples)
+    right_text, is_nearest_text = cosines(z_t)
+    others, _ = cosines(jnp.roll(samples, 1, axis=0))
     return {
         "cosine": jnp.mean(right),
         "cosine_text": jnp.mean(right_text),
         "cosine_shuffled": jnp.mean(others),
-        "retrieval1": jnp.mean(found, dtype=jnp.float32),
-        "retrieval1_text": jnp.mean(found_text, dtype=jnp.float32),
+        "retrieval1": jnp.mean(is_nearest, dtype=jnp.float32),
+        "retrieval1_text": jnp.mean(is_nearest_text, dtype=jnp.float32),
         "retrieval1_chance": jnp.float32(1 / len(z_i)),
     }
 
 
-def _pca(config: cfg.ConfigDict, clip: run.ClipStage, shapes_only: bool) -> pca.Pca | None:
+def _pca(config: cfg.ConfigDict, clip: ClipStage, shapes_only: bool) -> pca.Pca | None:
     """The PCA of an AR prior; None for the other, and in dry runs that name none."""
     if config.model.get("kind") != "ar" or (shapes_only and not config.stages.pca):
         return None
@@ -201,14 +205,14 @@ def _pca(config: cfg.ConfigDict, clip: run.ClipStage, shapes_only: bool) -> pca.
             "`python -m dalle_jax pca --clip=DIR --out=pca.npz` and give it with "
             "--config.stages.pca=pca.npz."
         )
-    fitted = pca.load(config.stages.pca)
-    if clip.fingerprint and fitted.clip != clip.fingerprint:
+    components = pca.load(config.stages.pca)
+    if clip.fingerprint and components.clip != clip.fingerprint:
         raise UsageError(
             f"stages.pca={config.stages.pca!r} was fitted to the embeddings of a CLIP "
-            f"{fitted.clip}, but {clip.workdir!r} holds {clip.fingerprint}; make it again with "
+            f"{components.clip}, but {clip.folder!r} holds {clip.fingerprint}; make it again with "
             "`python -m dalle_jax pca`."
         )
-    return fitted
+    return components
 
 
 def _table_shapes(c: prior_ar.ArPriorConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -221,16 +225,14 @@ def _table_shapes(c: prior_ar.ArPriorConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
 
 
-def _warm_start(config: cfg.ConfigDict, clip: run.ClipStage, init):
+def _warm_start(config: cfg.ConfigDict, clip: ClipStage, init):
     """`init_from`: the weights of another prior of the same shape and CLIP; None without."""
     if not config.init_from:
         return None
-    loaded = prior.load_prior(config.init_from, clip).params
-    fresh = jax.eval_shape(init, jax.random.key(0))[0]
-    ours, theirs = (jax.tree.map(jnp.shape, tree) for tree in (nn.meta.unbox(fresh), loaded))
-    if ours != theirs:
+    stored = PriorStage.load(config.init_from, clip).params
+    if run.same_shapes(jax.eval_shape(init, jax.random.key(0))[0], stored):
         raise UsageError(
             f"init_from={config.init_from!r} has other shapes than this config; use the same kind, "
             "model sizes and PCA."
         )
-    return lambda params, extra: (loaded, extra)
+    return lambda params, extra: (stored, extra)

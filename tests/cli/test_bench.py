@@ -18,7 +18,8 @@ from dalle_jax.data.builders import shapes
 from dalle_jax.models import build, dvae, prior_diffusion, unet_plan
 from dalle_jax.models import clip as clip_model
 from dalle_jax.pages.bench import MARKS
-from dalle_jax.stages import by_shape, prior
+from dalle_jax.stages import by_shape
+from dalle_jax.stages import prior as prior_stage
 from dalle_jax.types import UsageError
 
 # What a command sets for its own process does not outlive a test.
@@ -160,7 +161,7 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     d, positions = 256, 36
     config = cases.config_of("prior_train")
     clip = by_shape.clip(config)
-    made = prior.make_prior(config, clip, None).config
+    made = prior_stage.build_prior(config, clip, None).config
     layer = positions * 12 * d * d + d * positions * (positions + 1)
     last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
     ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output

@@ -12,7 +12,7 @@ from PIL import Image
 from dalle_jax import __main__ as main
 from dalle_jax.data import pipeline, sources, tokenizers
 from dalle_jax.data.builders import codes, store
-from dalle_jax.stages import run
+from dalle_jax.stages.codec import Codec
 from dalle_jax.types import UsageError
 
 PX, GRID, NUM_CODES = 8, 2, 16
@@ -21,7 +21,7 @@ PX, GRID, NUM_CODES = 8, 2, 16
 class FakeCodec:
     """Codes are mean brightness per quarter: what a code must be can be computed by hand."""
 
-    grid, num_codes, image_px, workdir, step = GRID, NUM_CODES, PX, "runs/fake", 7
+    grid, num_codes, image_px, folder, step = GRID, NUM_CODES, PX, "runs/fake", 7
 
     def __init__(self, data_dir, fingerprint="0123456789abcdef", crop="none"):
         self.fingerprint, self.devices = fingerprint, set()
@@ -90,7 +90,7 @@ def prepared(tmp_path_factory):
 @pytest.fixture
 def codec(prepared, monkeypatch):
     codec = FakeCodec(prepared)
-    monkeypatch.setattr(run, "load_codec", lambda workdir: codec)
+    monkeypatch.setattr(Codec, "load", lambda folder: codec)
     return codec
 
 

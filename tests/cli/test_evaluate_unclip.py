@@ -14,15 +14,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "sampling")
 import tiny_stages  # noqa: E402
 
 from dalle_jax.__main__ import main  # noqa: E402
+from dalle_jax.data import tokenizers  # noqa: E402
 from dalle_jax.data.builders import store  # noqa: E402
 from dalle_jax.evaluation import judge  # noqa: E402
 from dalle_jax.sampling import dalle as sampling  # noqa: E402
 from dalle_jax.sampling import inversion, unclip  # noqa: E402
-from dalle_jax.stages import run as run_stage  # noqa: E402
-from dalle_jax.stages import unclip as unclip_stages  # noqa: E402
+from dalle_jax.stages import pretrained  # noqa: E402
+from dalle_jax.stages.dalle import DalleStage  # noqa: E402
+from dalle_jax.stages.unclip import Unclip  # noqa: E402
 
 NUM = 10
-_LOADED, _LOAD = {}, unclip_stages.load  # equal folders are read once
+_LOADED, _LOAD = {}, Unclip.load  # equal folders are read once
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,10 @@ def sets(root, monkeypatch):
             _LOADED[name] = _LOAD(folders)
         return _LOADED[name]
 
-    monkeypatch.setattr(unclip_stages, "load", load)
-    monkeypatch.setattr(unclip, "_draw", draw)
+    monkeypatch.setattr(Unclip, "load", load)
+    monkeypatch.setattr(unclip, "_sample", draw)
     monkeypatch.setattr(inversion, "invert", lambda model, params, cond, x, **options: x)
-    monkeypatch.setattr(run_stage, "PRETRAINED", root)
+    monkeypatch.setattr(pretrained, "ROOT", root)
     monkeypatch.setattr(judge, "oracle_accuracy", lambda n, px: 1.0)
     nothing = judge.Reading("white", ())
     monkeypatch.setattr(judge, "parse", lambda image: nothing)
@@ -132,9 +134,13 @@ def test_dalle_draws_for_the_same_suite(data_dir, tmp_path, monkeypatch, capsys)
     )
     config, words = tiny_stages.config("dalle"), tiny_stages.tokenizer_bytes()
     stage = types.SimpleNamespace(
-        codec=codec, model=None, on=lambda where: {}, config=config, tokenizer_bytes=words
+        codec=codec,
+        model=None,
+        on=lambda where: {},
+        config=config,
+        tokenizer=tokenizers.Tokenizer(words),
     )
-    monkeypatch.setattr(run_stage, "load_dalle", lambda folder, dvae: stage)
+    monkeypatch.setattr(DalleStage, "load", lambda folder, codec: stage)
     monkeypatch.setattr(sampling, "sample", sample)
     flags = ("--suite=distribution", "--pretrained=old", "--features=pixels", "--batch=8")
     flags += ("--source=pictures", f"--data_dir={data_dir}", "--split=held_out", "--json")

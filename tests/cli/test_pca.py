@@ -10,7 +10,8 @@ from PIL import Image
 
 from dalle_jax import __main__ as main
 from dalle_jax.data.builders import store
-from dalle_jax.stages import pca, run
+from dalle_jax.stages import pca
+from dalle_jax.stages.clip import ClipStage
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "sampling"))
 
@@ -49,7 +50,7 @@ def clip(prepared, tmp_path_factory):
         "data.source": "pictures", "data.data_dir": str(prepared),
     }  # fmt: skip
     path = tiny_stages.write_clip(tmp_path_factory.mktemp("stages") / "clip", **changes)
-    return run.load_clip(path)
+    return ClipStage.load(path)
 
 
 def fit(*args):
@@ -58,7 +59,7 @@ def fit(*args):
 
 def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):
     out = tmp_path / "made" / "pca.npz"
-    args = [f"--clip={clip.workdir}", f"--out={out}", "--batch=16", "--buckets=5", "--dims=3"]
+    args = [f"--clip={clip.folder}", f"--out={out}", "--batch=16", "--buckets=5", "--dims=3"]
     assert fit(*args) == 0
     captured = capfd.readouterr()
     assert "3 of 6 components of 37 embeddings explain 0." in captured.out
@@ -86,5 +87,5 @@ def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(clip, tmp_path, capfd, args, says):
-    assert fit(f"--clip={clip.workdir}", f"--out={tmp_path / 'pca.npz'}", *args) == 2
+    assert fit(f"--clip={clip.folder}", f"--out={tmp_path / 'pca.npz'}", *args) == 2
     assert says in capfd.readouterr().err

@@ -20,7 +20,8 @@ from dalle_jax.__main__ import main  # noqa: E402
 from dalle_jax.cli import _prompts  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
 from dalle_jax.sampling import rerank
-from dalle_jax.stages import run  # noqa: E402
+from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.dalle import DalleStage
 
 PROMPT = "a red cube on a white background"
 
@@ -61,7 +62,7 @@ def test_writes_ranked_pictures_scores_codes_sheet_and_page(folders, tmp_path, c
     kept = [k["candidate"] for k in result["kept"]]
     np.testing.assert_array_equal(kept, rerank.order(scores)[:3])
     assert [k["score"] for k in result["kept"]] == [scores[i] for i in kept]
-    codec = run.load_codec(folders["codec"])
+    codec = Codec.load(folders["codec"])
     codes = np.load(folder / "codes.npy")
     assert codes.shape == (3, codec.grid**2)
     for rank in (1, 2, 3):
@@ -139,7 +140,7 @@ def test_completion_keeps_the_given_rows_bit_for_bit(folders, tmp_path, picture)
     flags = ("--candidates=8", "--keep=8", f"--image={picture}", "--keep_rows=1")
     assert draw(folders, out, *flags) == 0
     codes = np.load(next(out.glob("*/codes.npy")))
-    dalle = run.load_dalle(folders["dalle"])
+    dalle = DalleStage.load(folders["dalle"])
     g = dalle.codec.grid
     seen = preprocess.crop_center(images.read(picture), dalle.codec.image_px)
     given = np.asarray(dalle.codec.encode(images.to_float(seen)[None]))[0, 0]

@@ -23,6 +23,10 @@ sys.path.insert(0, str(ROOT / "tests" / "engine"))
 
 import linear_task as lt  # noqa: E402
 
+import dalle_jax.stages.run as stages_run  # noqa: E402
+
+identity_files = stages_run.identity_files  # `run` is a local name here
+
 
 class Pipeline(lt.Batches):
     skipped, truncated, num_examples = collections.Counter(), 0, 16
@@ -42,11 +46,11 @@ def command(monkeypatch, workdir, tmp_path):
     """Runs `train` on the linear task; extra arguments are appended."""
     module = types.SimpleNamespace()
 
-    def make(config, tokenizer=None, *, shapes_only=False):
+    def make(config, read_tokenizer=None, *, shapes_only=False):
         """A task that reads text (and keeps its tokenizer) where the seed is 7."""
         if config.seed != 7:
             return lt.make_task()
-        module.tokenizer = tokenizer()
+        module.tokenizer = read_tokenizer()
         task = lt.make_task(keeps={checkpoint.TOKENIZER: module.tokenizer.model_bytes})
         text = jax.ShapeDtypeStruct((16, 1), "float32")
         return dataclasses.replace(task, batch_spec={**task.batch_spec, "text": text})

@@ -17,7 +17,7 @@ from dalle_jax.cli import _masks, _unclip  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
 from dalle_jax.evaluation import shapes  # noqa: E402
 from dalle_jax.sampling import inversion, unclip
-from dalle_jax.stages import run  # noqa: E402
+from dalle_jax.stages import pretrained  # noqa: E402
 from dalle_jax.types import UsageError  # noqa: E402
 
 PROMPT = "a red cube on a white background"
@@ -41,7 +41,7 @@ def dalle(tmp_path_factory) -> str:
 
 @pytest.fixture(autouse=True)
 def sets(root, monkeypatch):
-    monkeypatch.setattr(run, "PRETRAINED", root)
+    monkeypatch.setattr(pretrained, "ROOT", root)
 
 
 @pytest.fixture
@@ -285,4 +285,4 @@ def test_masks_are_known_where_everything_under_a_pixel_is():
 
 
 def test_flags_know_every_way():
-    assert _unclip.WAYS == unclip.WAYS
+    assert _unclip.WAYS == unclip.PRIORS

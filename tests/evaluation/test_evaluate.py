@@ -15,7 +15,9 @@ from dalle_jax.engine import distributed
 from dalle_jax.evaluation import codec, judge, retrieval, shapes
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.sampling import rerank
-from dalle_jax.stages import run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.dalle import DalleStage
 from dalle_jax.types import UsageError
 
 PX = 32
@@ -264,9 +266,9 @@ def fake_stages(monkeypatch, known_judge):
         right = np.arange(num_candidates) % 2 == 0
         return np.where(right[None], text, len(captions))[..., None]
 
-    monkeypatch.setattr(run, "load_codec", lambda folder: codec)
-    monkeypatch.setattr(run, "load_dalle", lambda folder, dvae: stage)
-    monkeypatch.setattr(run, "load_clip", lambda folder: stage)
+    monkeypatch.setattr(Codec, "load", lambda folder: codec)
+    monkeypatch.setattr(DalleStage, "load", lambda folder, codec: stage)
+    monkeypatch.setattr(ClipStage, "load", lambda folder: stage)
     monkeypatch.setattr(sampling, "sample", sample)
     monkeypatch.setattr(
         rerank, "score", lambda clip, pictures, text: np.abs(pictures + 1).mean(axis=(1, 2, 3))

@@ -32,7 +32,7 @@ def drawer():
     shapes = jax.eval_shape(model.init, jax.random.key(0), x, np.zeros(1, np.int32), few)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.2, shapes)
     params = jax.tree.map(lambda a: a, params["params"])
-    draw = functools.partial(diffusion.draw, model, params, schedule=STEPS, key=jax.random.key(5))
+    draw = functools.partial(diffusion.sample, model, params, schedule=STEPS, key=jax.random.key(5))
     return draw, cond
 
 

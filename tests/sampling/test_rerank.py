@@ -10,12 +10,13 @@ import tiny_stages
 from dalle_jax.config import ConfigDict
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.sampling import rerank
-from dalle_jax.stages import run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.dalle import DalleStage
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> run.ClipStage:
-    return run.load_clip(tiny_stages.write_clip(tmp_path_factory.mktemp("rerank") / "clip"))
+def clip(tmp_path_factory) -> ClipStage:
+    return ClipStage.load(tiny_stages.write_clip(tmp_path_factory.mktemp("rerank") / "clip"))
 
 
 def pairs(rng, clip, n, prompts=3, px=tiny_stages.PX):
@@ -76,11 +77,11 @@ def test_counts_that_differ_are_refused(clip, rng):
 def test_best_of_n_on_eight_devices_is_that_of_one(clip, tmp_path):
     """Eleven candidates in chunks of 9, each rounded up to 16 for the decoder."""
     codec = tiny_stages.write_codec(tmp_path / "dvae")
-    dalle = run.load_dalle(tiny_stages.write_dalle(tmp_path / "dalle", codec))
+    dalle = DalleStage.load(tiny_stages.write_dalle(tmp_path / "dalle", codec))
     mesh = meshes.make_mesh(ConfigDict(dict(data=8, fsdp=1, tensor=1)))
     text = np.zeros(dalle.text_len, np.int32)
     one, eight = (
-        rerank.draw_best(
+        rerank.sample_best(
             dalle, clip, text, np.zeros(clip.text_len, np.int32), num_candidates=11, keep=4,
             chunk=9, key=jax.random.key(3), mesh=where,
         )
@@ -116,7 +117,7 @@ def test_best_of_n_does_not_depend_on_the_chunks(monkeypatch, rng, chunk):
         model=None, on=lambda where: None, codec=types.SimpleNamespace(decode=decode)
     )
     seen = []
-    got = rerank.draw_best(
+    got = rerank.sample_best(
         dalle, object(), np.zeros(3), np.zeros(3), num_candidates=20, keep=5, chunk=chunk,
         key=None, progress=seen.append,
     )  # fmt: skip
@@ -126,7 +127,7 @@ def test_best_of_n_does_not_depend_on_the_chunks(monkeypatch, rng, chunk):
     np.testing.assert_array_equal(got.images[:, 0, 0, 0], expected)
     np.testing.assert_array_equal(got.scores, values)
     assert seen[-1] == 20
-    unranked = rerank.draw_best(
+    unranked = rerank.sample_best(
         dalle, None, np.zeros(3), None, num_candidates=20, keep=5, chunk=chunk, key=None
     )
     np.testing.assert_array_equal(unranked.candidates, np.arange(5))

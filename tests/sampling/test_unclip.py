@@ -10,13 +10,13 @@ import tiny_stages
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes
-from dalle_jax.sampling import embed, latents, manipulate, unclip
-from dalle_jax.stages import unclip as unclip_stages
-from dalle_jax.stages import unet
+from dalle_jax.sampling import latents, manipulate, unclip
+from dalle_jax.stages.unclip import Unclip
+from dalle_jax.stages.unet import UnetStage
 from dalle_jax.tasks import diffusion
 from dalle_jax.types import UsageError
 
-FEW = unclip.Drawing(steps="3", upsample_steps=("2",))
+FEW = unclip.Settings(steps="3", upsample_steps=("2",))
 KEY = jax.random.key(3)
 
 
@@ -26,15 +26,14 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def stages(folders) -> unclip_stages.Unclip:
-    return unclip_stages.load(folders)
+def stages(folders) -> Unclip:
+    return Unclip.load(folders)
 
 
 @pytest.fixture(scope="module")
 def text(stages) -> np.ndarray:
-    from dalle_jax.data import tokenizers
 
-    own = tokenizers.Tokenizer(stages.clip.tokenizer_bytes)
+    own = stages.clip.tokenizer
     return own.encode(tiny_stages.CAPTIONS[:2], stages.clip.text_len, add_bos_eos=True)
 
 
@@ -70,7 +69,7 @@ def test_text_difference_is_a_direction(rng):
 
 
 def test_every_way_gives_an_embedding_or_none(stages, text):
-    z_t = embed.texts(stages.clip, text)
+    z_t = stages.clip.embed_texts(text)
     options = dict(key=KEY, indices=np.arange(2))
     for way in ("diffusion", "ar"):
         few = {"steps": 2} if way == "diffusion" else {}
@@ -88,14 +87,14 @@ def test_every_way_gives_an_embedding_or_none(stages, text):
 
 
 def test_candidates_do_not_depend_on_chunks_and_devices(stages, text):
-    draw = dict(way="none", text=text[0], keep=3, key=KEY)
-    one = unclip.draw_best(stages, drawing=FEW, num_candidates=3, **draw)
+    draw = dict(prior_name="none", text=text[0], keep=3, key=KEY)
+    one = unclip.sample_best(stages, settings=FEW, num_candidates=3, **draw)
     assert one.images.shape == (3, 16, 16, 3) and one.small.shape == (3, 8, 8, 3)
     np.testing.assert_array_equal(one.candidates, np.argsort(-one.scores, kind="stable"))
     mesh = meshes.make_mesh(cfg.ConfigDict(dict(data=8, fsdp=1, tensor=1, rules="dp")))
-    small = unclip.Drawing(steps="3", upsample_steps=("2",), chunk=2)
+    small = unclip.Settings(steps="3", upsample_steps=("2",), chunk=2)
     for drawing, where in ((small, None), (FEW, mesh)):
-        other = unclip.draw_best(stages, drawing=drawing, num_candidates=3, mesh=where, **draw)
+        other = unclip.sample_best(stages, settings=drawing, num_candidates=3, mesh=where, **draw)
         np.testing.assert_array_equal(other.candidates, one.candidates)
         np.testing.assert_allclose(other.images, one.images, atol=2e-4)
         np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
@@ -105,11 +104,12 @@ def test_the_unchanged_latent_gives_the_picture_back(stages, pictures):
     """Of a network that finds no noise, whose way back is exact; another in tests/diffusion."""
     params = stages.decoder.params
     silent = {**params, "out": jax.tree.map(np.zeros_like, params["out"])}
-    decoder = dataclasses.replace(stages.decoder, params=silent)
+    run = dataclasses.replace(stages.decoder.run, variables={"params": silent})
+    decoder = dataclasses.replace(stages.decoder, run=run)
     stages = dataclasses.replace(stages, decoder=decoder)
     latent = manipulate.invert(stages, pictures, FEW)
     assert np.abs(latent.x_t).max() < 0.1 * np.abs(pictures).max()
-    drawn = manipulate.draw(stages, latent, FEW, key=KEY, indices=np.arange(2))
+    drawn = manipulate.sample(stages, latent, FEW, key=KEY, indices=np.arange(2))
     np.testing.assert_allclose(drawn, pictures, atol=1e-3)
 
 
@@ -128,8 +128,8 @@ def test_an_interpolation_ends_at_the_pictures_own_reconstructions(stages, pictu
     way = manipulate.between(stages, ends, [0, 0.5, 1], "slerp", key=KEY)
     np.testing.assert_array_equal(way.z[[0, 2]], ends.z)
     np.testing.assert_array_equal(way.x_t[[0, 2]], ends.x_t)
-    drawn = manipulate.draw(stages, way, FEW, key=KEY, indices=np.arange(3))
-    own = manipulate.draw(stages, ends, FEW, key=KEY, indices=np.arange(2))
+    drawn = manipulate.sample(stages, way, FEW, key=KEY, indices=np.arange(3))
+    own = manipulate.sample(stages, ends, FEW, key=KEY, indices=np.arange(2))
     np.testing.assert_allclose(drawn[[0, 2]], own, atol=1e-4)
     fixed = manipulate.between(stages, ends, [0, 1], "fixed", key=KEY)
     np.testing.assert_array_equal(fixed.x_t[0], fixed.x_t[1])
@@ -140,19 +140,19 @@ def test_an_interpolation_ends_at_the_pictures_own_reconstructions(stages, pictu
 
 
 def test_an_edit_turns_the_embedding_towards_the_caption(stages, pictures, text):
-    latent = manipulate.Latent(embed.images(stages.clip, pictures[:1]), pictures[:1])
-    new, old = embed.texts(stages.clip, text)
-    way = manipulate.edited(stages, latent, text[0], text[1], [0, 0.3, 0.6])
+    latent = manipulate.Latent(stages.clip.embed_images(pictures[:1]), pictures[:1])
+    new, old = stages.clip.embed_texts(text)
+    way = manipulate.edit(stages, latent, text[0], text[1], [0, 0.3, 0.6])
     np.testing.assert_array_equal(way.z[0], latent.z[0])
     assert (np.diff(way.z @ (new - old)) > 0).all()
     np.testing.assert_array_equal(way.x_t, pictures[:1].repeat(3, 0))
     with pytest.raises(UsageError, match="same to CLIP"):
-        manipulate.edited(stages, latent, text[0], text[0], [0.5])
+        manipulate.edit(stages, latent, text[0], text[0], [0.5])
 
 
 def test_fewer_components_keep_less_of_an_embedding(stages, pictures):
     width = stages.pca.joint_width
-    latent, cosines = manipulate.truncated(stages, pictures, [2, width // 2, width], key=KEY)
+    latent, cosines = manipulate.truncate(stages, pictures, [2, width // 2, width], key=KEY)
     assert latent.z.shape == (6, width) and cosines.shape == (2, 3)
     np.testing.assert_allclose(cosines[:, -1], 1, atol=1e-4)
     assert (np.diff(cosines) > 0).all()
@@ -165,8 +165,8 @@ def test_known_pixels_survive_decoder_and_upsampler(stages, folders, text, rng):
     known[4:9, 3:11] = False
     small = unclip.kept_parts(stages, picture, known)[0][1]
     assert small.sum() == 64 - 3 * 5  # a pixel is known where all four below it are
-    for other in (stages, unclip_stages.load(folders, only=("upsampler_1",))):
-        drawn = unclip.draw_best(
+    for other in (stages, Unclip.load(folders, only=("upsampler_1",))):
+        drawn = unclip.sample_best(
             other,
             "caption",
             text[0],
@@ -186,20 +186,20 @@ def test_stages_of_two_clips_are_refused_naming_both(folders, tmp_path):
     shutil.copytree(folders["prior"], other)
     (other / checkpoint.CLIP).write_text("0123456789abcdef")
     with pytest.raises(UsageError, match="stages of one pipeline share one CLIP") as refused:
-        unclip_stages.load({**folders, "prior": str(other)})
-    own = unclip_stages.load(folders, only=("prior",)).clip.fingerprint
+        Unclip.load({**folders, "prior": str(other)})
+    own = Unclip.load(folders, only=("prior",)).clip.fingerprint
     assert "0123456789abcdef" in str(refused.value) and own in str(refused.value)
     clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
     with pytest.raises(UsageError, match="another one, or trained on since"):
-        unclip_stages.load({**folders, "clip": clip})
+        Unclip.load({**folders, "clip": clip})
 
 
 def test_a_decoder_starts_from_one_of_another_clip_but_an_inpainter_does_not(folders, tmp_path):
     clip = tiny_stages.write_clip(tmp_path / "clip", seed=5)
-    config = unet.load_unet(folders["decoder"]).config
+    config = UnetStage.load(folders["decoder"]).config
     config = cfg.override(config, {"stages.clip": clip, "init_from": folders["decoder"]})
     start = diffusion.make(config).warm_start
-    loaded = unet.load_unet(folders["decoder"]).params
+    loaded = UnetStage.load(folders["decoder"]).params
     jax.tree.map(np.testing.assert_array_equal, start(None, None)[0], loaded)
     with pytest.raises(UsageError, match="another one, or trained on since"):
         diffusion.make(cfg.override(config, {"loss.inpaint": True}))
@@ -211,9 +211,9 @@ def test_an_exported_clip_goes_with_what_its_run_trained(folders, tmp_path):
     for name in ("clip", "prior_ar", "decoder", "upsampler_1"):
         assert main(["export", f"--workdir={folders[name]}", f"--out={tmp_path / name}"]) == 0
     names = ("clip", "prior_ar", "decoder", "upsampler_1")
-    moved = unclip_stages.load({name: str(tmp_path / name) for name in names})
+    moved = Unclip.load({name: str(tmp_path / name) for name in names})
     assert moved.clip.origin != moved.clip.fingerprint and moved.pca is not None
-    assert moved.decoder.clip.workdir == str(tmp_path / "clip") and moved.image_px == 16
+    assert moved.decoder.clip.folder == str(tmp_path / "clip") and moved.image_px == 16
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_an_exported_clip_goes_with_what_its_run_trained(folders, tmp_path):
 def test_folders_that_do_not_fit_are_refused(folders, changed, says):
     wrong = {name: folder.format(**folders) for name, folder in changed.items()}
     with pytest.raises(UsageError, match=says):
-        unclip_stages.load({**folders, **wrong})
+        Unclip.load({**folders, **wrong})
 
 
 def test_a_way_without_its_stage_names_the_others(folders):
-    few = unclip_stages.load(folders, only=("prior",))
-    unclip.check_way(few, "diffusion")
+    few = Unclip.load(folders, only=("prior",))
+    unclip.check_prior(few, "diffusion")
     with pytest.raises(UsageError, match="no ar prior.*diffusion, none, caption"):
-        unclip.check_way(few, "ar")
+        unclip.check_prior(few, "ar")
     with pytest.raises(UsageError, match="unknown"):
-        unclip.check_way(few, "other")
+        unclip.check_prior(few, "other")

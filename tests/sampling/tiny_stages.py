@@ -14,7 +14,10 @@ from dalle_jax import config as cfg
 from dalle_jax.data import tokenizers
 from dalle_jax.engine import checkpoint
 from dalle_jax.models import build, unet_plan
-from dalle_jax.stages import pca, prior, run
+from dalle_jax.stages import pca, run
+from dalle_jax.stages import prior as prior_stage
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.codec import Codec
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CAPTIONS = [
@@ -77,7 +80,7 @@ def write_clip(folder: pathlib.Path, seed: int = 0, **overrides) -> str:
 
 def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) -> str:
     made = config("dalle", **{"stages.dvae": codec} | overrides)
-    loaded = run.load_codec(codec)
+    loaded = Codec.load(codec)
     model = build.dalle(made, loaded.grid, loaded.num_codes)
     text = jnp.zeros((1, made.data.text_len), jnp.int32)
     codes = jnp.zeros((1, loaded.grid**2), jnp.int32)
@@ -86,18 +89,21 @@ def write_dalle(folder: pathlib.Path, codec: str, seed: int = 0, **overrides) ->
 
 
 def write_prior(folder: pathlib.Path, clip: str, kind: str = "diffusion", seed: int = 0) -> str:
-    loaded = run.load_clip(clip)
+    loaded = ClipStage.load(clip)
     small = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2}
     made = config(f"prior_{kind}", **{"stages.clip": clip} | small)
     fitted = None if kind == "diffusion" else write_pca(folder.parent / "pca.npz", clip)
-    model = prior.make_prior(made, loaded, fitted)
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in prior.example_inputs(model)]
+    model = prior_stage.build_prior(made, loaded, fitted)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in prior_stage.example_inputs(model)]
     params = nn.meta.unbox(weights.init(model, *inputs, seed=seed))["params"]
-    return _keep(write(folder, made, params), prior.kept(None, loaded, fitted))
+    return _keep(
+        write(folder, made, params),
+        run.identity_files(clip=loaded, pca=b"" if fitted is None else pca.to_bytes(fitted)),
+    )
 
 
 def write_pca(file: pathlib.Path, clip: str) -> pca.Pca:
-    loaded, rng = run.load_clip(clip), np.random.default_rng(0)
+    loaded, rng = ClipStage.load(clip), np.random.default_rng(0)
     z = rng.normal(size=(2, 64, loaded.model.config.joint_width))
     z /= np.linalg.norm(z, axis=-1, keepdims=True)
     fitted = pca.fit(*z, num_dims=4, num_buckets=8, fingerprint=loaded.fingerprint)
@@ -116,14 +122,14 @@ def write_unet(folder: pathlib.Path, clip: str = "", seed: int = 0, **overrides)
     else:
         small |= {"loss.low_res_px": 8}
     made = config(name, **{"data.image_px": px} | small | overrides)
-    loaded = run.load_clip(clip) if clip else None
+    loaded = ClipStage.load(clip) if clip else None
     model = build.unet(made, loaded.model.config.joint_width if clip else 0)
     spec = unet_plan.cond_spec(model.config, 1, px)
     cond = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
     x, t = jnp.zeros((1, px, px, 3)), jnp.zeros(1, jnp.int32)
     params = nn.meta.unbox(weights.init(model, x, t, cond, seed=seed))["params"]
     path = write(folder, made, params, has_text=bool(clip))
-    return _keep(path, prior.kept(None, loaded) if clip else {})
+    return _keep(path, run.identity_files(clip=loaded) if clip else {})
 
 
 def write_unclip(root: pathlib.Path) -> dict[str, str]:

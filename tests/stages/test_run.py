@@ -13,7 +13,10 @@ import tiny_stages
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes, sharding
-from dalle_jax.stages import run
+from dalle_jax.stages import pretrained, run
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.dalle import DalleStage
 from dalle_jax.types import UsageError
 
 
@@ -30,7 +33,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["vqvae", "dvae"])
 def test_codec_encodes_and_decodes(tmp_path, rng, kind):
-    codec = run.load_codec(tiny_stages.write_codec(tmp_path / kind, kind))
+    codec = Codec.load(tiny_stages.write_codec(tmp_path / kind, kind))
     px, g = codec.image_px, codec.grid
     images = rng.uniform(-1, 1, (3, px, px, 3)).astype(np.float32)
     codes = np.asarray(codec.encode(images))
@@ -44,7 +47,7 @@ def test_codec_encodes_and_decodes(tmp_path, rng, kind):
 
 def test_codec_functions_are_pure_in_their_params(folders, rng):
     """What a task jits: weights come in as an argument, so other weights give other codes."""
-    codec = run.load_codec(folders["codec"])
+    codec = Codec.load(folders["codec"])
     images = rng.uniform(-1, 1, (2, codec.image_px, codec.image_px, 3)).astype(np.float32)
     encode = jax.jit(codec.encode_fn)
     np.testing.assert_array_equal(encode(codec.params, images), codec.encode(images))
@@ -55,8 +58,8 @@ def test_codec_functions_are_pure_in_their_params(folders, rng):
 @pytest.mark.parametrize("kind", ["vqvae", "dvae"])
 def test_frozen_weights_know_their_axes(tmp_path, kind):
     """So that a frozen codec is spread over the devices that train on its codes."""
-    codec = run.load_codec(tiny_stages.write_codec(tmp_path / kind, kind))
-    boxed = codec.boxed
+    codec = Codec.load(tiny_stages.write_codec(tmp_path / kind, kind))
+    boxed = codec.frozen()
     jax.tree.map(np.testing.assert_array_equal, sharding.unbox(boxed), codec.params)
     sizes = cfg.ConfigDict(dict(data=2, fsdp=4, tensor=1, rules="fsdp"))
     where = sharding.shardings(boxed, meshes.make_mesh(sizes), sharding.rules(sizes))
@@ -70,8 +73,8 @@ def test_frozen_weights_know_their_axes(tmp_path, kind):
 
 
 def test_fingerprint_changes_with_a_weight_and_with_the_architecture_only(folders):
-    codec = run.load_codec(folders["codec"])
-    assert codec.fingerprint == run.load_codec(folders["codec"]).fingerprint
+    codec = Codec.load(folders["codec"])
+    assert codec.fingerprint == Codec.load(folders["codec"]).fingerprint
     assert len(codec.fingerprint) == 16
     leaves, tree = jax.tree.flatten(codec.params)
     changed = [leaves[0] + np.float32(1e-3), *leaves[1:]]
@@ -83,10 +86,13 @@ def test_fingerprint_changes_with_a_weight_and_with_the_architecture_only(folder
 
 
 def test_clip_and_dalle_load_with_their_tokenizers(folders):
-    clip = run.load_clip(folders["clip"])
-    assert clip.tokenizer_bytes == tiny_stages.tokenizer_bytes() and clip.image_px == tiny_stages.PX
-    dalle = run.load_dalle(folders["dalle"])
-    assert dalle.codec.fingerprint == run.load_codec(folders["codec"]).fingerprint
+    clip = ClipStage.load(folders["clip"])
+    assert (
+        clip.tokenizer.model_bytes == tiny_stages.tokenizer_bytes()
+        and clip.image_px == tiny_stages.PX
+    )
+    dalle = DalleStage.load(folders["dalle"])
+    assert dalle.codec.fingerprint == Codec.load(folders["codec"]).fingerprint
     text = jnp.zeros((1, dalle.text_len), jnp.int32)
     codes = jnp.zeros((1, dalle.codec.grid**2), jnp.int32)
     _, logits = dalle.model.apply({"params": dalle.params}, text, codes)
@@ -97,25 +103,25 @@ def test_a_codec_that_was_trained_on_is_refused(folders, tmp_path):
     moved = tmp_path / "dalle"
     shutil.copytree(folders["dalle"], moved)
     file = moved / checkpoint.CODEC
-    file.write_text(run.load_codec(folders["codec"]).fingerprint)
-    assert run.load_dalle(str(moved)).codec.workdir == folders["codec"]
+    file.write_text(Codec.load(folders["codec"]).fingerprint)
+    assert DalleStage.load(str(moved)).codec.folder == folders["codec"]
     file.write_text("0123456789abcdef")
     with pytest.raises(UsageError, match="codec 0123456789abcdef, but.*--dvae"):
-        run.load_dalle(str(moved))
+        DalleStage.load(str(moved))
 
 
 def test_the_encoders_half_encodes(folders, rng):
-    codec = run.load_codec(folders["codec"])
+    codec = Codec.load(folders["codec"])
     pictures = rng.uniform(-1, 1, (2, tiny_stages.PX, tiny_stages.PX, 3)).astype(np.float32)
-    half = sharding.unbox(codec.encoder)
+    half = sharding.unbox(codec.frozen_encoder())
     assert not any(name.startswith("decoder") for name in half["params"])
     np.testing.assert_array_equal(codec.encode_fn(half, pictures), codec.encode(pictures))
 
 
 def test_half_precision_exports_come_back_as_the_configs_dtype(folders, tmp_path):
-    config = run.load_clip(folders["clip"]).config
-    half = jax.tree.map(lambda x: x.astype(np.float16), run.load_clip(folders["clip"]).params)
-    clip = run.load_clip(tiny_stages.write(tmp_path / "half", config, half))
+    config = ClipStage.load(folders["clip"]).config
+    half = jax.tree.map(lambda x: x.astype(np.float16), ClipStage.load(folders["clip"]).params)
+    clip = ClipStage.load(tiny_stages.write(tmp_path / "half", config, half))
     assert {leaf.dtype for leaf in jax.tree.leaves(clip.params)} == {np.dtype(np.float32)}
 
 
@@ -128,10 +134,10 @@ def test_a_moved_codec_is_found_beside_or_given(folders, tmp_path):
     config["stages"]["dvae"] = "runs/of/somebody/else"
     path.write_text(json.dumps(config))
     with pytest.raises(UsageError, match="--dvae"):
-        run.load_dalle(str(moved / "dalle"))
-    assert run.load_dalle(str(moved / "dalle"), dvae=folders["codec"]).codec.grid
+        DalleStage.load(str(moved / "dalle"))
+    assert DalleStage.load(str(moved / "dalle"), codec=folders["codec"]).codec.grid
     shutil.copytree(folders["codec"], moved / "dvae")
-    assert run.load_dalle(str(moved / "dalle")).codec.workdir == str(moved / "dvae")
+    assert DalleStage.load(str(moved / "dalle")).codec.folder == str(moved / "dvae")
 
 
 def test_stages_lie_in_a_bucket_too(folders, tmp_path, monkeypatch):
@@ -141,23 +147,23 @@ def test_stages_lie_in_a_bucket_too(folders, tmp_path, monkeypatch):
         checkpoint.export(stage, str(tmp_path / name), "float32")
         for file in (tmp_path / name).iterdir():
             memory.pipe(f"gs://bucket/{name}/{file.name}", file.read_bytes())
-    there = run.load_dalle("gs://bucket/dalle")
-    assert there.codec.workdir == "gs://bucket/dvae"
-    assert there.fingerprint == run.load_dalle(folders["dalle"]).fingerprint
+    there = DalleStage.load("gs://bucket/dalle")
+    assert there.codec.folder == "gs://bucket/dvae"
+    assert there.fingerprint == DalleStage.load(folders["dalle"]).fingerprint
 
 
 def test_a_codec_of_other_size_is_refused(folders, tmp_path):
     other = tiny_stages.write_codec(tmp_path / "other", **{"model.num_codes": 64})
     with pytest.raises(UsageError, match="do not fit"):
-        run.load_dalle(folders["dalle"], dvae=other)
+        DalleStage.load(folders["dalle"], codec=other)
 
 
 @pytest.mark.parametrize(
     ("load", "name", "says"),
     [
-        (run.load_codec, "clip", "task 'clip'; expected task 'autoencode'"),
-        (run.load_clip, "dalle", "task 'dalle'; expected task 'clip'"),
-        (run.load_dalle, "codec", "task 'autoencode'; expected task 'dalle'"),
+        (Codec.load, "clip", "task 'clip'; expected task 'autoencode'"),
+        (ClipStage.load, "dalle", "task 'dalle'; expected task 'clip'"),
+        (DalleStage.load, "codec", "task 'autoencode'; expected task 'dalle'"),
     ],
 )
 def test_a_workdir_of_another_task_names_both(folders, load, name, says):
@@ -165,13 +171,13 @@ def test_a_workdir_of_another_task_names_both(folders, load, name, says):
         load(folders[name])
 
 
-@pytest.mark.parametrize("load", [run.load_codec, run.load_clip, run.load_dalle])
+@pytest.mark.parametrize("load", [Codec.load, ClipStage.load, DalleStage.load])
 def test_missing_empty_and_untrained_workdirs_are_told_apart(tmp_path, load):
     with pytest.raises(UsageError, match="does not exist"):
         load(str(tmp_path / "nowhere"))
     with pytest.raises(UsageError, match="not a workdir"):
         load(str(tmp_path))
-    name = {run.load_codec: "vqvae", run.load_clip: "clip", run.load_dalle: "dalle"}[load]
+    name = {Codec.load: "vqvae", ClipStage.load: "clip", DalleStage.load: "dalle"}[load]
     checkpoint.save_config(str(tmp_path / "fresh"), tiny_stages.config(name))
     with pytest.raises(UsageError, match="no checkpoint yet"):
         load(str(tmp_path / "fresh"))
@@ -184,7 +190,7 @@ def test_an_edited_config_is_refused_by_the_weights(folders, tmp_path):
     config["model"]["joint_width"] += 1
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="do not fit the model of its config"):
-        run.load_clip(str(folder))
+        ClipStage.load(str(folder))
 
 
 def test_a_missing_tokenizer_is_named(folders, tmp_path):
@@ -192,16 +198,16 @@ def test_a_missing_tokenizer_is_named(folders, tmp_path):
     shutil.copytree(folders["clip"], folder)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UsageError, match="tokenizer.model is missing"):
-        run.load_clip(str(folder))
+        ClipStage.load(str(folder))
 
 
 def test_pretrained_sets_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "PRETRAINED", pathlib.Path(tmp_path))
+    monkeypatch.setattr(pretrained, "ROOT", pathlib.Path(tmp_path))
     with pytest.raises(UsageError, match="none in this installation"):
-        run.pretrained("shapes")
+        pretrained.folders("shapes")
     (tmp_path / "shapes" / "dalle").mkdir(parents=True)
-    assert run.pretrained("shapes") == {"dalle": str(tmp_path / "shapes" / "dalle")}
+    assert pretrained.folders("shapes") == {"dalle": str(tmp_path / "shapes" / "dalle")}
     with pytest.raises(UsageError, match="known sets: shapes"):
-        run.pretrained("photos")
+        pretrained.folders("photos")
     with pytest.raises(UsageError, match="no pretrained set"):
-        run.pretrained("../shapes")
+        pretrained.folders("../shapes")

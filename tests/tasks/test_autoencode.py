@@ -12,7 +12,7 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, meshes, sharding
 from dalle_jax.engine.train_state import TrainState
 from dalle_jax.models import build, vqvae
-from dalle_jax.stages import run
+from dalle_jax.stages.codec import Codec
 from dalle_jax.tasks import autoencode
 from dalle_jax.types import UsageError
 
@@ -179,7 +179,7 @@ def test_a_dvae_starts_as_the_vqvae_it_is_made_from(key, rng, workdir):
         np.testing.assert_allclose(now[name], then[name], rtol=1e-6)
     np.testing.assert_allclose(now["psnr"], then["psnr"], rtol=1e-4)
     # The loaded stage agrees with the task it came from.
-    codec = run.load_codec(str(workdir))
+    codec = Codec.load(str(workdir))
     images = batch["image"] / np.float32(127.5) - 1
     codes = codec.encode(images)
     model = build.autoencoder(_config("dvae"))

@@ -228,7 +228,7 @@ def test_values_that_do_not_fit_are_refused(root, overrides, says):
 
 def test_a_tokenizer_beyond_the_embedding_is_refused(root):
     with pytest.raises(UsageError, match="vocab_size=99"):
-        clip.make(tiny_config(root), types.SimpleNamespace(vocab_size=99))
+        clip.make(tiny_config(root), lambda: types.SimpleNamespace(vocab_size=99))
 
 
 def test_unknown_size_is_refused(root):

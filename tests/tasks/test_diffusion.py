@@ -39,7 +39,10 @@ def clip(root):
     stage = by_shape.clip_of(f"{root}/configs/clip.py:size=smoke")
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32) * 0.2, stage.params)
-    return dataclasses.replace(stage, params=params, fingerprint="0123", workdir="runs/clip")
+    run = dataclasses.replace(
+        stage.run, variables={"params": params}, fingerprint="0123", folder="runs/clip"
+    )
+    return dataclasses.replace(stage, run=run)
 
 
 def batch_of(task, rng):
@@ -117,7 +120,7 @@ def test_conditions_are_dropped_independently_and_captions_become_padding(root, 
 
 def test_quarters_are_right_on_average(rng):
     mse, t = rng.random(400).astype(np.float32), rng.integers(0, 1000, 400)
-    got = diffusion.measured({"mse": mse}, t, 1000)
+    got = diffusion.averages({"mse": mse}, t, 1000)
     for q in range(4):
         inside = t // 250 == q
         np.testing.assert_allclose(got[f"mse_q{q + 1}"], 4 * mse[inside].sum() / 400, rtol=1e-5)
@@ -132,7 +135,7 @@ def test_steps_come_as_often_as_the_power_says_and_quarters_know_it(power, key):
     np.testing.assert_allclose(np.bincount(t // 250) / len(t), shares, atol=0.01)
     # An error that depends on the quarter alone is told as it is, however its steps were drawn.
     mse = 1.0 + t // 250
-    got = diffusion.measured({"mse": mse}, t, 1000, power)
+    got = diffusion.averages({"mse": mse}, t, 1000, power)
     np.testing.assert_allclose([got[f"mse_q{q}"] for q in (1, 2, 3, 4)], [1, 2, 3, 4], rtol=0.05)
 
 

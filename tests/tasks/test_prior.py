@@ -14,8 +14,11 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import sharding
 from dalle_jax.engine.program import Program
 from dalle_jax.models import clip as clip_model
-from dalle_jax.stages import pca, run
+from dalle_jax.sampling import prior as sampling
+from dalle_jax.stages import pca
 from dalle_jax.stages import prior as prior_stage
+from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.run import Run
 from dalle_jax.tasks import prior
 from dalle_jax.types import UsageError
 
@@ -33,10 +36,10 @@ def clip():
     model = clip_model.Clip(config)
     pictures, text = jnp.zeros((1, PX, PX, 3)), jnp.zeros((1, T), jnp.int32)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(3), pictures, text))["params"]
-    return run.ClipStage(
-        model=model, params=jax.tree.map(np.asarray, params), config=None, tokenizer_bytes=b"tok",
-        image_px=PX, text_len=T, fingerprint="0123", workdir="runs/clip", step=1,
-    )  # fmt: skip
+    config = cfg.ConfigDict(dict(data=dict(image_px=PX, text_len=T)))
+    variables = {"params": jax.tree.map(np.asarray, params)}
+    tokenizer = types.SimpleNamespace(model_bytes=b"tok")
+    return ClipStage(Run("runs/clip", config, variables, tokenizer, "0123", step=1), model)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,7 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
     rotation = np.linalg.qr(rng.normal(size=(E, E)))[0].astype(np.float32)
     params = nn.meta.unbox(jax.jit(task.init)(KEY)[0])
     config = tiny(root, "diffusion", **{"model.width": 32})
-    model = prior_stage.make_prior(config, clip, None)
+    model = prior_stage.build_prior(config, clip, None)
     objective, tx = prior._Diffusion(model), optax.adam(3e-3)
     text = jnp.full((64, T), 3, jnp.int32)
 
@@ -172,7 +175,7 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
 
     params, losses = train(params)
     z_i, z_t = pair(jax.random.key(9))
-    drawn = prior_stage.draw(model, params, None, text, z_t, key=KEY, steps=8)
+    drawn = sampling.sample(model, params, None, text, z_t, key=KEY, steps=8)
     # Captions are all the same here, which `judge` would take for right answers: others.
     judged = prior.judge(drawn, z_i, z_t, jnp.arange(64 * T).reshape(64, T))
     assert losses[-20:].mean() < 0.4 * losses[:5].mean()
@@ -221,7 +224,7 @@ def test_configs_that_cannot_work_are_refused(root, clip, fitted, kind, override
 def test_missing_and_foreign_stages_are_refused(root, clip, fitted, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="stages.clip is empty"):
         prior.make(tiny(root, "diffusion", **{"stages.clip": ""}))
-    monkeypatch.setattr(run, "load_clip", lambda workdir: clip)
+    monkeypatch.setattr(ClipStage, "load", lambda folder: clip)
     with pytest.raises(UsageError, match="stages.pca is empty"):
         prior.make(tiny(root, "ar"))
     path = tmp_path / "pca.npz"
@@ -229,4 +232,4 @@ def test_missing_and_foreign_stages_are_refused(root, clip, fitted, tmp_path, mo
     with pytest.raises(UsageError, match="CLIP ffff, but 'runs/clip' holds 0123"):
         prior.make(tiny(root, "ar", **{"stages.pca": str(path)}))
     with pytest.raises(UsageError, match="not that of the CLIP"):
-        prior.make(tiny(root, "diffusion"), types.SimpleNamespace(model_bytes=b"other"))
+        prior.make(tiny(root, "diffusion"), lambda: types.SimpleNamespace(model_bytes=b"other"))
