@@ -169,7 +169,7 @@ def test_every_config_can_be_planned_without_weights_or_data(case, tmp_path, mon
     """`plan` and dry runs make the task by shape, from any folder."""
     monkeypatch.chdir(tmp_path)
     config = load(case)
-    task = tasks.TASKS[config.task].make(config, shapes_only=True)
+    task = tasks.make(config, shapes_only=True)
     assert all(spec.shape[0] == config.data.batch for spec in task.batch_spec.values())
     for leaf in jax.tree.leaves(task.frozen):
         assert isinstance(leaf, jax.ShapeDtypeStruct)
@@ -181,4 +181,4 @@ def test_every_config_can_be_planned_without_weights_or_data(case, tmp_path, mon
 def test_training_still_demands_the_codec():
     config = load("dalle_12b")
     with pytest.raises(UsageError, match="stages.dvae is empty"):
-        tasks.TASKS["dalle"].make(config)
+        tasks.make(config)

@@ -30,7 +30,7 @@ STOREYS = {
     "pipelines": {
         "nn", "models", "diffusion", "stages", "sampling", "engine", "data", "tasks",
     },
-    "sweeps": {"engine", "pages"},
+    "sweeps": {"engine"},
     "benchmarks": {"nn", "data", "engine", "models", "stages", "sampling", "tasks", "planning"},
     "cli": {
         "nn", "diffusion", "data", "engine", "models", "stages", "sampling", "tasks", "evaluation",
@@ -138,6 +138,7 @@ def name_faults(path: pathlib.Path, source: str) -> list[str]:
         f"{path}:{line} imports the name {name}; import its module"
         for line, name in imports(source)
         if name.startswith("dalle_jax.")
+        and path != PACKAGE / "__init__.py"  # the public face
         and not module_exists(name)
         and not (name.split(".")[-1][0].isupper() and not name.split(".")[-1].isupper())
         and name != "dalle_jax.__version__"

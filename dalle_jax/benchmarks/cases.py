@@ -18,7 +18,8 @@ from dalle_jax import config as cfg
 from dalle_jax import tasks
 from dalle_jax.benchmarks.measure import Case
 from dalle_jax.data import pipeline, tokenizers
-from dalle_jax.engine import flops, program, sharding
+from dalle_jax.engine import flops, sharding
+from dalle_jax.engine.program import Program
 from dalle_jax.engine.task import Task
 from dalle_jax.models import build as model_build
 from dalle_jax.sampling import dalle as sampling
@@ -67,16 +68,16 @@ def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> 
 
 def train(config: cfg.ConfigDict) -> Case:
     """The training step of a config's task: forward, backward, optimiser, loss on the host."""
-    task = tasks.TASKS[config.task].make(config, shapes_only=True)
-    made = program.build(config, task, jax.devices()[:1])
-    key = jax.device_put(jax.random.key(config.seed), made.whole)
-    state = made.init(key)
-    batch = jax.device_put(_batch(config, task), made.batch_where)
-    frozen = _noise(made.arguments[1], config.seed)
+    task = tasks.make(config, shapes_only=True)
+    program = Program.build(config, task, jax.devices()[:1])
+    key = jax.device_put(jax.random.key(config.seed), program.replicated)
+    state = program.init(key)
+    batch = jax.device_put(_batch(config, task), program.batch_sharding)
+    frozen = _noise(program.arguments[1], config.seed)
 
     def compile():
-        with made.use():
-            step = made.lower_step().compile()
+        with program.use():
+            step = program.lower_step().compile()
 
         def call() -> float:
             nonlocal state
@@ -93,8 +94,8 @@ def train(config: cfg.ConfigDict) -> Case:
     params = _count(state.params)
 
     def work() -> float:
-        with made.use():
-            return flops.hardware(made.step, *made.arguments)
+        with program.use():
+            return flops.hardware(program.step, *program.arguments)
 
     return Case(compile, images=size, tokens=tokens, params=params, flops=work)
 
@@ -154,7 +155,7 @@ def score(config: cfg.ConfigDict) -> Case:
 
 def prior(config: cfg.ConfigDict) -> Case:
     """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
-    task = tasks.TASKS[config.task].make(config, shapes_only=True)
+    task = tasks.make(config, shapes_only=True)
     clip = by_shape.clip(config)
     model = prior_stage.build_prior(config, clip, None)
     params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])

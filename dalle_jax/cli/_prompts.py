@@ -23,7 +23,7 @@ def given(args: argparse.Namespace) -> list[str]:
     Raises:
       UsageError: without any, for an empty or endless one, or a file that cannot be read.
     """
-    from dalle_jax.pipelines.reading import checked
+    from dalle_jax.pipelines import reading
     from dalle_jax.types import UsageError
 
     prompts = list(args.prompt)
@@ -38,7 +38,7 @@ def given(args: argparse.Namespace) -> list[str]:
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise UsageError('there is nothing to draw; give --prompt="…" or --prompts_file=FILE.')
-    return [checked(prompt) for prompt in prompts]
+    return [reading.checked(prompt) for prompt in prompts]
 
 
 def folders(out: pathlib.Path, prompts: list[str]) -> list[pathlib.Path]:

@@ -229,7 +229,7 @@ def read_picture(path: str, px: int) -> Given:
     from PIL import Image
 
     from dalle_jax import images
-    from dalle_jax.pipelines.pictures import square
+    from dalle_jax.pipelines import inputs
 
     original = images.read(path)
     with Image.open(path) as image:
@@ -246,7 +246,7 @@ def read_picture(path: str, px: int) -> Given:
         notes.append(f"{path} is smaller than {px} px and is enlarged.")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return Given(path, square(original, px), original, tuple(notes))
+    return Given(path, inputs.square(original, px), original, tuple(notes))
 
 
 def numbers(text: str, name: str, kind: type, is_good, expected: str) -> list:

@@ -53,7 +53,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dalle_jax.benchmarks import peers
-from dalle_jax.cli import _flags, bench_page
+from dalle_jax.cli import _flags
+from dalle_jax.pages import bench
 
 SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
 
@@ -166,7 +167,7 @@ def header() -> str:
 
 def row(result: dict[str, Any]) -> str:
     """A result as a line of a table, and one for each of other projects beside it."""
-    lines = [_row(bench_page.name(result), result)]
+    lines = [_row(bench.name(result), result)]
     for name, found in result.get("against", {}).items():
         lines.append(_row(f"  {name}: ratio {found['ratio']:.2f}", found))
     return "\n".join(lines)
@@ -302,7 +303,7 @@ def _all(args: argparse.Namespace) -> int:
     flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "warmup", "threads")]
     failed, results = [], []
     if args.docs:
-        bench_page.check(args.docs, is_beside=bool(args.against))
+        bench.check(args.docs, is_beside=bool(args.against))
     if not args.json:
         print(header(), flush=True)
     for words in _runs(args):
@@ -313,7 +314,7 @@ def _all(args: argparse.Namespace) -> int:
         results.append(json.loads(output))
         print(output.strip() if args.json else row(results[-1]), flush=True)
     if args.docs and not failed:
-        bench_page.write(args.docs, results, is_beside=bool(args.against))
+        bench.write(args.docs, results, is_beside=bool(args.against))
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -1,11 +1,16 @@
-"""Tells whether this machine can train: versions, devices, memory, and two measured rates.
+"""Checks whether this machine can train: versions, devices, memory, and two measured rates.
 
   python -m dalle_jax doctor
   python -m dalle_jax doctor --json > doctor.json
+  python -m dalle_jax doctor --dependencies --newest
 
-Exits with 1 if something is broken, above all when there is an accelerator and JAX does not use
-it: a run would silently be a hundred times slower. Optional things that are missing are notes, and
-so is a matmul far below the chip's peak.
+Exits with 1 if a check fails, above all if JAX does not use an accelerator of this machine: a run
+would silently be a hundred times slower. Missing optional packages are notes, and so is a matmul
+far below the chip's peak.
+
+--dependencies prints a table instead: for each package the lowest accepted version, the version
+that constraints.txt pins for this Python, the installed one and, with --newest, the newest on
+pip's index ("unknown" without a network).
 """
 
 import argparse
@@ -35,15 +40,33 @@ OK, NOTE, FAIL = "ok", "note", "fail"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--no_bench", action="store_true", help="skip the two measured rates")
     parser.add_argument(
         "--disk", default=".", metavar="DIR", help="folder whose free space counts (default: .)"
     )
+    parser.add_argument(
+        "--dependencies", action="store_true", help="print the table of dependencies instead"
+    )
+    parser.add_argument(
+        "--newest", action="store_true", help="--dependencies: ask pip's index for newest versions"
+    )
+    parser.add_argument(
+        "--constraints",
+        default="constraints.txt",
+        metavar="FILE",
+        help="--dependencies: pinned versions (default: %(default)s, where it exists)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 if a check failed."""
+    """Prints the report; returns 1 if a check failed."""
+    if args.dependencies:
+        from dalle_jax.cli import _dependencies
+
+        rows = _dependencies.table(args.constraints, has_newest=args.newest)
+        print(json.dumps(rows, indent=2) if args.json else _dependencies.as_text(rows))
+        return 0
     report = examine(args.disk, bench=not args.no_bench)
     print(json.dumps(report, indent=2) if args.json else as_text(report))
     failed = [check for check in report["checks"] if check["status"] == FAIL]
@@ -75,7 +98,7 @@ def examine(disk: str, *, bench: bool) -> dict[str, Any]:
     if devices:
         report["rates"] = measure(devices) if bench else {}
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        checks.append(check_backend(_seen_hardware(), report["backend"], platforms))
+        checks.append(check_backend(system_accelerator(), report["backend"], platforms))
         if "matmul_bfloat16_gflops" in report["rates"]:
             rate = report["rates"]["matmul_bfloat16_gflops"]
             checks += check_rate(devices[0].device_kind, rate)
@@ -84,7 +107,7 @@ def examine(disk: str, *, bench: bool) -> dict[str, Any]:
     checks += check_packages(report["versions"])
     checks.append(check_disk(disk, report["disk_free_gib"]))
     has_npm = shutil.which("npm") is not None
-    text = "found" if has_npm else "not found: `prepare` cannot fetch the emoji set without it"
+    text = "installed" if has_npm else "not installed; `prepare` needs it to fetch the emoji set"
     checks.append(_check("npm", OK if has_npm else NOTE, text))
     report["checks"] = checks
     return report
@@ -99,17 +122,17 @@ def check_python(version: tuple[int, int]) -> dict[str, str]:
 
 
 def check_backend(seen: str | None, backend: str, platforms: str) -> dict[str, str]:
-    """Fails where there is an accelerator that JAX does not use.
+    """Fails if the machine has an accelerator that JAX does not use.
 
     Args:
-      seen: "gpu", "tpu" or None: what the operating system shows.
+      seen: the accelerator that the operating system shows: "gpu", "tpu" or None.
       backend: platform of jax.devices()[0].
-      platforms: $JAX_PLATFORMS; "cpu" there is a decision and not an accident.
+      platforms: $JAX_PLATFORMS; with "cpu" the user has chosen not to use it.
     """
     if seen is None or backend != "cpu":
         return _check("backend", OK, f"JAX runs on {backend}")
     if platforms.strip() == "cpu":
-        return _check("backend", NOTE, f"there is a {seen}, unused: JAX_PLATFORMS=cpu")
+        return _check("backend", NOTE, f"the {seen} is not used: JAX_PLATFORMS=cpu")
     extra = {"gpu": "jax[cuda12]", "tpu": "jax[tpu]"}[seen]
     return _check(
         "backend",
@@ -121,7 +144,7 @@ def check_backend(seen: str | None, backend: str, platforms: str) -> dict[str, s
 
 
 def check_packages(versions: dict[str, str | None]) -> list[dict[str, str]]:
-    """Required packages fail, optional ones are notes."""
+    """Missing required packages fail, missing optional ones are notes."""
     missing = [name for name in PACKAGES if versions.get(name) is None]
     text = f"missing: {', '.join(missing)}; pip install dalle_jax" if missing else "all installed"
     checks = [_check("packages", FAIL if missing else OK, text)]
@@ -132,7 +155,7 @@ def check_packages(versions: dict[str, str | None]) -> list[dict[str, str]]:
 
 
 def check_rate(kind: str, gflops: float) -> list[dict[str, str]]:
-    """The bfloat16 matmul against the chip's peak; nothing for a chip that is not in the table."""
+    """The bfloat16 matmul against the chip's peak; [] for a chip that `chips` does not have."""
     from dalle_jax.engine import chips
 
     if kind not in chips.CHIPS:
@@ -143,21 +166,23 @@ def check_rate(kind: str, gflops: float) -> list[dict[str, str]]:
         f"bfloat16 matmul at {share:.0%} of the {chip.name}'s {chip.peak_flops / 1e12:,.0f} TFLOP/s"
     )
     if share < 0.5:
-        text += ": is something else running on it, or is it throttled?"
+        text += ": another program may be using it, or it is throttled"
     return [_check("matmul", OK if share >= 0.5 else NOTE, text)]
 
 
 def check_disk(folder: str, free_gib: float | None) -> dict[str, str]:
-    """Room for a few checkpoints of a small model."""
+    """Notes a disk that is too small for a few checkpoints of a small model."""
     if free_gib is None:
         return _check("disk", NOTE, f"{folder} is not a local folder")
     low = free_gib < 2
     text = f"{free_gib:.1f} GiB free in {folder}"
-    return _check("disk", NOTE if low else OK, text + (": little for checkpoints" if low else ""))
+    return _check(
+        "disk", NOTE if low else OK, text + (", too little for checkpoints" if low else "")
+    )
 
 
 def measure(devices: list) -> dict[str, float]:
-    """Matmul rate of one device, all-reduce rate over all of them.
+    """The matmul rate of one device and the all-reduce rate over all devices.
 
     Returns:
       matmul_float32_gflops, matmul_bfloat16_gflops (2 n^3 over the best of 3 times) and, with
@@ -192,7 +217,7 @@ def measure(devices: list) -> dict[str, float]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     lines = [f"python {report['python']}, {report['machine']}"]
     lines += [f"  {name} {version}" for name, version in report["versions"].items() if version]
     memory, disk = report["memory_gib"], report["disk_free_gib"]
@@ -232,7 +257,7 @@ def _best_time(function, *args) -> float:
 def _device(device) -> dict[str, Any]:
     try:
         limit = (device.memory_stats() or {}).get("bytes_limit")
-    except Exception:  # not every backend has it, and they differ in how they say so
+    except Exception:  # some backends have no statistics, and raise different errors
         limit = None
     return {
         "id": device.id,
@@ -242,9 +267,9 @@ def _device(device) -> dict[str, Any]:
     }
 
 
-def _seen_hardware() -> str | None:
-    """What the operating system shows, whether or not JAX can use it."""
-    # A container may show the device without the tools.
+def system_accelerator() -> str | None:
+    """The accelerator that the operating system shows, whether or not JAX can use it."""
+    # A container may have the device without the tools.
     files = (pathlib.Path("/proc/driver/nvidia/version"), pathlib.Path("/dev/nvidia0"))
     if shutil.which("nvidia-smi") or any(file.exists() for file in files):
         return "gpu"

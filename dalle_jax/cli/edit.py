@@ -51,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     """Samples and writes; returns the exit code."""
     from dalle_jax import images
     from dalle_jax.pages import gallery
-    from dalle_jax.pipelines.reading import checked
+    from dalle_jax.pipelines import reading
 
     _unclip.check(args)
     thetas = _unclip.numbers(
         args.thetas, "thetas", float, lambda t: 0 <= t <= 1, "numbers in [0, 1]"
     )
-    texts = [checked(text) for text in (args.to, args.from_) if text is not None]
+    texts = [reading.checked(text) for text in (args.to, args.from_) if text is not None]
     _flags.use_cache(args)
     model = _unclip.model(args)
     px = model.unclip(upsample=not args.no_upsample).image_px

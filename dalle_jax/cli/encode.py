@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax import images
     from dalle_jax.data import sources
     from dalle_jax.data.builders import codes, store
-    from dalle_jax.engine import meshes, metrics, sharding
+    from dalle_jax.engine import console, meshes, sharding
     from dalle_jax.stages.codec import Codec
     from dalle_jax.types import UsageError
 
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     codes.copy_tokenizers(config.data_dir, config.source, args.name)
     total = sum(summary["recipe"]["splits"].values())
     lost = sum(summary["skipped"].values())
-    metrics.say(
+    console.log(
         f"{path}: codes of {total - lost:,} pictures, each {codec.grid} x {codec.grid} of "
         f"{codec.num_codes} codes" + (f"; {lost:,} skipped: {summary['skipped']}" if lost else "")
     )

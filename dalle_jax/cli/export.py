@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports."""
-    from dalle_jax.engine import metrics
+    from dalle_jax.engine import console
     from dalle_jax.stages import export
 
     result = export.export(args.workdir, args.out, args.dtype)
-    metrics.say(
+    console.log(
         f"{args.out}: step {result['step']}, {result['parameters']:,} numbers as {args.dtype}, "
-        f"{metrics.size(result['bytes'])}"
+        f"{console.format_bytes(result['bytes'])}"
     )
     return 0

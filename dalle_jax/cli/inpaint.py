@@ -58,12 +58,11 @@ def run(args: argparse.Namespace) -> int:
 
     from dalle_jax.cli import _masks
     from dalle_jax.pages import gallery
-    from dalle_jax.pipelines.pictures import fit_mask
-    from dalle_jax.pipelines.reading import checked
+    from dalle_jax.pipelines import inputs, reading
     from dalle_jax.types import UsageError
 
     _unclip.check(args)
-    prompt = checked(args.prompt)
+    prompt = reading.checked(args.prompt)
     if bool(args.mask) == bool(args.rect):
         raise UsageError("give either --mask=FILE or --rect=x,y,w,h: what is to be drawn anew.")
     if args.keep and args.keep > args.candidates:
@@ -71,11 +70,11 @@ def run(args: argparse.Namespace) -> int:
     _flags.use_cache(args)
     model = _unclip.model(args)
     prior = model.choose_prior(args.prior)
-    stages = model.unclip("inpaint", upsample=not args.no_upsample)
+    stages = model.unclip_with(prior, "inpaint", upsample=not args.no_upsample)
     given = _unclip.read_picture(args.image, stages.image_px)
     read, where = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
     mask = read(where, given.original.shape[:2], args.image)
-    known = fit_mask(~mask if args.invert_mask else mask, stages.image_px)
+    known = inputs.fit_mask(~mask if args.invert_mask else mask, stages.image_px)
     start = time.monotonic()
     inpainted = model.inpaint(
         given.picture,

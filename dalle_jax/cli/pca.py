@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dalle_jax.data import pipeline
     from dalle_jax.data.builders import store
-    from dalle_jax.engine import meshes, metrics, sharding
+    from dalle_jax.engine import console, meshes, sharding
     from dalle_jax.stages import embeddings, pca
     from dalle_jax.stages.clip import ClipStage
     from dalle_jax.types import UsageError
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         fingerprint=clip.fingerprint,
     )
     pca.save(result, args.out)
-    metrics.say(
+    console.log(
         f"{args.out}: {result.num_dims} of {result.joint_width} components of {total:,} embeddings "
         f"explain {result.explained(result.num_dims):.4f} of the variance; {result.num_buckets} "
         "buckets each; the cosine between an embedding and its quantised self is "

@@ -1,4 +1,4 @@
-"""Plans a training run on machines that are not there: memory, time and traffic, by compiling.
+"""Plans a training run on a cluster that is not here: memory, time and traffic, by compiling.
 
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16
   python -m dalle_jax plan --config=configs/decoder_paper.py --topology=v5e:16x16 --quick
@@ -8,25 +8,26 @@
   python -m dalle_jax plan --config=configs/dalle_12b.py --topology=v5e:16x16 \
       --attention dense structured splash
 
-The training step is compiled for the topology exactly as `train` would, and its cost is read from
-the executable. It needs no data, no trained codec and no accelerator, a core and some 2 GiB: a
-small model takes seconds, 12 billion parameters minutes. Figures are the compiler's and arithmetic,
-not measurements; the table says which.
+`plan` compiles the training step for the topology as `train` would, and reads its cost from the
+executable. It needs no data, no trained codec and no accelerator, but one core and about 2 GiB: a
+small model takes seconds, 12 billion parameters take minutes. All figures come from the compiler or
+from arithmetic, and none is measured; the table names their source.
 
 Topologies: TPU slices v4:4x4x8, v5e:16x16, v5p:4x4x8, v6e:16x16 and several of them, 2*v5e:16x16
 (pip install 'dalle_jax[plan]'); h100:HOSTSxGPUS (pip install 'dalle_jax[cuda12]'); cpu:8, eight
-devices faked on this machine.
+faked devices on this machine.
 
-Exits with 1 if the config does not fit; then the nearest one that does is named.
+If the config does not fit, `plan` exits with 1 and names the nearest config that fits.
 """
 
 import argparse
 import itertools
+import pathlib
 import sys
 
 from dalle_jax.cli import _flags
 
-SUMMARY = "compile a training step for a TPU or GPU cluster that is not there, and weigh it"
+SUMMARY = "compile a training step for a TPU or GPU cluster that is not here, and print its cost"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="devices along each axis, -1 = the rest; several with --search",
     )
     parser.add_argument(
-        "--remat", nargs="+", metavar="NAME", help="what to recompute; several with --search"
+        "--remat", nargs="+", metavar="NAME", help="recomputation policy; several with --search"
     )
     parser.add_argument(
         "--attention",
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="end before the compiler makes code: memory and traffic in a fraction of the time, "
-        "but no estimate of seconds (they are the floor)",
+        help="stop before the compiler makes code: memory and traffic in a fraction of the time, "
+        "but seconds are the floor, without an estimate",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     mode = parser.add_mutually_exclusive_group()
@@ -70,35 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--sample",
         action="store_true",
-        help="weigh drawing pictures instead of training: weights, caches, candidates that fit",
+        help="plan sampling instead of training: weights, caches, candidates that fit",
     )
     mode.add_argument(
         "--docs",
         metavar="FILE",
-        help="write the plans of all shipped configs as a page; goes on where it was interrupted",
+        help="write the plans of all shipped configs as a page; continues an interrupted one",
     )
     parser.add_argument(
         "--no_nearest",
         action="store_true",
-        help="if the config does not fit, do not look for one that does",
+        help="if the config does not fit, do not search for one that does",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans; 1 if something does not fit."""
+    """Plans; returns 1 if something does not fit."""
     import os
 
-    # Both are read once, when jax is imported. XLA warns of every array that it copies whole to
-    # reshard it: the table of traffic has them.
+    # jax reads both variables once, at import. XLA warns of every array that it copies whole to
+    # reshard it; the table of traffic lists them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Keeping a program means loading it later, which takes the machine that it is for.
+    # Loading a program from the cache would need the machine that it is compiled for.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     from dalle_jax.types import UsageError
 
     if args.docs:
-        from dalle_jax.cli import plan_docs
-
-        return plan_docs.write(args.docs, is_quick=args.quick)
+        return _update_ledger(args.docs, is_quick=args.quick)
     if not args.config or not args.topology:
         raise UsageError(
             "plan needs a config and a topology: --config=configs/dalle_12b.py "
@@ -118,40 +117,43 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from dalle_jax.cli import plan_page
-    from dalle_jax.planning import plan, search
+    from dalle_jax.pages import plan
+    from dalle_jax.planning import search
+    from dalle_jax.planning.plan import Plan
 
-    records, fits = [], True
+    records = []
     configs = {name: _config(args, name) for name in args.attention or ("",)}
     for topology, (attention, config) in itertools.product(_topologies(args), configs.items()):
-        found = plan.weigh(config, _task(config), topology, is_quick=args.quick)
-        near = None
-        if not found.fits and not args.no_nearest:
-            print("does not fit; looking for what does …", file=sys.stderr, flush=True)
-            near = search.nearest(config, _task, topology, found)
-        fits &= found.fits
-        records.append(plan_page.record(args.config, found, near))
-        what = args.config
+        result = Plan.compile(config, _task(config), topology, is_quick=args.quick)
+        record = {"config": args.config, **result.record()}
+        if not result.fits:
+            nearest = None
+            if not args.no_nearest:
+                print("does not fit; searching for a config that does", file=sys.stderr, flush=True)
+                nearest = search.nearest(config, _task, topology, result)
+            record["nearest"] = nearest.record() if nearest else None
+        title = args.config
         if attention:
-            records[-1]["attention"] = attention
-            what += f", {attention} attention"
+            record["attention"] = attention
+            title += f", {attention} attention"
+        records.append(record)
         if not args.json:
-            print(plan_page.table(what, found, near), flush=True)
+            print(plan.table(title, record), flush=True)
     if args.json:
         _print_json(records)
     elif len(configs) > 1:
-        print(plan_page.comparison(records), flush=True)
-    return 0 if fits else 1
+        print(plan.comparison(records), flush=True)
+    return 0 if all(record["fits"] for record in records) else 1
 
 
 def _search(args: argparse.Namespace) -> int:
-    from dalle_jax.cli import plan_page
+    from dalle_jax.pages import plan
     from dalle_jax.planning import search
 
     config = _config(args)
     records, fits = [], True
     for topology in _topologies(args):
-        tried = []
+        compiled = []
         candidates = search.search(
             config,
             _task,
@@ -162,21 +164,24 @@ def _search(args: argparse.Namespace) -> int:
             is_quick=args.quick,
         )
         for candidate in candidates:
-            tried.append(candidate)
-            print(plan_page.line(candidate), file=sys.stderr, flush=True)
-        best = search.pareto(tried)
+            compiled.append(candidate)
+            print(plan.line(candidate.record()), file=sys.stderr, flush=True)
+        best = [
+            {"config": args.config, **candidate.plan.record(), "changes": candidate.changes}
+            for candidate in search.pareto(compiled)
+        ]
         fits &= bool(best)
-        records += [plan_page.record(args.config, c.plan, changes=c.changes) for c in best]
+        records += best
         if not args.json:
-            print(plan_page.pareto_table(args.config, topology.name, best, len(tried)))
+            print(plan.pareto_table(args.config, topology.name, best, len(compiled)))
     if args.json:
         _print_json(records, always_list=True)
     return 0 if fits else 1
 
 
 def _sample(args: argparse.Namespace) -> int:
-    from dalle_jax.cli import plan_page
     from dalle_jax.models import build
+    from dalle_jax.pages import plan
     from dalle_jax.planning import sampling_memory
     from dalle_jax.stages import by_shape
     from dalle_jax.types import UsageError
@@ -184,7 +189,7 @@ def _sample(args: argparse.Namespace) -> int:
     config = _config(args)
     if config.task != "dalle":
         raise UsageError(
-            f"--sample weighs drawing from a DALL-E; {args.config} is a config of task "
+            f"--sample plans sampling from a DALL-E; {args.config} is a config of task "
             f"{config.task!r}."
         )
     codec = by_shape.codec(config)
@@ -192,13 +197,28 @@ def _sample(args: argparse.Namespace) -> int:
     records = []
     for topology in _topologies(args):
         for guidance in (False, True):
-            found = sampling_memory.budget(model, guidance=guidance)
-            records.append(plan_page.sampling_record(args.config, topology, guidance, found))
+            budget = sampling_memory.budget(model, guidance=guidance)
+            record = sampling_memory.record(budget, topology)
+            records.append({"config": args.config, "guidance": guidance, **record})
             if not args.json:
-                print(plan_page.sampling_table(records[-1]), flush=True)
+                print(plan.sampling_table(records[-1]), flush=True)
     if args.json:
         _print_json(records, always_list=True)
     return 0 if all(record["candidates"] for record in records) else 1
+
+
+def _update_ledger(file: str, *, is_quick: bool) -> int:
+    """Compiles the plans that the page's ledger lacks; 1 if some stay missing."""
+    from dalle_jax.pages import ledger
+    from dalle_jax.planning import shipped
+
+    page, cases = pathlib.Path(file), shipped.CASES
+    records: shipped.Records = {}
+    for records in shipped.update(str(page.with_suffix(".json")), cases, is_quick=is_quick):
+        part = page.with_name(page.name + ".part")
+        part.write_text(ledger.page(records, cases))
+        part.replace(page)
+    return int(bool(shipped.missing(records, cases, is_quick=is_quick)))
 
 
 def _mesh(text: str) -> tuple[int, int, int]:
@@ -209,7 +229,7 @@ def _mesh(text: str) -> tuple[int, int, int]:
 
 
 def _topologies(args: argparse.Namespace):
-    """The topologies of --topology, one after the other; nothing compiles before all are known."""
+    """The topologies of --topology; nothing compiles before all of them exist."""
     from dalle_jax.planning import topology
 
     for name in args.topology:
@@ -218,15 +238,15 @@ def _topologies(args: argparse.Namespace):
 
 
 def _config(args: argparse.Namespace, attention: str = ""):
-    """The config with --batch, --mesh and --remat in it, unless a search varies them."""
+    """The config with --batch, --mesh and --remat, unless a search varies them."""
     from dalle_jax import axes, config, tasks
     from dalle_jax.planning import search
     from dalle_jax.types import UsageError
 
-    found = _flags.load_config(args)
-    if found.task not in tasks.TASKS:
+    loaded = _flags.load_config(args)
+    if loaded.task not in tasks.TASKS:  # a search would skip it as a config that does not fit
         raise UsageError(
-            f"task {found.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
+            f"task {loaded.task!r} is unknown; config.task is one of {', '.join(tasks.TASKS)}."
         )
     changes = {"model.attention_impl": attention} if attention else {}
     if args.batch and not args.search:
@@ -234,17 +254,20 @@ def _config(args: argparse.Namespace, attention: str = ""):
     if args.mesh and not args.search:
         changes |= {f"mesh.{n}": size for n, size in zip(axes.MESH_AXES, args.mesh[0], strict=True)}
     if args.remat and not args.search:
-        changes |= search.remat_override(found, args.remat[0])
-    return config.override(found, changes)
+        changes |= search.remat_override(loaded, args.remat[0])
+    return config.override(loaded, changes)
 
 
 def _task(config):
     from dalle_jax import tasks
 
-    return tasks.TASKS[config.task].make(config, shapes_only=True)
+    return tasks.make(config, shapes_only=True)
 
 
 def _print_json(records: list[dict], *, always_list: bool = False) -> None:
     import json
 
+    from dalle_jax.planning import plan
+
+    records = plan.rounded(records)
     print(json.dumps(records if always_list or len(records) > 1 else records[0], indent=2))

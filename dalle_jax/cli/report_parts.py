@@ -35,9 +35,9 @@ Fact = tuple[str, str, str]
 
 def gather(demo: pathlib.Path, stages: Iterable[str]) -> dict[str, Any]:
     """Stages' last numbers, evaluation, samples, commands, seconds, events; of these workdirs."""
-    from dalle_jax.engine import metrics
+    from dalle_jax.engine import event_files
 
-    events = {name: metrics.read(str(demo / name)) for name in stages}
+    events = {name: event_files.read(str(demo / name)) for name in stages}
     commands, seconds = demo_files.notes(demo / "logs")
     return {
         "stages": {

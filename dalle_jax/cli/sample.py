@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
 
     from dalle_jax.engine import distributed
     from dalle_jax.pages import gallery, samples
-    from dalle_jax.pipelines.reading import short
+    from dalle_jax.pipelines import reading
 
     command = _prompts.command("sample", add_arguments, args)
     distributed.agree({"the command": command, "prompts": prompts})
@@ -128,7 +128,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     out, results = pathlib.Path(args.out), {}
     folders = _prompts.folders(out, prompts)
     for i in range(jax.process_index(), len(prompts), jax.process_count()):
-        start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {short(prompts[i])}"
+        start, label = time.monotonic(), f"{i + 1}/{len(prompts)} {reading.short(prompts[i])}"
         pictures = sample(prompts[i], label)
         seconds = time.monotonic() - start
         results[i] = samples.write(folders[i], pictures, seconds, command, context)
@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
     for result in results:
         best, count = result["kept"][0], len(result["scores"] or result["kept"])
         score = "" if best["score"] is None else f", best score {best['score']:.3f}"
-        print(f"{best['file']}  {short(result['prompt'])} ({count} sampled{score})")
+        print(f"{best['file']}  {reading.short(result['prompt'])} ({count} sampled{score})")
     print(f"{out / 'index.html'}")
     return 0
 
@@ -159,13 +159,14 @@ def _run(args: argparse.Namespace, prompts: list[str]) -> int:
 def _dalle_sampler(args: argparse.Namespace, prompts: list[str]):
     """((prompt, label) -> Pictures by DALL-E, the `samples.Context` of all)."""
     from dalle_jax.pages import samples
-    from dalle_jax.pipelines import dalle, reading
-    from dalle_jax.pipelines.model import load
-    from dalle_jax.pipelines.pictures import counts, describe, square
+    from dalle_jax.pipelines import dalle, inputs, reading
+    from dalle_jax.pipelines.model import Model
+    from dalle_jax.stages import pretrained
 
     given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
-    model = load(args.pretrained or "", **{k: v for k, v in given.items() if v})
-    model.warn = _prompts.warn
+    folders = pretrained.folders(args.pretrained) if args.pretrained else {}
+    folders |= {name: folder for name, folder in given.items() if folder}
+    model = Model(folders, warn=_prompts.warn)
     ranker, stage = model.ranker, model.dalle  # CLIP first: it is the quicker one to find wrong
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     options |= dict(guidance=args.guidance)
@@ -174,12 +175,12 @@ def _dalle_sampler(args: argparse.Namespace, prompts: list[str]):
     reading.read(stage, prompts, "DALL-E", _prompts.warn)
     if ranker is not None:
         reading.read(ranker, prompts, "CLIP", _prompts.warn)
-    counts(
+    inputs.counts(
         args.candidates, args.keep, dalle.CANDIDATES, dalle.KEEP, ranker is not None, _prompts.warn
     )
     picture, prefix, total = None, None, args.candidates or dalle.CANDIDATES
     if args.image:
-        picture = square(args.image, stage.image_px)
+        picture = inputs.square(args.image, stage.image_px)
         prefix = dalle.encode_rows(stage, args.image, args.keep_rows)
 
     def sample(prompt: str, label: str):
@@ -202,7 +203,7 @@ def _dalle_sampler(args: argparse.Namespace, prompts: list[str]):
         subtitle=f"Seed {args.seed}, temperature {args.temperature}",
         settings=options | {"seed": args.seed, "image": args.image},
         given=picture,
-        stages={"dalle": describe(stage), "clip": ranker and describe(ranker)},
+        stages={"dalle": stage.provenance, "clip": ranker and ranker.provenance},
     )
 
 
@@ -210,17 +211,10 @@ def _unclip_sampler(args: argparse.Namespace, prompts: list[str]):
     """The same for DALL-E 2."""
     from dalle_jax.pages import samples
     from dalle_jax.pipelines import reading, unclip
-    from dalle_jax.pipelines.pictures import describe
-    from dalle_jax.sampling.unclip import check_prior
-    from dalle_jax.stages.unclip import Unclip
 
     model = _unclip.model(args)
     prior = model.choose_prior(args.prior)
-    names = {kind: name for name, kind in Unclip.PRIORS.items()}
-    stages = model.unclip(
-        *([names[prior]] if prior in names else []), upsample=not args.no_upsample
-    )
-    check_prior(stages, prior)
+    stages = model.unclip_with(prior, upsample=not args.no_upsample)
     reading.read(stages.clip, prompts, "CLIP", _prompts.warn)
     model.warn = lambda text: None  # reported above
     total = args.candidates or unclip.CANDIDATES
@@ -240,7 +234,7 @@ def _unclip_sampler(args: argparse.Namespace, prompts: list[str]):
     return sample, samples.Context(
         subtitle=f"unCLIP, prior {prior}, {args.steps} steps, guidance {args.guidance}",
         settings={"prior": prior} | {name: getattr(args, name) for name in names},
-        stages={name: describe(stage) for name, stage in stages.parts.items()},
+        stages={name: stage.provenance for name, stage in stages.parts.items()},
         is_unclip=True,
     )
 

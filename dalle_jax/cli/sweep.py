@@ -1,12 +1,12 @@
-"""Trains one config many times over, on this machine or a cluster, and ranks what came of it.
+"""Trains one config many times, on this machine or a cluster, and ranks the results.
 
   python -m dalle_jax sweep --config=configs/dvae.py:size=smoke --workdir=runs/sweep \\
       --sweep optim.lr=1e-3,3e-3 --sweep seed=0,1
 
-Without --sweep the units are those of the config file's get_hyper(). Each is an ordinary run in
-WORKDIR/XID/WID; the same command goes on where the last one was stopped, and does not repeat what
-is done or has failed (--retry tries that again). WORKDIR/XID gets results.json, index.html and
-best.py, a config file of the best unit. On a cluster WORKDIR lies where every machine sees it.
+Without --sweep, the config file's get_hyper() defines the units. Each unit is an ordinary run in
+WORKDIR/XID/WID. The same command continues a stopped sweep; it does not repeat units that are done
+or have failed (--retry repeats failed ones). WORKDIR/XID gets results.json, index.html and best.py,
+a config file of the best unit. On a cluster, every machine must see WORKDIR.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from dalle_jax.cli import _flags
 
 _METRIC, _MODE = "eval/loss", "min"
 
-SUMMARY = "train a config many times over: locally, on SLURM or GKE; rank the results"
+SUMMARY = "train a config many times, locally, on SLURM or on GKE, and rank the results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     _flags.add_config(parser, required=False)
-    _flags.add_workdir(parser, "folder of sweeps: runs lie in DIR/XID/WID")
+    _flags.add_workdir(parser, "folder of sweeps; the runs are in DIR/XID/WID")
     parser.add_argument(
         "--sweep",
         action="append",
@@ -38,26 +38,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--xid",
         default="",
-        help="name of the sweep (default: that of an equal one, or a new number)",
+        help="name of the sweep (default: the name of an equal sweep, or a new number)",
     )
-    parser.add_argument("--metric", help=f"ranks units (default: {_METRIC}, or what --xid has)")
+    parser.add_argument(
+        "--metric", help=f"metric that ranks units (default: {_METRIC}, or that of --xid)"
+    )
     parser.add_argument(
         "--mode", choices=("min", "max"), help=f"which is better (default: {_MODE})"
     )
     parser.add_argument("--runner", choices=("local", "slurm", "gke"), default="local")
     parser.add_argument(
-        "--jobs", type=int, default=0, help="runs at a time (default: local one per GPU or core)"
+        "--jobs", type=int, default=0, help="simultaneous runs (default: local one per GPU or core)"
     )
     parser.add_argument("--retry", action="store_true", help="run failed units again")
     parser.add_argument(
         "--dry_run",
         action="store_true",
-        help="print commands or script; write and run nothing, ask no bucket what it holds",
+        help="print commands or script; write nothing, run nothing, read no bucket",
     )
     parser.add_argument(
-        "--table", action="store_true", help="write the results of what is there; run nothing"
+        "--table", action="store_true", help="write the results so far; run nothing"
     )
-    parser.add_argument("--unit", type=int, metavar="WID", help="run one unit of --xid, here")
+    parser.add_argument(
+        "--unit", type=int, metavar="WID", help="run one unit of --xid in this process"
+    )
     cluster = parser.add_argument_group("clusters")
     cluster.add_argument(
         "--sbatch",
@@ -81,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from dalle_jax.types import UsageError
 
     if args.jobs < 0:
-        raise UsageError(f"--jobs={args.jobs}; expected 1 or more, or 0 for as many as fit.")
-    # A dry run works without a network: what a bucket holds is not asked.
+        raise UsageError(f"--jobs={args.jobs}; expected 1 or more, or 0 for one per GPU or core.")
+    # A dry run works without a network: it does not read a bucket.
     is_blind = bool(args.dry_run and args.config and "://" in args.workdir)
     sweep = _sweep(args, is_blind)
     if args.unit is not None:
@@ -96,18 +100,31 @@ def run(args: argparse.Namespace) -> int:
     sweep.save()
     code = 0
     if wids:
-        run_it = {"local": _run_here, "slurm": _submit, "gke": _submit}[args.runner]
-        code = run_it(args, sweep, wids)
-    found = results.write(sweep)
-    print(f"\n{results.table(found)}\n\n{sweep.folder}/{results.PAGE}")
-    if missing := results.missing_metric(found):
+        runner = {"local": _run_here, "slurm": _submit, "gke": _submit}[args.runner]
+        code = runner(args, sweep, wids)
+    ranked, page = _write(sweep)
+    print(f"\n{results.table(ranked)}\n\n{page}")
+    if missing := results.missing_metric(ranked):
         raise UsageError(f"--metric={sweep.metric}: {missing}")
-    failed = any(row["state"] == units.FAILED for row in found["units"])
+    failed = any(row["state"] == units.FAILED for row in ranked["units"])
     return code or int(failed and args.runner == "local")
 
 
+def _write(record) -> tuple[dict, str]:
+    """Writes results and page of a sweep; returns the results and the page's file."""
+    from etils import epath
+
+    from dalle_jax.pages import sweep
+    from dalle_jax.sweeps import results
+
+    ranked = results.write(record)
+    file = epath.Path(record.folder) / sweep.PAGE
+    file.write_text(sweep.page(ranked, results.curves(ranked, sweep.MAX_CURVES)).html())
+    return ranked, str(file)
+
+
 def _sweep(args, is_blind: bool):
-    """The sweep that the flags name: by its definition, or by --xid alone."""
+    """The sweep that the flags define, or that --xid names."""
     import dataclasses
 
     from etils import epath
@@ -117,10 +134,10 @@ def _sweep(args, is_blind: bool):
     from dalle_jax.types import UsageError
 
     if args.config:
-        found = units.from_text(args.sweep) if args.sweep else cfg.load_hyper(args.config)
+        overrides = units.from_text(args.sweep) if args.sweep else cfg.load_hyper(args.config)
         metric, mode = args.metric or _METRIC, args.mode or _MODE
-        defined = (args.workdir, args.config, args.overrides, found, metric, mode, args.xid)
-        return units.define(*defined, is_blind=is_blind)
+        definition = (args.workdir, args.config, args.overrides, overrides, metric, mode, args.xid)
+        return units.define(*definition, is_blind=is_blind)
     if not args.xid:
         raise UsageError("the sweep is not named: give --config=FILE, or the --xid of an old one.")
     if args.sweep or args.overrides:
@@ -131,7 +148,7 @@ def _sweep(args, is_blind: bool):
 
 
 def _run_unit(sweep, wid: int) -> int:
-    """Trains one unit in this process and records how it ended."""
+    """Trains one unit in this process and records its exit code."""
     from dalle_jax.cli import train
     from dalle_jax.sweeps import units
     from dalle_jax.types import UsageError
@@ -160,7 +177,7 @@ def _run_unit(sweep, wid: int) -> int:
 
 @contextlib.contextmanager
 def _only_one(workdir: str):
-    """Holds the unit: two processes in one workdir would overwrite each other's checkpoints."""
+    """Locks the unit: two processes in one workdir would overwrite each other's checkpoints."""
     from dalle_jax.types import UsageError
 
     if "://" in workdir:  # a bucket has no locks
@@ -181,18 +198,18 @@ def _only_one(workdir: str):
 
 
 def _run_here(args, sweep, wids: list[int]) -> int:
-    from dalle_jax.sweeps import local, results
+    from dalle_jax.sweeps import local
     from dalle_jax.types import UsageError
 
     if "://" in sweep.folder:
         raise UsageError(f"--runner=local writes its logs to --workdir={args.workdir}: use a disk.")
-    places = local.shares(args.jobs, *local.hardware())
+    shares = local.shares(args.jobs, *local.hardware())[: len(wids)]
     print(
         f"sweep {sweep.folder}: {len(wids)} of {len(sweep.units)} units to run, "
-        f"{min(len(places), len(wids))} at a time"
+        f"{len(shares)} at a time"
     )
     try:
-        local.run(sweep, wids, places[: len(wids)], lambda: results.write(sweep))
+        local.run(sweep, wids, shares, lambda: _write(sweep))
     except local.Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
@@ -200,28 +217,28 @@ def _run_here(args, sweep, wids: list[int]) -> int:
 
 
 def _submit(args, sweep, wids: list[int]) -> int:
-    """Writes the script into the sweep's folder and hands it to the cluster."""
+    """Writes the script into the sweep's folder and submits it to the cluster."""
     from etils import epath
 
     from dalle_jax.types import UsageError
 
-    program, name, before = {
+    program, name, command = {
         "slurm": ("sbatch", "sweep.sbatch", ["sbatch"]),
         "gke": ("kubectl", "sweep.yaml", ["kubectl", "apply", "-f"]),
     }[args.runner]
     text = _script(args, sweep, wids)
     if not shutil.which(program):
         raise UsageError(
-            f"--runner={args.runner} needs {program}, which is not on PATH; run this where it is, "
+            f"--runner={args.runner} needs {program}, which is not on PATH; install it, "
             "or print the script with --dry_run."
         )
     (epath.Path(sweep.folder) / name).write_text(text)
-    given = text if "://" in sweep.folder else None  # neither program reads from a bucket
-    where = [f"{sweep.folder}/{name}"] if given is None else ["-"] * (program == "kubectl")
-    done = subprocess.run([*before, *where], input=given, text=True)
+    stdin = text if "://" in sweep.folder else None  # neither program reads from a bucket
+    file = [f"{sweep.folder}/{name}"] if stdin is None else ["-"] * (program == "kubectl")
+    done = subprocess.run([*command, *file], input=stdin, text=True)
     if done.returncode == 0:
         print(
-            f"{len(wids)} units submitted; their results so far: python -m dalle_jax sweep "
+            f"{len(wids)} units submitted; results so far: python -m dalle_jax sweep "
             f"--workdir={args.workdir} --xid={sweep.xid} --table"
         )
     return int(done.returncode != 0)
@@ -233,8 +250,7 @@ def _dry_run(args, sweep, wids: list[int]) -> int:
         return 0
     from dalle_jax.sweeps import local
 
-    places = local.shares(args.jobs, *local.hardware())
-    for cores, gpus in places[: len(wids)]:
+    for cores, gpus in local.shares(args.jobs, *local.hardware())[: len(wids)]:
         print(f"# cores {cores}" + (f", GPUs {gpus}" if gpus else ""))
     for wid in wids:
         print(sweep.command(wid))

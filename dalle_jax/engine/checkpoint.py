@@ -1,15 +1,15 @@
-"""Workdirs: what a run leaves on disk, and how the next stage reads it.
+"""The files of a run: its config and checkpoints, or the weights of an exported stage.
 
-    config.json                                  the config that made the weights; travels with them
+    config.json                                  the config that the weights were trained with
     checkpoints/<step>/{params,ema,extra,opt,meta}   one orbax item each, committed by one rename
 
-`meta` tells the step, the versions and the mesh that wrote the checkpoint; any mesh can read it.
-With several processes all of them write, read, and decide together what to read.
+`meta` holds the step, the versions and the mesh that wrote the checkpoint; any mesh can read it.
+With several processes, all of them write, read, and decide together which checkpoint to read.
 
-A sampler reads `ema` (or `params`) and `extra` and never touches the optimiser. An exported stage
-is a folder with `config.json`, `params.safetensors` and, for tasks with text, `tokenizer.model`;
-`load_variables` reads both kinds. Nothing here is a pickle: loading a file runs no code of its
-author's.
+A sampler reads `ema` (or `params`) and `extra` and never reads the optimiser's state. An exported
+stage is a folder with `config.json`, `params.safetensors` and, for tasks with text,
+`tokenizer.model`; `load_variables` reads both kinds of folder. No file is a pickle: loading one
+runs no code from it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from dalle_jax.engine import distributed, safetensors, sharding
 from dalle_jax.engine.train_state import TrainState
 from dalle_jax.types import UsageError
 
-# Orbax reports every save and every absent optional file; what a user should read is said here.
+# Orbax logs every save and every absent optional file; users get the messages of this module.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 logger = logging.getLogger(__name__)
@@ -41,10 +41,10 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 WEIGHTS = "params.safetensors"
 TOKENIZER = "tokenizer.model"
-CODEC = "codec.fingerprint"  # of the frozen codec that a run was trained with
-CLIP = "clip.fingerprint"  # of the frozen CLIP
-ORIGIN = "origin.fingerprint"  # of the run that a CLIP was exported from
-PCA = "pca.npz"  # of the CLIP's embeddings, where a run needs one
+CODEC = "codec.fingerprint"  # fingerprint of the frozen codec that a run was trained with
+CLIP = "clip.fingerprint"  # fingerprint of the frozen CLIP
+ORIGIN = "origin.fingerprint"  # fingerprint of the run that a CLIP was exported from
+PCA = "pca.npz"  # PCA of the CLIP's embeddings, where a run needs one
 
 
 def absolute(folder: str) -> epath.Path:
@@ -58,7 +58,7 @@ class Variables:
     """A network's variables on the host.
 
     Attributes:
-      params: nested dict of numpy arrays; the EMA weights when the run kept an EMA.
+      params: nested dict of numpy arrays; the EMA weights where the run has them.
       extra: the task's non-trained variables (a codebook, counters), nested dict, or None.
       step: training step of the checkpoint.
     """
@@ -72,10 +72,10 @@ class Checkpointer:
     """Asynchronous checkpoints of one run: atomic, pruned, restorable on any mesh.
 
     Args:
-      workdir: the run's folder; made if absent.
-      config: the run's config; `train.keep_last` newest checkpoints stay, and those whose step is
-        a multiple of `train.keep_every_steps` stay for ever (0 = none).
-      meta: what each checkpoint shall remember beside the arrays, as JSON: `claim.describe`.
+      workdir: the run's folder; created if absent.
+      config: the run's config. The `train.keep_last` newest checkpoints are preserved, and all
+        whose step is a multiple of `train.keep_every_steps` (0 = none).
+      meta: what each checkpoint stores beside the arrays, as JSON; see `workdir.describe`.
     """
 
     def __init__(self, workdir: str, config: cfg.ConfigDict, meta: Mapping[str, Any] | None = None):
@@ -87,12 +87,13 @@ class Checkpointer:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        train = self._config.train
+        train, policies = self._config.train, ocp.checkpoint_managers
+        preserved = [policies.LatestN(max(1, train.keep_last))]
+        if train.keep_every_steps:
+            preserved.append(policies.EveryNSteps(train.keep_every_steps))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=max(1, train.keep_last),
-            keep_period=train.keep_every_steps or None,
-            # What a killed save leaves behind is never restored, but it fills the disk: orbax
-            # keeps it unless told otherwise.
+            preservation_policy=policies.AnyPreservationPolicy(preserved),
+            # Orbax never restores the folder of a killed save, but by default leaves it on disk.
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -101,8 +102,8 @@ class Checkpointer:
     def save(self, step: int, state: TrainState, *, wait: bool = False) -> None:
         """Starts writing `state` as the checkpoint of `step`; returns before it is on disk.
 
-        The arrays are copied off the device first, so the caller may donate them. A kill at any
-        time leaves the previous checkpoint as the newest. Saving a step twice is a no-op.
+        The arrays are copied off the device first, so the caller may donate them. After a kill at
+        any time, the previous checkpoint is the newest. Saving a step twice is a no-op.
 
         Args:
           step: number of finished training steps.
@@ -123,10 +124,10 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def latest_meta(self) -> dict[str, Any]:
-        """What the newest checkpoint remembers beside its arrays: step, versions and `meta`.
+        """Step, versions and `meta` of the newest checkpoint.
 
         Returns:
-          {} without a checkpoint, or if its meta is damaged: `restore` finds that out.
+          {} without a checkpoint, or if the meta is damaged; `restore` reports damage.
         """
         try:
             reader = ocp.JsonCheckpointHandler()
@@ -136,14 +137,14 @@ class Checkpointer:
             return {}
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, int]:
-        """The newest readable checkpoint, placed where `abstract_state` says.
+        """The newest readable checkpoint and its step, with the shardings of `abstract_state`.
 
-        A checkpoint that cannot be read is moved to `damaged/` and the one before it is taken,
-        with a warning: a truncated file costs `save_every_steps` steps and not the run. If one
-        process cannot read its part, all of them fall back.
+        A checkpoint that cannot be read is moved to `damaged/`, and the one before it is read, with
+        a warning: a truncated file costs `save_every_steps` steps and not the run. If one process
+        cannot read its part, all of them fall back.
 
         Args:
-          abstract_state: ShapeDtypeStructs with shardings; any mesh, not only the one that saved.
+          abstract_state: ShapeDtypeStructs with shardings, on any mesh.
 
         Raises:
           UsageError: if no checkpoint can be read.
@@ -151,18 +152,18 @@ class Checkpointer:
         steps = sorted(self._manager.all_steps(), reverse=True)
         problem = None
         for position, step in enumerate(steps):
-            state = mine = None
+            state = own_problem = None
             try:
                 state = self._read(step, abstract_state)
             except Exception as error:  # orbax and tensorstore raise many kinds for a bad file
                 if _is_not_damage(error):
                     raise
-                problem = mine = error
+                problem = own_problem = error
             if not distributed.all_true(state is not None):
                 logger.warning(
                     "checkpoint of step %d is damaged (%s); falling back to %s.",
                     step,
-                    _first_line(mine) if mine else "for another process",
+                    _first_line(own_problem) if own_problem else "for another process",
                     f"step {steps[position + 1]}" if position + 1 < len(steps) else "nothing",
                 )
                 continue
@@ -176,10 +177,10 @@ class Checkpointer:
         ) from problem
 
     def _read(self, step: int, abstract_state: TrainState) -> TrainState:
-        # Not by the manager, which waits for all processes at the end: those that can read their
+        # Not with the manager, which waits for all processes at the end: those that can read their
         # part would wait for one that cannot.
         items, reader = _items(abstract_state), ocp.StandardCheckpointHandler()
-        got = {
+        trees = {
             name: reader.restore(self._dir / str(step) / name, args=ocp.args.StandardRestore(tree))
             for name, tree in items.items()
         }
@@ -188,10 +189,10 @@ class Checkpointer:
         number = sharding.place(np.asarray(step, scalar.dtype), scalar.sharding)
         return TrainState(
             step=number,
-            params=got["params"],
-            ema=got["ema"] if "ema" in items else abstract_state.ema,
-            extra=got["extra"] if "extra" in items else abstract_state.extra,
-            opt_state=got["opt"] if "opt" in items else abstract_state.opt_state,
+            params=trees["params"],
+            ema=trees["ema"] if "ema" in items else abstract_state.ema,
+            extra=trees["extra"] if "extra" in items else abstract_state.extra,
+            opt_state=trees["opt"] if "opt" in items else abstract_state.opt_state,
         )
 
     def _set_aside(self, steps: list[int]) -> None:
@@ -208,7 +209,7 @@ class Checkpointer:
         self._manager = self._open()
 
     def close(self) -> None:
-        """Waits for the save in flight and releases the threads."""
+        """Waits for a save in progress and releases the threads."""
         self._manager.wait_until_finished()
         self._manager.close()
 
@@ -222,7 +223,7 @@ def steps(workdir: str) -> list[int]:
 
 
 def save_config(workdir: str, config: cfg.ConfigDict) -> None:
-    """Writes `config.json` by a rename, so that a reader never sees half of it."""
+    """Writes `config.json` by a rename, so that a reader never sees a part of it."""
     folder = absolute(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / (CONFIG + ".part")
@@ -253,11 +254,12 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
 
     Args:
       workdir: a training workdir or an exported folder.
-      step: which checkpoint; None = the newest readable one. An exported folder has only one.
+      step: the step of the checkpoint; None = the newest readable one. An exported folder has
+        only one.
 
     Returns:
-      Variables with the EMA weights where the run kept an EMA. Exported half-precision weights
-      come back as float32.
+      Variables with the EMA weights where the run has them. Exported half-precision weights
+      become float32.
 
     Raises:
       UsageError: if there is no such checkpoint.
@@ -293,21 +295,21 @@ def load_variables(workdir: str, step: int | None = None) -> Variables:
 
 
 def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]:
-    """Writes a small folder to ship: config, weights as safetensors, tokenizer, PCA, CLIP's digits.
+    """Writes a small folder: config, weights as safetensors, tokenizer, PCA, fingerprints.
 
-    The config keeps no path of this machine: of `data.data_dir` and `init_from` the last name, of
-    `stages` nothing (an exported DALL-E finds its codec in the folder `dvae` beside it).
+    The exported config has no path of this machine: `data.data_dir` and `init_from` keep their last
+    name, `stages` is empty (an exported DALL-E reads its codec from the folder `dvae` beside it).
 
     Args:
-      workdir: what to export; the EMA weights when there are any.
-      out_dir: made if absent; files in it are replaced.
-      dtype: storage of floating arrays, one of float16, bfloat16, float32. Integers stay.
+      workdir: the run to export, with its EMA weights where it has them.
+      out_dir: the new folder; created if absent, files in it are replaced.
+      dtype: storage of floating arrays: float16, bfloat16 or float32. Integers are unchanged.
 
     Returns:
       {"step", "parameters" (count), "bytes" (of the weights file)}.
 
     Raises:
-      UsageError: for an unknown dtype, or float16 and a weight that does not fit into it.
+      UsageError: for an unknown dtype, or a weight that float16 cannot represent.
     """
     if dtype not in safetensors.DTYPES:
         raise UsageError(f"dtype {dtype!r} is unknown; use one of {', '.join(safetensors.DTYPES)}.")
@@ -328,13 +330,13 @@ def export(workdir: str, out_dir: str, dtype: str = "float16") -> dict[str, Any]
 
 def _portable(config: cfg.ConfigDict) -> cfg.ConfigDict:
     """The config without paths of the machine that it ran on."""
-    kept = {}
+    changes = {}
     for key, value in cfg.flatten(config).items():
         if key in ("data.data_dir", "init_from"):
-            kept[key] = epath.Path(value).name
+            changes[key] = epath.Path(value).name
         elif key.startswith("stages.") and isinstance(value, str):
-            kept[key] = ""
-    return cfg.override(config, kept)
+            changes[key] = ""
+    return cfg.override(config, changes)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -344,8 +346,8 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 
 def _read_item(path: epath.Path) -> Any:
-    """One item as nested numpy arrays, whatever devices wrote it."""
-    # Not by a Checkpointer: it waits for all processes, of which one may read alone.
+    """One item as nested numpy arrays, from any devices."""
+    # Not with an orbax Checkpointer, which waits for all processes: one may read alone.
     reader = ocp.PyTreeCheckpointHandler()
     tree = reader.metadata(path).tree
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
@@ -361,7 +363,7 @@ def _versions() -> dict[str, str]:
 
 
 def _is_not_damage(error: Exception) -> bool:
-    """Whether the checkpoint may be whole: there was no memory to read it, or no permission."""
+    """Whether the checkpoint may be intact: no memory to read it, or no permission."""
     return isinstance(error, MemoryError | PermissionError) or "RESOURCE_EXHAUSTED" in str(error)
 
 

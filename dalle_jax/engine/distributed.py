@@ -1,18 +1,17 @@
-"""Many processes as one job: how they find each other, agree, and end together.
+"""Several processes as one job: they find each other, agree, and end together.
 
 Each host runs the same command. `job` starts JAX's own runtime (`jax.distributed`), so that all
-devices of all processes are one set, and sees to it that no process is left waiting for one that
-is gone:
+devices of all processes form one set, and ensures that no process waits for one that is gone:
 
-    what happens to one process                 what the others do, and when
-    an exception, a refused input, a hang       end with its text within 2 s (a note in the
+    one process                                 all other processes
+    raises, refuses its input or hangs          print its message and end within 2 s (a note in the
                                                 runtime's key-value store)
-    killed, or its machine lost or frozen       end at the next collective or within
+    is killed, or its machine is lost           end at the next collective or within
                                                 `heartbeat_timeout_s`; the runtime names it
-    it never comes                              end after `timeout_s`
+    never starts                                end after `timeout_s`
 
-Exit codes: 2 if what ended the job was bad input, else 1; the runtime's own end of a process that
-has lost the others is SIGABRT, 134. With one process nothing here does anything.
+Exit codes: 2 if bad input ended the job, else 1. The runtime ends a process that has lost the
+others with SIGABRT, 134. With one process, nothing here has any effect.
 """
 
 import collections
@@ -46,20 +45,20 @@ _POLL_S = 1.0
 _LINGER_S = 3.0
 _DAY_MS = 24 * 3600 * 1000
 _barriers = itertools.count()
-_doing = "its start"
+_activity = "its start"
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """How this process finds the others.
+    """The address of process 0, and this process's number.
 
     Attributes:
-      coordinator: HOST:PORT of process 0, the same text for all; "" = asked of SLURM, TPU
-        metadata, Open MPI or Kubernetes, together with the two numbers below.
+      coordinator: HOST:PORT of process 0, the same text on all processes; "" = ask SLURM, TPU
+        metadata, Open MPI or Kubernetes for it and for the two numbers below.
       process_id: number of this process, 0 to process_count - 1.
-      process_count: how many there are.
-      timeout_s: how long to wait for all of them.
-      heartbeat_timeout_s: silence after which a process counts as dead.
+      process_count: number of processes.
+      timeout_s: seconds to wait for all processes at the start.
+      heartbeat_timeout_s: seconds without a heartbeat after which a process counts as dead.
     """
 
     coordinator: str = ""
@@ -90,19 +89,19 @@ class Start:
 
 @contextlib.contextmanager
 def job(start: Start | None, *, takes_notice: bool = False) -> Iterator[None]:
-    """Runs the body as one process of the job; whatever ends one of them ends all.
+    """Runs the body as one process of the job; if one process ends early, all of them end.
 
-    Must be entered before anything asks JAX for a device.
+    Enter it before anything asks JAX for a device.
 
     Args:
-      start: how to find the others; None = this process is alone.
-      takes_notice: the body asks `stop.Stop` at every step, so SIGTERM is a notice to all
+      start: the address of the others; None = this process is alone.
+      takes_notice: the body asks `interrupt.Stop` at every step, so SIGTERM is a notice to all
         processes to save and end. Otherwise SIGTERM kills, as it does without a job.
 
     Raises:
       UsageError: before anything starts, for a port in use or a cluster that is not found.
-      Whatever the body raises, with one process; with several this process ends here, after
-      telling the others.
+      Exception: whatever the body raises, with one process. With several, this process exits
+        instead, after notifying the others.
     """
     if start is not None:
         _join(start, takes_notice)
@@ -111,8 +110,8 @@ def job(start: Start | None, *, takes_notice: bool = False) -> Iterator[None]:
         return
     if runtime.global_state.client is None:
         raise UsageError(
-            f"this is one of {jax.process_count()} processes of a pod slice, which were not told "
-            "of each other; start all of them with --distributed."
+            f"this is one of {jax.process_count()} processes of a pod slice, which do not know of "
+            "each other; start all of them with --distributed."
         )
     ended = threading.Event()
     listener = threading.Thread(target=_listen, args=(ended,), name="job", daemon=True)
@@ -127,17 +126,17 @@ def job(start: Start | None, *, takes_notice: bool = False) -> Iterator[None]:
         traceback.print_exc()
         is_lost = isinstance(error, jax.errors.JaxRuntimeError)
         hint = " (if a connection was lost: the process whose output just ends has died)"
-        fail(_told(error) + hint * is_lost)
+        fail(_one_line(error) + hint * is_lost)
     finally:
         ended.set()
         listener.join()
 
 
 def fail(text: str, code: int = 1) -> NoReturn:
-    """Ends this process and, where there are others, all of them, with `text` on stderr.
+    """Ends this process and all others of its job, with `text` on stderr.
 
-    Not by an exception: with its peers gone a process would wait for them for minutes at exit.
-    May be called from any thread.
+    Not by an exception: at exit, a process would wait for its lost peers for minutes. Any thread
+    may call it.
     """
     _print(f"error: {me()}: {text}")
     client = runtime.global_state.client
@@ -148,20 +147,20 @@ def fail(text: str, code: int = 1) -> NoReturn:
             if jax.process_index() == 0:
                 time.sleep(_LINGER_S)
         except jax.errors.JaxRuntimeError:  # another was first, or the store is gone
-            code = _tell_of_another(text) or code
+            code = _print_other_note(text) or code
     sys.stdout.flush()
     os._exit(code)
 
 
 def agree(facts: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
-    """Refuses to go on unless all processes hold the same facts; all must call it together.
+    """Refuses to continue unless all processes have the same facts; all must call it together.
 
     Args:
-      facts: name -> anything with a text.
-      ignore: beginnings of names that may differ.
+      facts: name -> a value, compared as text.
+      ignore: prefixes of names that may differ.
 
     Raises:
-      UsageError: the same on every process, naming those that differ, and how.
+      UsageError: the same on every process, with the facts that differ.
     """
     if jax.process_count() == 1:
         return
@@ -175,9 +174,9 @@ def agree(facts: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> None:
         if text != usual:
             a, b = json.loads(usual), json.loads(text)
             differs = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-            told = [f"{k} is {b.get(k)} (process {first}: {a.get(k)})" for k in differs[:5]]
+            texts_of_5 = [f"{k} is {b.get(k)} (process {first}: {a.get(k)})" for k in differs[:5]]
             more = f" and {len(differs) - 5} more" * (len(differs) > 5)
-            lines.append(f"  process {i}: {'; '.join(told)}{more}")
+            lines.append(f"  process {i}: {'; '.join(texts_of_5)}{more}")
     raise UsageError(
         "the processes were not started alike:\n"
         + "\n".join(lines)
@@ -193,36 +192,36 @@ def all_true(value: bool) -> bool:
 
 
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, in their order; every process must bring equally many."""
+    """The rows of all processes in process order; every process must pass equally many."""
     if jax.process_count() == 1:
         return rows
     return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
-def wait_for_all(what: str) -> None:
-    """Returns when every process has come here, however long that takes.
+def wait_for_all(event: str) -> None:
+    """Returns when every process has called this, however long that takes.
 
-    By the key-value store and not by a collective, which gives up after a time on some backends.
+    Through the key-value store: on some backends a collective gives up after a while.
     """
     if jax.process_count() > 1:
-        name = f"dalle_jax/{what}/{next(_barriers)}"
+        name = f"dalle_jax/{event}/{next(_barriers)}"
         runtime.global_state.client.wait_at_barrier(name, _DAY_MS)
 
 
-def doing(what: str) -> None:
-    """Says what this process does now: it is told if another process ends the job."""
-    global _doing
-    _doing = what
+def set_activity(activity: str) -> None:
+    """Sets what this process prints as its activity if another process ends the job."""
+    global _activity
+    _activity = activity
 
 
 def me() -> str:
-    """`process 3 of 8 (host-3)`, also before the others have come."""
+    """`process 3 of 8 (host-3)`, also before the others have started."""
     state = runtime.global_state
     return f"process {state.process_id} of {state.num_processes} ({socket.gethostname()})"
 
 
 def _join(start: Start, takes_notice: bool) -> None:
-    """Connects to the other processes; returns when all have come."""
+    """Connects to the other processes; returns when all have started."""
     address, count, index, local = start.coordinator, start.process_count, start.process_id, None
     if not address:
         address, count, index, local = _detect(start.timeout_s)
@@ -233,7 +232,7 @@ def _join(start: Start, takes_notice: bool) -> None:
         _check_port(_port(address), name)
     # Without the service SIGTERM keeps its usual effect; with it, the runtime catches the signal.
     jax.config.update("jax_enable_preemption_service", takes_notice)
-    # The runtime gives up by SIGABRT and a stack of C++; this says it in words, and sooner.
+    # The runtime gives up with SIGABRT and a C++ stack; the timer gives up earlier, in words.
     timer = threading.Timer(start.timeout_s, _give_up, (name, index, count, address, start))
     timer.daemon = True
     timer.start()
@@ -257,17 +256,17 @@ def _detect(timeout_s: int) -> tuple[str, int, int, list[int] | None]:
         address, count, index, local = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             given, None, None, None, None, timeout_s
         )
-    except Exception as error:  # no answer from a metadata server, a variable that is no number
+    except Exception as error:  # a silent metadata server, a variable that is not a number
         raise UsageError(
             f"--distributed asked this machine for the other processes and failed "
-            f"({_told(error)}); give --coordinator=HOST:PORT --process_id=I --process_count=N."
+            f"({_one_line(error)}); give --coordinator=HOST:PORT --process_id=I --process_count=N."
         ) from error
     if None in (address, count, index):
         raise UsageError(
             "--distributed found neither SLURM (srun), TPU metadata, Open MPI nor Kubernetes; "
             "give --coordinator=HOST:PORT --process_id=I --process_count=N."
         )
-    # JAX takes every SLURM task for the owner of one GPU; one task on a node owns all of them.
+    # JAX assigns one GPU to every SLURM task; a node's only task owns all of its GPUs.
     if "JAX_LOCAL_DEVICE_IDS" in os.environ or os.environ.get("SLURM_STEP_NUM_NODES") == str(count):
         local = None
     return address, count, index, None if local is None else list(local)
@@ -283,7 +282,7 @@ def _port(address: str) -> int:
 
 
 def _check_port(port: int, name: str) -> None:
-    """Refuses a port that another program listens on: gRPC would crash, or share it silently."""
+    """Refuses a port that another program uses: gRPC would crash, or share it silently."""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     both = family == socket.AF_INET6
     try:
@@ -299,8 +298,8 @@ def _check_port(port: int, name: str) -> None:
 def _give_up(name: str, index: int, count: int, address: str, start: Start) -> None:
     """Ends a process that has waited too long for the others."""
     others = (
-        f"each process that did come says so in its own output; of 0 to {count - 1}, those that "
-        "say nothing are missing"
+        f"each process that did start prints this message; of processes 0 to {count - 1}, those "
+        "that print nothing are missing"
     )
     if index > 0:
         host, _, port = address.rpartition(":")
@@ -310,25 +309,25 @@ def _give_up(name: str, index: int, count: int, address: str, start: Start) -> N
             others = f"nothing answers at that address ({error}), so process 0 is missing"
     _print(
         f"error: {name}: waited {start.timeout_s} s at {address} for all {count} processes: "
-        f"{others}. See whether it was started, with this address and count and a number of its "
-        "own, and whether a firewall lies between; --start_timeout_s waits longer."
+        f"{others}. Check that each was started with this address, this count and its own number, "
+        "and that no firewall is in between; --start_timeout_s waits longer."
     )
     os._exit(1)
 
 
 def _listen(ended: threading.Event) -> None:
-    """Ends this process when another one has left a note."""
+    """Ends this process when another one has written a note."""
     while not ended.wait(_POLL_S):
-        if code := _tell_of_another():
+        if code := _print_other_note():
             sys.stdout.flush()
             os._exit(code)
 
 
-def _tell_of_another(mine: str = "") -> int:
+def _print_other_note(printed: str = "") -> int:
     """Prints the note of another process; returns its exit code, 0 without a note.
 
     Args:
-      mine: what this process has said already: all may have come to the same end.
+      printed: the text that this process has already printed; an equal note is not repeated.
     """
     try:
         note = runtime.global_state.client.key_value_try_get(_NOTE)
@@ -337,13 +336,13 @@ def _tell_of_another(mine: str = "") -> int:
     code, index, text = json.loads(note)
     if index == jax.process_index():
         return 0
-    if not mine or not text.endswith(mine):
-        _print(f"error: {me()}, at {_doing}, ends because of {text}")
+    if not printed or not text.endswith(printed):
+        _print(f"error: {me()}, at {_activity}, ends because of {text}")
     return code
 
 
 def _gather(text: str) -> list[str]:
-    """The text of every process, on every process."""
+    """The texts of all processes, on every process."""
     data = np.frombuffer(text.encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(data.size, np.int32))
     padded = np.zeros(int(sizes.max()), np.uint8)
@@ -352,7 +351,7 @@ def _gather(text: str) -> list[str]:
     return [row[:n].tobytes().decode() for row, n in zip(np.asarray(rows), sizes, strict=True)]
 
 
-def _told(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     """An exception in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:300] if text else ''}"

@@ -1,8 +1,8 @@
 """Optimisers, learning-rate schedules and the weight average, from `config.optim`.
 
 An update is: clip by global norm -> direction of the optimiser -> add decoupled weight decay ->
-times -lr. The decay is therefore scaled by the learning rate (as in AdamW as everybody runs it)
-and is the same for every optimiser.
+times -lr. The learning rate therefore scales the decay (as in the common AdamW implementations),
+in the same manner for every optimiser.
 
   adamw      Adam's direction.
   muon       momentum orthogonalised by Newton-Schulz for weight matrices, each layer of a stacked
@@ -10,12 +10,11 @@ and is the same for every optimiser.
              of Adam's and both share one learning rate; Adam for everything else: embeddings,
              output heads, codebooks, positions, convolutions, gains and biases.
   adafactor  factored second moments (memory ~ rows + columns), no first moment; update clipped
-             to RMS 1. `beta1`, `beta2` and the moments' dtypes are not used.
+             to RMS 1. It ignores `beta1`, `beta2` and the moments' dtypes.
 
-`mu_dtype` is that of the first moment (Adam's, muon's momentum), `nu_dtype` that of the second; the
-arithmetic is float32 whatever they are. Adam works on each number by itself, so on folded matrices
-as they are stored; muon and adafactor look at rows and columns, so they are shown the plain
-matrices and their own state is plain.
+`mu_dtype` is the dtype of the first moment (Adam's, muon's momentum), `nu_dtype` of the second; the
+arithmetic is float32 in any case. Adam is elementwise and works on the folded matrices; muon
+and adafactor use rows and columns, so they receive unfolded matrices and their state is unfolded.
 
 Schedules, after a linear warmup over `warmup_steps` from `lr / warmup_steps` to `lr`:
 
@@ -24,9 +23,9 @@ Schedules, after a linear warmup over `warmup_steps` from `lr / warmup_steps` to
                    `decay_steps` (0 = train.steps), constant afterwards.
   plateau_halving  lr halved at 5 fixed milestones, spread so that each stage is half as long as
                    the one before it: at 1/2, 3/4, 7/8, 15/16 and 31/32 of `decay_steps`. The
-                   DALL-E paper halves the lr by hand whenever the training loss plateaus; a run
-                   that must be a function of (config, step) cannot look at its own loss, so this
-                   is the shape of that curve with milestones that the config fixes.
+                   DALL-E paper halves the lr by hand whenever the training loss plateaus. Here
+                   a run is a function of (config, step) and cannot use its own loss, so the
+                   config fixes the milestones of a curve with the same shape.
 """
 
 from collections.abc import Callable
@@ -68,11 +67,11 @@ def make(
 
     Args:
       optim: `config.optim`.
-      boxed_params: abstract params with their logical names (`state.abstract`); unboxed leaves
-        count as nameless.
+      boxed_params: abstract params with their logical names (`train_state.abstract`); unboxed
+        leaves have no names.
       decay_mask: the task's own mask, params -> pytree of bool; None = `default_decay_mask`.
       steps: `train.steps`, the length of a schedule whose `decay_steps` is 0.
-      storage: `sharding.storage` of the params; None = all are stored as they are.
+      storage: `sharding.storage` of the params; None = no matrix is folded.
 
     Raises:
       UsageError: for unknown names or impossible numbers.
@@ -97,19 +96,19 @@ def make(
 
     if optim.nu_dtype != "float32" and optim.beta2 > MAX_NARROW_BETA2:
         raise UsageError(
-            f"optim.nu_dtype={optim.nu_dtype} with beta2={optim.beta2}: a second moment that moves "
-            f"by less than 1 % a step stands still in 8 bits; use beta2 <= {MAX_NARROW_BETA2} or "
-            "nu_dtype=float32."
+            f"optim.nu_dtype={optim.nu_dtype} with beta2={optim.beta2}: a second moment that "
+            "changes by less than 1 % per step is constant in 8 bits; use beta2 <= "
+            f"{MAX_NARROW_BETA2} or nu_dtype=float32."
         )
 
     adam = _adam(optim)
     if optim.name == "adamw":
         direction = adam
     elif optim.name == "muon":
-        direction = _seen_plain(_muon(boxed_params, adam, optim.mu_dtype), storage)
+        direction = _on_unfolded(_muon(boxed_params, adam, optim.mu_dtype), storage)
     else:
         factored = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
-        direction = _seen_plain(factored, storage)
+        direction = _on_unfolded(factored, storage)
     mask = decay_mask(sharding.unbox(boxed_params)) if decay_mask else None
     mask = default_decay_mask(boxed_params) if mask is None else mask
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
@@ -159,7 +158,7 @@ def make_schedule(optim: ConfigDict, steps: int) -> Schedule:
 
 
 def reduce_dtype(optim: ConfigDict) -> Any:
-    """In which dtype devices add up the gradients of layer matrices; None = the compute dtype.
+    """The dtype in which devices sum the gradients of layer matrices; None = the compute dtype.
 
     Raises:
       UsageError: for an unknown name.
@@ -174,7 +173,7 @@ def reduce_dtype(optim: ConfigDict) -> Any:
 
 
 def depends_on_steps(optim: ConfigDict) -> bool:
-    """Whether a longer run would have had another learning rate from the start."""
+    """Whether the learning rate at a step depends on the length of the run."""
     return optim.schedule != "constant" and not optim.decay_steps
 
 
@@ -191,8 +190,8 @@ def default_decay_mask(boxed_params: Params) -> Any:
 def ema_decay(limit: float, step: Array) -> Array:
     """Decay of the weight average at an update: min(limit, (1 + t) / (10 + t)).
 
-    The warmup forgets the initial weights: after 100 updates they weigh 1e-9 of the average,
-    under a constant 0.999 it would be 0.9.
+    The warmup forgets the initial weights: their share of the average is 1e-9 after 100 updates
+    and would be 0.9 with a constant 0.999.
 
     Args:
       limit: `optim.ema_decay`.
@@ -227,8 +226,8 @@ def _adam(optim: ConfigDict) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: store(adam.init(params)), update)
 
 
-def _seen_plain(tx: optax.GradientTransformation, storage: Any) -> optax.GradientTransformation:
-    """`tx` for matrices as they are stored: it sees them plain."""
+def _on_unfolded(tx: optax.GradientTransformation, storage: Any) -> optax.GradientTransformation:
+    """`tx` for stored matrices: `tx` itself receives them unfolded."""
     if storage is None:
         return tx
 

@@ -1,4 +1,4 @@
-"""Batches on their way to the devices: checked against the task, read ahead by one thread."""
+"""Batches for the devices: checked against the task's batch_spec, read ahead by one thread."""
 
 import queue
 import threading
@@ -7,17 +7,38 @@ from typing import Any
 
 import numpy as np
 
+from dalle_jax.engine import sharding
+from dalle_jax.engine.program import Program
 from dalle_jax.engine.task import Task
 from dalle_jax.types import Batch, UsageError
 
 
-def fitting(batch: Batch, task: Task, rows: int) -> Batch:
-    """The arrays that the task asks for, after comparing them with its batch_spec.
+def global_batches(
+    batches: Callable[[int], Batch], program: Program, size: int
+) -> Callable[[int], Batch]:
+    """step -> the global arrays that the task needs, from this process's rows.
+
+    Args:
+      batches: step -> this process's rows of the global batch, as host arrays.
+      program: its task and its mesh.
+      size: number of examples in the global batch.
+    """
+    rows = len(sharding.local_rows(program.mesh, size))
+
+    def read(step: int) -> Batch:
+        batch = check(batches(step), program.task, rows)
+        return sharding.to_global(batch, program.batch_sharding)
+
+    return read
+
+
+def check(batch: Batch, task: Task, rows: int) -> Batch:
+    """The arrays of `task.batch_spec`, after comparing shapes and dtypes.
 
     Args:
       batch: this process's rows of the global batch.
-      task: what asks for them.
-      rows: how many rows those should be.
+      task: the task that will read them.
+      rows: the expected number of rows.
 
     Raises:
       UsageError: where data and task disagree.
@@ -28,11 +49,11 @@ def fitting(batch: Batch, task: Task, rows: int) -> Batch:
                 f"task {task.name} needs {name!r} in its batches; the data gives "
                 f"{', '.join(sorted(batch))}."
             )
-        got, want = np.asarray(batch[name]), (rows, *spec.shape[1:])
-        if got.shape != want or got.dtype != spec.dtype:
+        value, shape = np.asarray(batch[name]), (rows, *spec.shape[1:])
+        if value.shape != shape or value.dtype != spec.dtype:
             raise UsageError(
-                f"task {task.name} expects {name} {want} {spec.dtype}; the data gives "
-                f"{got.shape} {got.dtype}. Compare data.image_px, data.text_len and data.batch "
+                f"task {task.name} expects {name} {shape} {spec.dtype}; the data gives "
+                f"{value.shape} {value.dtype}. Compare data.image_px, data.text_len and data.batch "
                 "of this config with those of the prepared set."
             )
     return {name: batch[name] for name in task.batch_spec}
@@ -54,7 +75,7 @@ class Prefetch:
         return self
 
     def wait(self) -> None:
-        """Returns when the first item has been read; raises what reading it raised."""
+        """Returns when the first item has been read; raises the error that reading it raised."""
         self._arrived.wait()
         if self._error is not None:
             raise self._error

@@ -260,7 +260,7 @@ def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None
       UsageError: with the nearest sizes that can.
     """
     shards = mesh.shape[axes.DATA] * mesh.shape[axes.FSDP]
-    unit = shards * accum_steps
+    unit = shards * max(accum_steps, 1)  # `optim.make` refuses 0
     if size % unit:
         parts = f"{shards} data shards" + (f" x {accum_steps} micro-batches" * (accum_steps > 1))
         lower = size // unit * unit

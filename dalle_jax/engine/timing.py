@@ -20,8 +20,7 @@ import jax
 from etils import epath
 
 from dalle_jax.config import ConfigDict
-from dalle_jax.engine import chips
-from dalle_jax.engine import metrics as metrics_lib
+from dalle_jax.engine import chips, console
 from dalle_jax.engine.task import Task
 from dalle_jax.types import UsageError
 
@@ -165,12 +164,6 @@ class Meter:
         return values
 
 
-def conclude(meter: Meter, writer: metrics_lib.Writer, step: int) -> None:
-    """Says the verdict and writes the run's totals as one event of kind "run"."""
-    writer.scalars(step, "run", meter.totals())
-    metrics_lib.say(meter.verdict())
-
-
 class Profiler:
     """Traces a few steps into `workdir/profile`, on process 0; TensorBoard or Perfetto opens it.
 
@@ -217,9 +210,7 @@ class Profiler:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._is_tracing = False
-        metrics_lib.say(
-            f"profile in {self._dir}: `xprof {self._dir}` or TensorBoard's profile plugin."
-        )
+        console.log(f"profile in {self._dir}: `xprof {self._dir}` or TensorBoard's profile plugin.")
 
 
 def dump_hlo(workdir: str, compiled: Any) -> None:
@@ -233,14 +224,14 @@ def dump_hlo(workdir: str, compiled: Any) -> None:
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
-        metrics_lib.say(
+        console.log(
             f"no HLO dump: the compiler cannot print this program ({str(error).splitlines()[0]})"
         )
         return
     file = epath.Path(workdir) / HLO / "step.txt.gz"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(text.encode(), mtime=0))
-    metrics_lib.say(f"HLO of the training step: {file}")
+    console.log(f"HLO of the training step: {file}")
 
 
 def check(config: ConfigDict) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from dalle_jax import images
 from dalle_jax.engine import meshes
-from dalle_jax.pipelines import reading
-from dalle_jax.pipelines.pictures import Image, Pictures, counts, square
+from dalle_jax.pipelines import inputs, reading
+from dalle_jax.pipelines.inputs import Image
+from dalle_jax.pipelines.pictures import Pictures
 from dalle_jax.sampling import categorical, rerank
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.dalle import DalleStage
@@ -65,7 +66,7 @@ def sample(
     """
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
     check(dalle, **options, warn=warn)
-    candidates, keep = counts(candidates, keep, CANDIDATES, KEEP, ranker is not None, warn)
+    candidates, keep = inputs.counts(candidates, keep, CANDIDATES, KEEP, ranker is not None, warn)
     mesh = meshes.local()
     ranked = rerank.sample_best(
         dalle,
@@ -117,7 +118,7 @@ def encode_rows(dalle: DalleStage, image: Image, keep_rows: int | None = None) -
             f"keep_rows={rows}; this codec has {codec.grid} rows of codes: keep 1 to "
             f"{codec.grid - 1} of them."
         )
-    picture = images.to_float(square(image, codec.image_px))[None]
+    picture = images.to_float(inputs.square(image, codec.image_px))[None]
     return np.asarray(codec.encode(picture)).reshape(1, -1)[:, : rows * codec.grid]
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from dalle_jax import images
 from dalle_jax.diffusion import schedules
 from dalle_jax.engine import checkpoint
-from dalle_jax.pipelines import dalle, unclip
-from dalle_jax.pipelines.pictures import Image, Pictures, fit_mask, square
+from dalle_jax.pipelines import dalle, inputs, unclip
+from dalle_jax.pipelines.inputs import Image
+from dalle_jax.pipelines.pictures import Pictures
 from dalle_jax.sampling import rerank
 from dalle_jax.sampling.unclip import Settings
 from dalle_jax.stages import pretrained
@@ -120,6 +121,17 @@ class Model:
         folders = {k: v for k, v in self.folders.items() if k not in ("dvae", "dalle")}
         stages = Unclip.load(folders | self._stages, roles)
         self._stages |= stages.parts
+        return stages
+
+    def unclip_with(self, prior: str, *roles: str, upsample: bool = True) -> Unclip:
+        """`unclip` with the stage of a prior, one of `sampling.unclip.PRIORS`.
+
+        Raises:
+          UsageError: for an unknown prior, or one that is missing.
+        """
+        names = [name for name, kind in Unclip.PRIORS.items() if kind == prior]
+        stages = self.unclip(*names, *roles, upsample=upsample)
+        unclip.check_prior(stages, prior)
         return stages
 
     def choose_prior(self, name: str | None = None) -> str:
@@ -235,15 +247,14 @@ class Model:
         self, prompt, image_and_mask, common, *, prior=None, upsample=True, **options
     ) -> Pictures:
         prior = self.choose_prior(prior)
-        stage = {kind: name for name, kind in Unclip.PRIORS.items()}.get(prior)
-        roles = [*([stage] if stage else []), *(["inpaint"] if image_and_mask else [])]
-        stages = self.unclip(*roles, upsample=upsample)
+        roles = ("inpaint",) if image_and_mask else ()
+        stages = self.unclip_with(prior, *roles, upsample=upsample)
         settings, rest = _settings(stages, options, guidance=2.0)
         known = None
         if image_and_mask:
             image, mask = image_and_mask
             px = stages.image_px
-            known = (images.to_float(square(image, px)), fit_mask(mask, px))
+            known = (images.to_float(inputs.square(image, px)), inputs.fit_mask(mask, px))
         return unclip.sample(stages, prompt, settings, prior=prior, known=known, **common, **rest)
 
     def _folder(self, name: str) -> str:
@@ -265,7 +276,7 @@ class PictureCodec:
 
     def encode(self, pictures: Sequence[Image]) -> np.ndarray:
         """Codes int32 [B, g, g] of pictures."""
-        array = np.stack([square(picture, self.stage.image_px) for picture in pictures])
+        array = np.stack([inputs.square(picture, self.stage.image_px) for picture in pictures])
         return np.asarray(self.stage.encode(images.to_float(array)))
 
     def decode(self, codes: np.ndarray) -> Pictures:
@@ -300,7 +311,7 @@ class Clip:
 
     def _floats(self, pictures: Sequence[Image]) -> np.ndarray:
         px = self.stage.image_px
-        return images.to_float(np.stack([square(picture, px) for picture in pictures]))
+        return images.to_float(np.stack([inputs.square(picture, px) for picture in pictures]))
 
 
 _FIELDS = tuple(Settings.__dataclass_fields__)

@@ -14,8 +14,9 @@ import numpy as np
 
 from dalle_jax import images
 from dalle_jax.engine import meshes
-from dalle_jax.pipelines import reading
-from dalle_jax.pipelines.pictures import Image, Pictures, counts, square
+from dalle_jax.pipelines import inputs, reading
+from dalle_jax.pipelines.inputs import Image
+from dalle_jax.pipelines.pictures import Pictures
 from dalle_jax.sampling import manipulate, unclip
 from dalle_jax.sampling.unclip import Settings
 from dalle_jax.stages.clip import ClipStage
@@ -60,7 +61,7 @@ def sample(
       UsageError: for a prompt, a prior or a number that cannot be used.
     """
     unclip.check_prior(stages, prior)
-    candidates, keep = counts(candidates, keep, CANDIDATES, KEEP, True, warn)
+    candidates, keep = inputs.counts(candidates, keep, CANDIDATES, KEEP, True, warn)
     ranked = unclip.sample_best(
         stages,
         prior,
@@ -88,6 +89,11 @@ def sample(
     )
 
 
+def check_prior(stages: Unclip, prior: str) -> None:
+    """Raises UsageError for an unknown prior, or one whose stage is missing."""
+    unclip.check_prior(stages, prior)
+
+
 def vary(
     stages: Unclip,
     image: Image,
@@ -113,7 +119,7 @@ def vary(
       Pictures whose score is the CLIP cosine to the picture.
     """
     still, key, mesh = dataclasses.replace(settings, eta=0.0), jax.random.key(seed), meshes.local()
-    picture = images.to_float(square(image, stages.image_px))[None]
+    picture = images.to_float(inputs.square(image, stages.image_px))[None]
     latent = manipulate.invert(stages, picture, still)
     parts, indices = [], np.arange(n)
     if with_reconstruction:
@@ -154,7 +160,7 @@ def interpolate(
     """
     if num < 2:
         raise UsageError(f"num={num}; expected 2 (both ends) or more.")
-    pair = np.stack([square(image, stages.image_px) for image in (first, second)])
+    pair = np.stack([inputs.square(image, stages.image_px) for image in (first, second)])
     ends = manipulate.invert(stages, images.to_float(pair), settings)
     thetas = np.linspace(0, 1, num)
     latent = manipulate.between(stages, ends, thetas, noise, key=jax.random.key(seed))
@@ -200,7 +206,7 @@ def edit(
     ids = reading.read(stages.clip, [to, *([] if from_ is None else [from_])], "CLIP", warn)
     old = None if from_ is None else ids[1]
     manipulate.check_captions(ids[0], old)
-    picture = images.to_float(square(image, stages.image_px))[None]
+    picture = images.to_float(inputs.square(image, stages.image_px))[None]
     latent = manipulate.invert(stages, picture, settings)
     path = manipulate.edit(stages, latent, ids[0], old, thetas)
     same = np.zeros(len(thetas), int)  # the same noise for all
@@ -238,7 +244,7 @@ def reconstruct(
     """
     width = stages.clip.joint_width
     dims = list(dims or sorted({max(1, width // n) for n in (16, 8, 4, 2, 1)}))
-    picture = images.to_float(square(image, stages.image_px))[None]
+    picture = images.to_float(inputs.square(image, stages.image_px))[None]
     latent, cosines = manipulate.truncate(stages, picture, dims, key=jax.random.key(seed))
     same = np.zeros(len(dims), int)  # the same noise for all
     rebuilt = _finish(stages, latent, settings, seed, (same, same), progress)

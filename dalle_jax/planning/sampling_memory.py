@@ -7,12 +7,14 @@ nothing, so its time is bytes over the memory's bandwidth, and candidates share 
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dalle_jax.models.dalle import Dalle
 from dalle_jax.nn import kv_cache
+from dalle_jax.planning.topology import Topology
 
 GIB = 2**30
 
@@ -90,3 +92,29 @@ def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
         read_per_candidate=seen,
         tokens=c.num_image_tokens,
     )
+
+
+def record(budget: Budget, topology: Topology) -> dict[str, Any]:
+    """The budget on one device of a topology, as plain data."""
+    candidates, chip = budget.candidates(topology.capacity), topology.chip
+
+    def floor(count: int) -> float | None:
+        """Seconds per token of `count` candidates; None if unknown."""
+        return budget.seconds_per_token(count, chip.hbm_bytes_per_s) if chip and count else None
+
+    one, many = floor(1), floor(candidates)
+    return {
+        "topology": topology.name,
+        "chip": chip.name if chip else "CPU",
+        "capacity_gib": topology.capacity / GIB,
+        "weights_gib": budget.weights / GIB,
+        "working_copy_gib": budget.working / GIB,
+        "text_cache_mib": budget.text_cache / 2**20,
+        "candidate_mib": budget.per_candidate / 2**20,
+        "candidates": candidates,
+        "tokens": budget.tokens,
+        "floor_ms_per_token_1": one * 1e3 if one else None,
+        "floor_ms_per_token": many * 1e3 if many else None,
+        "floor_s_per_image_1": one * budget.tokens if one else None,
+        "images_per_s_bound": candidates / many / budget.tokens if many else None,
+    }

@@ -1,7 +1,7 @@
-"""Which config fits: the nearest to one that does not, and the best of many.
+"""Searches for a config that fits: the nearest to one that does not, and the best of many.
 
-Both compile (`plan.weigh`). Whether a program fits is known before its code is made, so that
-looking for a neighbour costs less than a plan.
+Both compile (`Plan.compile`). Whether a program fits is known before the compiler makes code, so a
+neighbour costs less time than a plan.
 """
 
 import dataclasses
@@ -12,57 +12,60 @@ from typing import Any
 from dalle_jax import axes
 from dalle_jax import config as cfg
 from dalle_jax.engine.task import Task
-from dalle_jax.planning import plan
 from dalle_jax.planning.plan import Plan
 from dalle_jax.planning.topology import Topology
 from dalle_jax.types import UsageError
 
-# The most that a run with too large a batch is compiled again for its neighbour.
-_TRIES = 5
+# Maximum of compilations when searching for a neighbour that fits.
+MAX_TRIES = 5
 
 Overrides = dict[str, Any]
-Make = Callable[[cfg.ConfigDict], Task]
+MakeTask = Callable[[cfg.ConfigDict], Task]
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A config that was tried.
+    """A config that was compiled.
 
     Attributes:
       changes: config fields that differ from the user's config.
-      plan: what it costs.
+      plan: its cost.
     """
 
     changes: Overrides
     plan: Plan
 
+    def record(self) -> dict[str, Any]:
+        """The candidate as plain data, unrounded."""
+        return {"changes": self.changes, **self.plan.record()}
+
 
 def nearest(
-    config: cfg.ConfigDict, make: Make, topology: Topology, failed: Plan
+    config: cfg.ConfigDict, make_task: MakeTask, topology: Topology, failed: Plan
 ) -> Candidate | None:
-    """The config that fits and differs least; None if none of the tried ones does.
+    """The config that fits and differs least; None if none of the compiled ones fits.
 
     In order: all of the forward pass recomputed; more of the mesh over fsdp; the same batch in more
-    micro-batches (the same update where the loss is a mean over examples); a smaller batch.
-    Its plan is a quick one.
+    micro-batches (the same update where the loss is a mean over examples); a smaller batch. The
+    plan is a quick one.
 
     Args:
-      config: the one that does not fit.
-      make: config -> its task, by shape.
-      topology: where it should run.
-      failed: its plan.
+      config: the config that does not fit.
+      make_task: config -> its task, by shape.
+      topology: the devices.
+      failed: the plan of `config`.
     """
-    for changes in list(_neighbours(config, failed))[:_TRIES]:
+    for changes in list(_neighbours(config, failed))[:MAX_TRIES]:
         changed = cfg.override(config, changes)
-        found = plan.weigh(changed, make(changed), topology, is_quick=True)
-        if found.fits:
-            return Candidate(changes, found)
+        plan = Plan.compile(changed, make_task(changed), topology, is_quick=True)
+        if plan.fits:
+            return Candidate(changes, plan)
     return None
 
 
 def search(
     config: cfg.ConfigDict,
-    make: Make,
+    make_task: MakeTask,
     topology: Topology,
     *,
     meshes: Sequence[tuple[int, int, int]],
@@ -72,8 +75,8 @@ def search(
 ) -> Iterator[Candidate]:
     """Every combination, each as soon as it is compiled.
 
-    Batches are tried from small to large; what is larger than one that does not fit is left out,
-    and so is what the mesh does not divide. Quick plans are compared by their floors.
+    Batches go from small to large; batches larger than one that does not fit are left out, and so
+    are batches that the mesh does not divide. Quick plans are compared by their floors.
     """
     for mesh in meshes:
         for remat in remats or ("",):
@@ -82,21 +85,21 @@ def search(
                 changes |= {"data.batch": batch} | (remat_override(config, remat) if remat else {})
                 changed = cfg.override(config, changes)
                 try:
-                    found = plan.weigh(changed, make(changed), topology, is_quick=is_quick)
+                    plan = Plan.compile(changed, make_task(changed), topology, is_quick=is_quick)
                 except UsageError:
                     continue
-                yield Candidate(changes, found)
-                if not found.fits:
+                yield Candidate(changes, plan)
+                if not plan.fits:
                     break
 
 
 def pareto(tried: Sequence[Candidate]) -> list[Candidate]:
-    """Those that fit and that no other beats in both chip-seconds per sample and memory."""
+    """The fitting candidates that no other beats in both chip-seconds per sample and memory."""
     fitting = [c for c in tried if c.plan.fits]
 
     def cost(candidate: Candidate) -> tuple[float, float]:
-        found = candidate.plan
-        return (found.s_per_sample or found.hardware_tflop_per_sample, found.peak_gib)
+        plan = candidate.plan
+        return (plan.s_per_sample or plan.hardware_tflop_per_sample, plan.peak_gib)
 
     def is_beaten(a: tuple[float, float]) -> bool:
         return any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in map(cost, fitting))
@@ -107,7 +110,7 @@ def pareto(tried: Sequence[Candidate]) -> list[Candidate]:
 def default_meshes(config: cfg.ConfigDict, devices: int) -> list[tuple[int, int, int]]:
     """(data, fsdp, tensor) with all, half and a quarter of the devices along fsdp.
 
-    One way along tensor, and with rules that use it also 2 and 4.
+    Size 1 along tensor; with rules that use tensor also 2 and 4.
     """
     tensors = (1, 2, 4) if config.mesh.rules.startswith("fsdp_tp") else (1,)
     meshes = [
@@ -133,15 +136,15 @@ def default_remats(config: cfg.ConfigDict) -> list[str]:
 
 
 def remat_override(config: cfg.ConfigDict, value: str) -> Overrides:
-    """The override that sets what the model recomputes.
+    """The override that sets the model's recomputation policy.
 
     Raises:
-      UsageError: for a model without that choice.
+      UsageError: for a model without one.
     """
     for name in ("remat", "use_remat"):
         if name in config.model:
             return {f"model.{name}": value}
-    raise UsageError("this config's model has nothing to recompute: it has no model.remat.")
+    raise UsageError("this config's model has no model.remat to override.")
 
 
 def _neighbours(config: cfg.ConfigDict, failed: Plan) -> Iterator[Overrides]:
@@ -153,17 +156,17 @@ def _neighbours(config: cfg.ConfigDict, failed: Plan) -> Iterator[Overrides]:
     if base:
         yield base
     fsdp, devices = failed.mesh[axes.FSDP], failed.devices
-    held = failed.state_gib + failed.frozen_gib + failed.batch_gib
-    # While the state takes more than half, sharding it further is what helps.
-    while held > failed.capacity_gib / 2 and fsdp < devices // failed.mesh[axes.TENSOR]:
+    resident = failed.state_gib + failed.frozen_gib + failed.batch_gib
+    # While the state takes more than half of the memory, sharding it further helps most.
+    while resident > failed.capacity_gib / 2 and fsdp < devices // failed.mesh[axes.TENSOR]:
         fsdp *= 2
         rules = {"mesh.rules": "fsdp"} if config.mesh.rules.startswith("dp") else {}
         yield base | {"mesh.data": -1, "mesh.fsdp": fsdp} | rules
-    if held > failed.capacity_gib:
+    if resident > failed.capacity_gib:
         return  # no batch is small enough
     per_device = failed.batch // (failed.mesh[axes.DATA] * failed.mesh[axes.FSDP])
-    # Memory beyond the state grows with the micro-batch: start where a linear law would fit.
-    room = max(failed.capacity_gib - held, 0.0) / max(failed.peak_gib - held, 1e-9)
+    # Memory beyond the state grows with the micro-batch; start with the linear estimate.
+    room = max(failed.capacity_gib - resident, 0.0) / max(failed.peak_gib - resident, 1e-9)
     fitting = per_device / failed.micro_batches * room
     for parts in (n for n in range(2, per_device + 1) if per_device % n == 0):
         if per_device / parts <= fitting and parts > failed.micro_batches:

@@ -71,7 +71,7 @@ class Run:
             folder=str(folder),
             config=config,
             variables=variables,
-            tokenizer=_read_tokenizer(folder) if _reads_text(config) else None,
+            tokenizer=read_tokenizer(folder) if _reads_text(config) else None,
             fingerprint=fingerprint(hashed, config),
             step=stored.step,
         )
@@ -123,6 +123,11 @@ class Stage:
     def step(self) -> int:
         """Training step of the weights."""
         return self.run.step
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Folder, step and fingerprint, as results record them."""
+        return dict(workdir=self.folder, step=self.step, fingerprint=self.fingerprint)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -288,14 +293,8 @@ def same_shapes(ours: Params, theirs: Params) -> str:
     return different[0] if different else ""
 
 
-def _reads_text(config: cfg.ConfigDict) -> bool:
-    """Whether runs of this config keep a tokenizer: codecs and upsamplers read no captions."""
-    if config.task == "diffusion":
-        return not config.loss.low_res_px
-    return config.task != "autoencode"
-
-
-def _read_tokenizer(folder: str) -> Tokenizer:
+def read_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer of a run; UsageError if it is missing."""
     path = checkpoint.absolute(folder) / checkpoint.TOKENIZER
     if not path.exists():
         raise UsageError(
@@ -303,6 +302,13 @@ def _read_tokenizer(folder: str) -> Tokenizer:
             "run, or train again."
         )
     return Tokenizer(path.read_bytes())
+
+
+def _reads_text(config: cfg.ConfigDict) -> bool:
+    """Whether runs of this config keep a tokenizer: codecs and upsamplers read no captions."""
+    if config.task == "diffusion":
+        return not config.loss.low_res_px
+    return config.task != "autoencode"
 
 
 def _cast(tree: Params, config: cfg.ConfigDict) -> Params:

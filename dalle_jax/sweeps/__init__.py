@@ -1,1 +1,1 @@
-"""Many runs of one config: their work units, how they are started, what came of them."""
+"""Sweeps, many runs of one config: their work units, their runners, their results."""

@@ -1,4 +1,4 @@
-"""Runs work units on this machine, a few at a time, each on cores or GPUs of its own."""
+"""Runs work units on this machine, a few at a time, each on its own cores or GPUs."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from dalle_jax.engine import metrics
+from dalle_jax.engine import console
 from dalle_jax.sweeps import units
 from dalle_jax.sweeps.units import Sweep
 from dalle_jax.types import UsageError
 
-# One thread a process: on two cores, two such runs are faster than two that share both.
+# One thread per process: on two cores, two such runs are faster than two runs that share both.
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 Share = tuple[list[int], list[str]]  # cores, GPUs
@@ -34,10 +34,10 @@ class Stopped(Exception):
 
 
 def shares(jobs: int, cores: list[int], gpus: list[str]) -> list[Share]:
-    """What each of `jobs` runs at a time may use; no core or GPU is in two shares.
+    """The cores and GPUs of each of `jobs` simultaneous runs; no core or GPU is in two shares.
 
     Args:
-      jobs: runs at a time; 0 = one per GPU, or one per core without any.
+      jobs: simultaneous runs; 0 = one per GPU, or one per core without GPUs.
       cores: the cores that this process may use.
       gpus: ids of GPUs.
 
@@ -50,21 +50,21 @@ def shares(jobs: int, cores: list[int], gpus: list[str]) -> list[Share]:
             f"--jobs={jobs}; there are {len(cores)} cores and {len(gpus)} GPUs: use 1 to "
             f"{len(gpus) or len(cores)}."
         )
-    # More jobs than cores is allowed: cores can be shared, and the user asked for it.
+    # More jobs than cores are allowed: then runs share cores.
     return [(cores[i::jobs] or [cores[i % len(cores)]], gpus[i::jobs]) for i in range(jobs)]
 
 
 def environment(share: Share, base: dict[str, str]) -> dict[str, str]:
     """The environment of a run with this share."""
     cores, gpus = share
-    made = dict(base)
+    variables = dict(base)
     if gpus:
-        made["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     else:
-        made["OMP_NUM_THREADS"] = made["OPENBLAS_NUM_THREADS"] = str(len(cores))
+        variables["OMP_NUM_THREADS"] = variables["OPENBLAS_NUM_THREADS"] = str(len(cores))
         if len(cores) == 1:
-            made["XLA_FLAGS"] = f"{base.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip()
-    return made
+            variables["XLA_FLAGS"] = f"{base.get('XLA_FLAGS', '')} {_ONE_THREAD}".strip()
+    return variables
 
 
 def command(sweep: Sweep, wid: int, share: Share) -> list[str]:
@@ -92,20 +92,20 @@ def hardware() -> tuple[list[int], list[str]]:
     return cores, [str(i) for i, _ in enumerate(listed.splitlines())]
 
 
-def run(sweep: Sweep, wids: list[int], places: list[Share], on_change: Callable[[], None]) -> None:
-    """Runs the units, at most one per place at a time.
+def run(sweep: Sweep, wids: list[int], shares: list[Share], on_change: Callable[[], None]) -> None:
+    """Runs the units, at most one per share at a time.
 
     Args:
       sweep: a saved sweep.
       wids: units to run, in order.
-      places: what each of the runs at a time may use.
+      shares: the cores and GPUs of each of the simultaneous runs.
       on_change: called whenever a unit has ended.
 
     Raises:
       Stopped: after SIGINT or SIGTERM, when every run has saved and ended.
     """
     waiting, running = list(wids), {}
-    free = list(places)
+    free = list(shares)
     progress = _Progress(sweep, wids)
     with _signals() as stop:
         try:
@@ -113,8 +113,8 @@ def run(sweep: Sweep, wids: list[int], places: list[Share], on_change: Callable[
                 while waiting and free:
                     wid, share = waiting.pop(0), free.pop(0)
                     running[wid] = (_start(sweep, wid, share), share)
-                    where = f"GPU {','.join(share[1])}" if share[1] else f"cores {share[0]}"
-                    progress.say(f"unit {wid} started on {where}")
+                    devices = f"GPU {','.join(share[1])}" if share[1] else f"cores {share[0]}"
+                    progress.log(f"unit {wid} started on {devices}")
                 for wid, (process, share) in list(running.items()):
                     if process.poll() is None:
                         continue
@@ -122,7 +122,7 @@ def run(sweep: Sweep, wids: list[int], places: list[Share], on_change: Callable[
                     free.append(share)
                     _note_death(sweep, wid, process.returncode)
                     state = units.status(sweep, wid)["state"]
-                    progress.say(f"unit {wid} {state if state != units.STARTED else 'was stopped'}")
+                    progress.log(f"unit {wid} {state if state != units.STARTED else 'was stopped'}")
                     on_change()
                 progress.show(list(running))
                 if stop:
@@ -142,12 +142,12 @@ def _start(sweep: Sweep, wid: int, share: Share) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us: a run gets one SIGTERM, and saves
+            start_new_session=True,  # Ctrl-C reaches this process alone, which sends one SIGTERM
         )
 
 
 def _note_death(sweep: Sweep, wid: int, code: int) -> None:
-    """Records an end that the run could not record itself: a kill, a crash at start."""
+    """Records an end that the run could not record itself: a kill, or a crash at the start."""
     recorded = units.status(sweep, wid).get("exit_code")
     if code < 0:
         name = signal.Signals(-code).name
@@ -163,12 +163,12 @@ def _end(processes: list[subprocess.Popen], stop: list[int], progress: "_Progres
     """Asks the runs to save and end; a second signal kills them."""
     if not processes:
         return
-    progress.say(f"stopping: {len(processes)} runs save first (again: kill them)")
+    progress.log(f"stopping: {len(processes)} runs save first (a second signal kills them)")
     for process in processes:
         process.terminate()
-    asked = len(stop)
+    num_signals = len(stop)
     while any(process.poll() is None for process in processes):
-        if len(stop) > asked:
+        if len(stop) > num_signals:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
@@ -177,55 +177,57 @@ def _end(processes: list[subprocess.Popen], stop: list[int], progress: "_Progres
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """The SIGINTs and SIGTERMs that arrive, as a growing list."""
-    got: list[int] = []
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
-    old = {number: signal.signal(number, lambda n, _: got.append(n)) for number in numbers}
+    old = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
     try:
-        yield got
+        yield received
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
 
 
 class _Progress:
-    """One line that is written over on a terminal, a line every half minute elsewhere."""
+    """Prints progress: one line, overwritten, on a terminal; elsewhere a line every 30 s."""
 
     def __init__(self, sweep: Sweep, wids: list[int]):
         self._sweep, self._wids = sweep, wids
         self._is_terminal = sys.stdout.isatty()
-        self._began = self._told = time.monotonic()
+        self._start = self._shown = time.monotonic()
         self._states = {wid: units.status(sweep, wid) for wid in wids}
         self._steps_before = self._steps()
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def log(self, text: str) -> None:
+        """Prints a line that is not overwritten."""
         clear = "\r\x1b[K" if self._is_terminal else ""
-        print(f"{clear}[{metrics.duration(time.monotonic() - self._began)}] {text}", flush=True)
+        print(
+            f"{clear}[{console.format_duration(time.monotonic() - self._start)}] {text}", flush=True
+        )
 
     def show(self, running: list[int]) -> None:
-        """Units done, steps of those at work, time left."""
+        """Shows finished units, steps of the running ones and the time left."""
         now = time.monotonic()
-        if now - self._told < (1 if self._is_terminal else 30):
+        if now - self._shown < (1 if self._is_terminal else 30):
             return
-        self._told = now
+        self._shown = now
         for wid in self._wids:
             if self._states[wid]["state"] not in (units.DONE, units.FAILED):
                 self._states[wid] = units.status(self._sweep, wid)
         done = sum(s["state"] == units.DONE for s in self._states.values())
-        at_work = ", ".join(
+        steps_of_running = ", ".join(
             f"{wid}: {self._states[wid]['step']}/{self._states[wid]['steps']}" for wid in running
         )
         gained = self._steps() - self._steps_before
         left = sum(
             s["steps"] - s["step"] for s in self._states.values() if s["state"] != units.FAILED
         )
-        eta = metrics.duration(left * (now - self._began) / gained) if gained else "?"
-        text = f"{done}/{len(self._wids)} done · steps of unit {at_work} · ETA {eta}"
+        eta = console.format_duration(left * (now - self._start) / gained) if gained else "?"
+        text = f"{done}/{len(self._wids)} done · steps of unit {steps_of_running} · ETA {eta}"
         if self._is_terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[K{text[:width]}", end="", flush=True)
         else:
-            self.say(text)
+            self.log(text)
 
     def _steps(self) -> int:
         return sum(state["step"] for state in self._states.values())

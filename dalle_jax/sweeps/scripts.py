@@ -1,8 +1,8 @@
 """Renders a sweep for a cluster: a SLURM job array, an indexed Kubernetes job.
 
 Every task of the array runs `python -m dalle_jax sweep --unit=WID`, which reads the definition
-from WORKDIR/XID: the workdir lies where all machines see it, on a shared disk or in a bucket. A
-unit is one process on one machine; a run over many is a launcher's work (launch/README.md).
+from WORKDIR/XID: all machines see the workdir, on a shared disk or in a bucket. A unit is one
+process on one machine; a launcher runs one training over several (launch/README.md).
 """
 
 import math
@@ -27,7 +27,7 @@ def slurm(sweep: Sweep, wids: Sequence[int], jobs: int, options: Sequence[str]) 
     Args:
       sweep: the sweep.
       wids: units that are left to run.
-      jobs: at most so many at a time; 0 = as many as the cluster gives.
+      jobs: maximum of simultaneous tasks; 0 = no limit.
       options: further `#SBATCH` options, e.g. `--partition=gpu`.
 
     Raises:
@@ -44,7 +44,7 @@ def slurm(sweep: Sweep, wids: Sequence[int], jobs: int, options: Sequence[str]) 
         "--ntasks=1",
         f"--output={_quoted(sweep.folder)}/slurm-%a.log",
         "--open-mode=append",
-        # To the batch shell, which `exec` has made the run: it saves and ends with 143.
+        # To the batch shell, which `exec` replaces by the run: it saves and exits with 143.
         f"--signal=B:TERM@{_GRACE_S}",
         *options,
     ]
@@ -63,18 +63,18 @@ def gke(sweep: Sweep, wids: Sequence[int], jobs: int, image: str, accelerator: s
     Args:
       sweep: the sweep.
       wids: units that are left to run.
-      jobs: at most so many at a time; 0 = all.
+      jobs: maximum of simultaneous pods; 0 = no limit.
       image: container image with this package and its configs in the working directory.
       accelerator: `nvidia-h100-80gb:1` (name of GPU and number), `tpu-v5-lite-podslice:2x4` (one
         host: name and topology), or "" for CPUs.
 
     Raises:
-      UsageError: without an image, or for an accelerator that is not understood.
+      UsageError: without an image, or for an accelerator in another form.
     """
     if not image:
         raise UsageError("--runner=gke needs --image=IMAGE, a container image with this package.")
     selector, resources = _accelerator(accelerator)
-    # Completion indices count from 0 and have no gaps; a sweep that goes on may have some.
+    # Completion indices count from 0 without gaps; the units that are left may have gaps.
     script = (
         f"units=({' '.join(map(str, wids))})\n"
         f'exec python {_unit(sweep)} --unit="${{units[$JOB_COMPLETION_INDEX]}}"\n'
@@ -100,7 +100,7 @@ def gke(sweep: Sweep, wids: Sequence[int], jobs: int, image: str, accelerator: s
             "completionMode": "Indexed",
             "completions": len(wids),
             "parallelism": min(jobs or len(wids), len(wids)),
-            # A preempted unit goes on from what it saved; a broken one stops no other.
+            # A preempted unit continues from its checkpoint; a failed one stops no other.
             "backoffLimitPerIndex": 3,
             "maxFailedIndexes": len(wids),
             "template": {"metadata": {"labels": {"sweep": name}}, "spec": pod},
@@ -138,11 +138,9 @@ def _unit(sweep: Sweep) -> str:
 
 
 def _listing(sweep: Sweep, wids: Sequence[int]) -> str:
-    """What the tasks come down to, for a reader."""
+    """The tasks' commands as comments, for a reader."""
     lines = [f"# unit {wid}: {sweep.command(wid)}\n" for wid in wids]
-    return "".join(
-        [*lines, f"# {sweep.folder}/{units.SWEEP} has to be there: submitting writes it.\n"]
-    )
+    return "".join([*lines, f"# {sweep.folder}/{units.SWEEP} must exist: submitting writes it.\n"])
 
 
 def _name(sweep: Sweep) -> str:

@@ -1,13 +1,13 @@
-"""Work units: which runs a sweep is made of, where each lies, and how far it is.
+"""Work units, the runs of a sweep: their configs, folders and progress.
 
     WORKDIR/XID/sweep.json         the definition: config, overrides of all units, metric
     WORKDIR/XID/results.json, index.html, best.py        see `results`
     WORKDIR/XID/WID/               an ordinary workdir of `train`
-    WORKDIR/XID/WID/unit.json      how the unit ended, written by the process that ran it
+    WORKDIR/XID/WID/unit.json      the unit's exit code, written by the process that ran it
 
-XID counts sweeps of one WORKDIR from 1, WID units of one sweep from 1. The same definition finds
-its XID again, so the same command continues. What a unit is doing is read from its folder alone,
-whichever machine works on it.
+XID numbers the sweeps in one WORKDIR from 1, WID the units in one sweep from 1. The same definition
+has the same XID, so the same command continues the sweep. The state of a unit is read from its
+folder alone, on whichever machine it runs.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import metrics
+from dalle_jax.engine import event_files
 from dalle_jax.types import UsageError
 
 SWEEP = "sweep.json"
@@ -36,11 +36,11 @@ class Sweep:
 
     Attributes:
       folder: WORKDIR/XID.
-      config: `FILE[:ARGS]`, as `train` takes it.
-      common: overrides of every unit, dotted keys.
-      units: overrides of each unit; unit WID is units[WID - 1].
-      metric: name of the metric that ranks units, as `eval/loss`.
-      mode: min or max.
+      config: `FILE[:ARGS]`, as in `train`.
+      common: overrides in every unit, dotted keys.
+      units: overrides in each unit; unit WID is units[WID - 1].
+      metric: name of the metric that ranks units, e.g. `eval/loss`.
+      mode: "min" or "max", which of two values is better.
     """
 
     folder: str
@@ -52,7 +52,7 @@ class Sweep:
 
     @property
     def xid(self) -> str:
-        """The sweep's number in its WORKDIR, or the name it was given."""
+        """The sweep's number in its WORKDIR, or its name."""
         return epath.Path(self.folder).name
 
     @property
@@ -65,7 +65,7 @@ class Sweep:
         return str(epath.Path(self.folder) / str(wid))
 
     def overrides(self, wid: int) -> Overrides:
-        """Everything that the unit changes in the config."""
+        """All overrides of the unit's config."""
         return {**self.common, **self.units[wid - 1]}
 
     def load_config(self, wid: int) -> cfg.ConfigDict:
@@ -82,7 +82,7 @@ class Sweep:
         return [f"--config={self.config}", *changes, f"--workdir={self.workdir(wid)}"]
 
     def command(self, wid: int) -> str:
-        """The unit's run as a person would type it."""
+        """The unit's command for a shell."""
         return shlex.join(["python", "-m", "dalle_jax", "train", *self.train_arguments(wid)])
 
     def save(self) -> None:
@@ -93,7 +93,7 @@ class Sweep:
         write_json(folder / SWEEP, values)
 
     def defines(self) -> dict[str, Any]:
-        """What makes two sweeps the same: not the metric, which only reads them."""
+        """The fields in which equal sweeps agree; the metric is none of them, it only ranks."""
         values = dict(config=self.config, common=self.common, units=self.units)
         return json.loads(json.dumps(values))
 
@@ -109,17 +109,17 @@ def define(
     *,
     is_blind: bool = False,
 ) -> Sweep:
-    """The sweep of these runs: the one that WORKDIR already has, or a new one.
+    """The sweep with these runs, which WORKDIR may already hold, or a new one.
 
     Args:
       workdir: folder of all sweeps of a kind.
       config: `FILE[:ARGS]`.
-      common: overrides of every unit.
-      units: overrides of each.
-      metric: what ranks the units.
-      mode: min or max.
-      xid: name of the sweep; "" = that of an equal one, or the next number.
-      is_blind: WORKDIR is taken as empty without a look.
+      common: overrides in every unit.
+      units: overrides in each unit.
+      metric: the metric that ranks the units.
+      mode: "min" or "max".
+      xid: name of the sweep; "" = the name of an equal sweep, or the next number.
+      is_blind: treat WORKDIR as empty without reading it.
 
     Raises:
       UsageError: for no units, two equal units, a unit that the config refuses, or an xid that
@@ -128,10 +128,10 @@ def define(
     if not units:
         raise UsageError("the sweep has no units: get_hyper() returned an empty list.")
     folder = epath.Path(workdir)
-    made = Sweep(str(folder / (xid or "new")), config, common, tuple(units), metric, mode)
+    sweep = Sweep(str(folder / (xid or "new")), config, common, tuple(units), metric, mode)
     seen: dict[str, int] = {}
-    for wid in made.wids:
-        text = cfg.to_json(made.load_config(wid))
+    for wid in sweep.wids:
+        text = cfg.to_json(sweep.load_config(wid))
         if text in seen:
             raise UsageError(
                 f"units {seen[text]} and {wid} are the same run, {units[wid - 1]}; sweep another "
@@ -141,24 +141,24 @@ def define(
     files = () if is_blind else folder.glob(f"*/{SWEEP}")
     known = {path.parent.name: load(str(path.parent)) for path in files}
     if xid:
-        if xid in known and known[xid].defines() != made.defines():
+        if xid in known and known[xid].defines() != sweep.defines():
             raise UsageError(
-                f"{made.folder} holds another sweep ({known[xid].config}, {len(known[xid].units)} "
+                f"{sweep.folder} holds another sweep ({known[xid].config}, {len(known[xid].units)} "
                 "units); choose another --xid, or leave it out."
             )
-        return made
+        return sweep
     for name, other in known.items():
-        if other.defines() == made.defines():
-            return dataclasses.replace(made, folder=str(folder / name))
+        if other.defines() == sweep.defines():
+            return dataclasses.replace(sweep, folder=str(folder / name))
     number = 1 + max((int(name) for name in known if name.isdigit()), default=0)
-    return dataclasses.replace(made, folder=str(folder / str(number)))
+    return dataclasses.replace(sweep, folder=str(folder / str(number)))
 
 
 def load(folder: str) -> Sweep:
-    """The sweep that lies in WORKDIR/XID.
+    """The sweep in the folder WORKDIR/XID.
 
     Raises:
-      UsageError: if none does.
+      UsageError: if there is none.
     """
     file = epath.Path(folder) / SWEEP
     if not file.exists():
@@ -168,9 +168,9 @@ def load(folder: str) -> Sweep:
 
 
 def from_text(texts: list[str]) -> list[Overrides]:
-    """Units from `optim.lr=1e-3,3e-3` texts: every combination of their values.
+    """Units from texts like `optim.lr=1e-3,3e-3`: every combination of their values.
 
-    A value that is a list itself is written as JSON: `model.attention=[["row"],["row","column"]]`.
+    Values that are lists are written as JSON: `model.attention=[["row"],["row","column"]]`.
 
     Raises:
       UsageError: for a text without values.
@@ -192,16 +192,16 @@ def from_text(texts: list[str]) -> list[Overrides]:
 
 
 def status(sweep: Sweep, wid: int) -> dict[str, Any]:
-    """How far a unit is.
+    """The progress of a unit.
 
     Returns:
-      `state` (waiting, started, done or failed), `step` of `steps`, and from unit.json, where it
-      exists, `exit_code`, `seconds` over all attempts and `error`, the last line it said.
+      `state` (waiting, started, done or failed), `step` and `steps`; from unit.json, where it
+      exists, `exit_code`, `seconds` over all attempts and `error`, its last line of output.
     """
     folder = epath.Path(sweep.workdir(wid))
     file = folder / UNIT
     ended = json.loads(file.read_text()) if file.exists() else {}
-    events = metrics.read(str(folder))
+    events = event_files.read(str(folder))
     steps = sweep.load_config(wid).train.steps
     step = events[-1]["step"] if events else 0
     state = ended.get("state", STARTED if events else WAITING)
@@ -209,7 +209,7 @@ def status(sweep: Sweep, wid: int) -> dict[str, Any]:
 
 
 def record(sweep: Sweep, wid: int, exit_code: int, seconds: float, error: str = "") -> None:
-    """Writes how a unit ended: 0 is done, 130 and 143 were asked to stop, all else failed."""
+    """Writes the end of a unit: exit code 0 is done, 130 and 143 are started, others failed."""
     folder = epath.Path(sweep.workdir(wid))
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / UNIT
@@ -226,7 +226,7 @@ def to_run(sweep: Sweep, *, retry: bool) -> list[int]:
 
 
 def write_json(file: epath.Path, values: Any) -> None:
-    """Writes by a rename, so that a reader never sees half of it."""
+    """Writes by a rename, so that a reader never sees a part of it."""
     part = file.with_name(file.name + ".part")
     part.write_text(json.dumps(values, indent=1) + "\n")
     part.replace(file)

@@ -13,10 +13,11 @@ from jax import monitoring
 
 from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
-from dalle_jax.cli import bench, bench_page
+from dalle_jax.cli import bench
 from dalle_jax.data.builders import shapes
 from dalle_jax.models import build, dvae, prior_diffusion, unet_plan
 from dalle_jax.models import clip as clip_model
+from dalle_jax.pages.bench import MARKS
 from dalle_jax.stages import by_shape
 from dalle_jax.stages import prior as prior_stage
 from dalle_jax.types import UsageError
@@ -302,7 +303,7 @@ def test_all_writes_its_table_into_a_page(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(bench, "_start", start)
     page = tmp_path / "page.md"
-    begin, end = bench_page.MARKS[False]
+    begin, end = MARKS[False]
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert __main__.main(["bench", "all", f"--docs={page}"]) == 0
     text = page.read_text()

@@ -8,7 +8,8 @@ import pytest
 
 from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure, peers
-from dalle_jax.cli import bench, bench_page
+from dalle_jax.cli import bench
+from dalle_jax.pages.bench import MARKS
 
 # What a command sets for its own process does not outlive a test.
 pytestmark = pytest.mark.usefixtures("same_environment")
@@ -96,7 +97,7 @@ def test_all_writes_pairs_into_a_page(name, monkeypatch, tmp_path, capsys):
         return 0, json.dumps(result | {"versions": dict.fromkeys(names, "2")})
 
     monkeypatch.setattr(bench, "_start", start)
-    begin, end = bench_page.MARKS[True]
+    begin, end = MARKS[True]
     page = tmp_path / "page.md"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     assert __main__.main(["bench", "all", f"--against={name}", f"--docs={page}"]) == 0

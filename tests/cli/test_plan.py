@@ -8,8 +8,8 @@ import pytest
 
 from dalle_jax import __main__
 from dalle_jax import config as cfg
-from dalle_jax.cli import plan_docs, plan_page
-from dalle_jax.planning import topology
+from dalle_jax.pages import ledger
+from dalle_jax.planning import shipped, topology
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = [
@@ -142,54 +142,27 @@ def test_bad_input_is_exit_code_2_with_the_cure(args, text, capsys):
     assert text in err and "Traceback" not in err
 
 
-def test_the_page_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
-    cases = {"configs/a.py": ("cpu:1", "cpu:2"), "configs/b.py": ("cpu:1",)}
-    monkeypatch.setattr(plan_docs, "CASES", cases)
-    made = []
-
-    def weigh(config, name, is_quick):
-        if name == "cpu:2" and not made.count("again"):
-            raise cfg.UsageError("no compiler here")
-        made.append((config, name))
-        loaded = cfg.override(
-            cfg.load("configs/dalle.py:size=smoke"),
-            {"model.width": 16, "model.num_layers": 1, "data.batch": 2, "stages.from_codes": True},
-        )
-        from dalle_jax import tasks
-        from dalle_jax.planning import plan
-
-        task = tasks.TASKS["dalle"].make(loaded, shapes_only=True)
-        return plan.weigh(loaded, task, topology.get(name), is_quick=is_quick)
-
-    monkeypatch.setattr(plan_docs, "_weigh", weigh)
+def test_the_page_is_written_from_its_ledger(tmp_path, monkeypatch, capsys):
+    small = tmp_path / "small.py"
+    small.write_text(
+        "from dalle_jax import config as cfg\n"
+        "def get_config(arg=None):\n"
+        f"    config = cfg.load('{ROOT}/configs/dalle.py:size=smoke')\n"
+        "    changes = {'model.width': 16, 'model.num_layers': 1, 'data.batch': 2}\n"
+        "    return cfg.override(config, changes | {'stages.from_codes': True})\n"
+    )
+    monkeypatch.setattr(shipped, "CASES", {str(small): ("cpu:1", "h100:1x1")})
     page = tmp_path / "plans.md"
-    assert plan("--docs", str(page), "--quick") == 1
-    assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
-    made.clear()
-    assert plan("--docs", str(page), "--quick") == 1 and not made
-    assert page.read_text().count(" (quick) |") == 2
-    assert plan("--docs", str(page)) == 1  # what was quick is made in full
-    assert made == [("configs/a.py", "cpu:1"), ("configs/b.py", "cpu:1")]
-    assert "| cpu:2 | not compiled yet |" in page.read_text()
-    assert "no compiler here" in capsys.readouterr().err
-    made[:] = ["again"]
-    assert plan("--docs", str(page)) == 0
-    assert made == ["again", ("configs/a.py", "cpu:2")]
-    assert "not compiled yet" not in page.read_text() and "quick" not in page.read_text()
+    assert plan("--docs", str(page), "--quick") == 1  # no compiler for NVIDIA GPUs here
+    assert "h100:1x1: topology 'h100:1x1' needs the compiler" in capsys.readouterr().err
+    text = page.read_text()
+    assert text.count(" (quick) |") == 1 and "| h100:1x1 | not compiled yet |" in text
+    assert list(json.loads((tmp_path / "plans.json").read_text())) == [f"{small} cpu:1"]
 
 
-def test_the_page_has_every_config_on_five_topologies():
-    known = topology.known()
-    # What is no training run by itself: the defaults, and what `bench` times.
-    files = {path.name for path in (ROOT / "configs").glob("*.py")} - {"base.py", "bench.py"}
-    assert {config.split("/")[1].split(":")[0] for config in plan_docs.CASES} == files
-    for config, names in plan_docs.CASES.items():
-        assert len(set(names)) >= 5 and set(names) <= set(known)
-        assert cfg.load(config).task
-
-
-def test_records_are_rounded_at_any_depth():
-    assert plan_page._rounded({"a": [1.23456789, {"b": (2,)}]}) == {"a": [1.23457, {"b": [2]}]}
+def test_the_page_in_docs_is_the_one_of_its_ledger():
+    records = json.loads((ROOT / "docs" / "plans.json").read_text())
+    assert ledger.page(records, shipped.CASES) == (ROOT / "docs" / "plans.md").read_text()
 
 
 # Needs the `plan` extra (libtpu, 484 MB), which the test extra leaves out; half a minute each.

@@ -1,6 +1,7 @@
 """The train command and its entry point: flags, exit codes, the tokenizer that travels along."""
 
 import collections
+import dataclasses
 import os
 import pathlib
 import signal
@@ -9,12 +10,13 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from dalle_jax import __main__, tasks
 from dalle_jax.cli import _flags
 from dalle_jax.data import pipeline, tokenizers
-from dalle_jax.engine import checkpoint
+from dalle_jax.engine import checkpoint, meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "engine"))
@@ -33,7 +35,7 @@ class Pipeline(lt.Batches):
     def __call__(self, step):
         if step == self.kill_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return super().__call__(step)
+        return super().__call__(step) | {"text": np.zeros((16, 1), np.float32)}
 
     def close(self):
         pass
@@ -42,20 +44,25 @@ class Pipeline(lt.Batches):
 @pytest.fixture
 def command(monkeypatch, workdir, tmp_path):
     """Runs `train` on the linear task; extra arguments are appended."""
-    fake = types.ModuleType("linear")
+    module = types.SimpleNamespace()
 
     def make(config, read_tokenizer=None, *, shapes_only=False):
-        fake.tokenizer = read_tokenizer() if config.seed == 7 else None
-        return lt.make_task(keeps=identity_files(fake.tokenizer))
+        """A task that reads text (and keeps its tokenizer) where the seed is 7."""
+        if config.seed != 7:
+            return lt.make_task()
+        module.tokenizer = read_tokenizer()
+        task = lt.make_task(keeps={checkpoint.TOKENIZER: module.tokenizer.model_bytes})
+        text = jax.ShapeDtypeStruct((16, 1), "float32")
+        return dataclasses.replace(task, batch_spec={**task.batch_spec, "text": text})
 
-    fake.make = make
-    monkeypatch.setitem(tasks.TASKS, "linear", fake)
-    made = []
+    module.make = make
+    monkeypatch.setitem(tasks.TASKS, "linear", module)
+    pipelines = []
     one = jax.devices()[:1]  # eight compile ten times as long
     monkeypatch.setattr(jax, "devices", lambda *args: one)
 
     def make_pipeline(data_config, seed, **kwargs):
-        made.append(kwargs)
+        pipelines.append(kwargs)
         return Pipeline(delay=0.01)
 
     monkeypatch.setattr(pipeline, "make", make_pipeline)
@@ -74,7 +81,7 @@ def command(monkeypatch, workdir, tmp_path):
         flags = ["train", f"--config={file}", f"--workdir={workdir}", "--compilation_cache="]
         return __main__.main([*flags, *args])
 
-    run.made, run.fake = made, fake
+    run.pipelines, run.module = pipelines, module
     return run
 
 
@@ -83,10 +90,23 @@ def test_trains_with_typed_overrides_then_is_a_no_op(command, workdir, capsys):
     stored = checkpoint.load_config(str(workdir))
     assert stored.train.steps == 8 and stored.optim.lr == 0.01
     assert checkpoint.steps(str(workdir))[-1] == 8
-    made = [(m["split"], m["training"], m["batch"], m["wanted"]) for m in command.made]
-    assert made == [("train", True, 16, {"x", "y"}), ("validation", False, 16, {"x", "y"})]
+    fields = [(p["split"], p["training"], p["batch"], p["fields"]) for p in command.pipelines]
+    assert fields == [("train", True, 16, {"x", "y"}), ("validation", False, 16, {"x", "y"})]
+    assert all(p["tokenizer"] is None for p in command.pipelines)
     assert command("--config.train.steps=8", "--config.optim.lr=0.01") == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_mesh_is_made_once(command, monkeypatch, capsys):
+    calls, make_mesh = [], meshes.make_mesh
+
+    def count(*args):
+        calls.append(args)
+        return make_mesh(*args)
+
+    monkeypatch.setattr(meshes, "make_mesh", count)
+    assert command("--dry_run") == 0 and len(calls) == 1
+    assert command("--config.train.steps=2") == 0 and len(calls) == 2
 
 
 def test_sigterm_saves_and_exits_with_143(command, workdir, monkeypatch, capsys):
@@ -100,7 +120,7 @@ def test_dry_run_writes_nothing(command, workdir, capsys):
     assert command("--dry_run") == 0
     out = capsys.readouterr().out
     assert "144 parameters" in out and "learning rate (constant)" in out
-    assert not workdir.exists() and command.made == []
+    assert not workdir.exists() and command.pipelines == []
 
 
 def test_the_12b_model_is_looked_at_without_codec_data_or_tokenizer(capsys, monkeypatch):
@@ -127,7 +147,7 @@ def test_the_workdirs_own_tokenizer_is_used_on_resume(command, workdir, monkeypa
 
     monkeypatch.setattr(tokenizers, "find", lost)
     assert command(*text, "--config.train.steps=3") == 0
-    assert command.fake.tokenizer.model_bytes == copied
+    assert command.module.tokenizer.model_bytes == copied
 
 
 def test_a_refused_start_leaves_another_runs_workdir_as_it_was(

@@ -16,7 +16,7 @@ from dalle_jax.__main__ import main  # noqa: E402
 from dalle_jax.cli import _unclip  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
 from dalle_jax.evaluation import shapes  # noqa: E402
-from dalle_jax.pipelines.pictures import fit_mask  # noqa: E402
+from dalle_jax.pipelines import inputs  # noqa: E402
 from dalle_jax.sampling import inversion, unclip  # noqa: E402
 from dalle_jax.stages import pretrained  # noqa: E402
 from dalle_jax.types import UsageError  # noqa: E402
@@ -118,7 +118,7 @@ def test_inpaint_keeps_what_is_known_bit_for_bit(tmp_path, picture, how):
     }[how]
     flags += [f"--prompt={PROMPT}", "--prior=none", "--candidates=2", "--keep=1"]
     assert call("inpaint", f"--image={picture}", *flags, f"--out={out}") == 0
-    known = fit_mask(~anew, 16)[..., 0]
+    known = inputs.fit_mask(~anew, 16)[..., 0]
     given, drawn = (images.read(out / f"{name}.png") for name in ("given", "01"))
     np.testing.assert_array_equal(given[known], drawn[known])
     assert 0.2 < results(out)["results"][0]["drawn_anew"] < 0.6
@@ -275,14 +275,14 @@ def test_bad_input_exits_2_before_anything_is_drawn(
 def test_masks_are_known_where_everything_under_a_pixel_is():
     known = np.ones((20, 24), bool)
     known[3, 5] = False
-    small = fit_mask(known, 10)[..., 0]
+    small = inputs.fit_mask(known, 10)[..., 0]
     assert small.sum() == 99 and not small[1, 1]
-    large = fit_mask(known, 40)[..., 0]
+    large = inputs.fit_mask(known, 40)[..., 0]
     assert (~large).sum() == 4 and not large[6:8, 6:8].any()
     with pytest.raises(UsageError, match="nothing is masked"):
         outside = np.ones((20, 24), bool)
         outside[:, 0] = False  # cut away with the sides
-        fit_mask(outside, 10)
+        inputs.fit_mask(outside, 10)
 
 
 def test_flags_know_every_way():

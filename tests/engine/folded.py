@@ -12,7 +12,8 @@ import numpy as np
 import weights
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import loop, program, sharding, train_state
+from dalle_jax.engine import loop, sharding, train_state
+from dalle_jax.engine.program import Program
 from dalle_jax.tasks import clip, dalle
 
 BATCH, WIDTH, GRID, TEXT = 16, 24, 4, 6
@@ -41,7 +42,7 @@ def task_of(config: cfg.ConfigDict):
     if config.task == "clip":
         return clip.make(config)
     codec = types.SimpleNamespace(grid=GRID, num_codes=32, params=None, fingerprint="")
-    return dalle.build(config, codec)
+    return dalle.assemble(config, codec)
 
 
 def batch_of(task, step: int = 0) -> dict[str, np.ndarray]:
@@ -63,7 +64,8 @@ def train(config: cfg.ConfigDict, steps: int, workdir) -> dict[str, float]:
     def batches(step):
         return batch_of(task, step)
 
-    return loop.train(cfg.override(config, short), task, batches, batches, str(workdir))
+    program = loop.prepare(cfg.override(config, short), task)
+    return loop.train(program, batches, batches, str(workdir))
 
 
 class Run:
@@ -73,51 +75,51 @@ class Run:
         sizes = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
         config = cfg.override(config, sizes)
         devices = jax.devices()[: data * fsdp * tensor]
-        self.config, self.program = config, program.build(config, task_of(config), devices)
+        self.config, self.program = config, Program.build(config, task_of(config), devices)
         self.key = jax.random.key(config.seed)
 
     def init(self) -> train_state.TrainState:
         """Weights of noise, before the first step."""
-        target = self.program.saved.target
-        fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), target)
-        params = weights.noise(target.params)
-        average = None if target.ema is None else params
+        shapes = self.program.folding.unfolded_shapes
+        fresh = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        params = weights.noise(shapes.params)
+        average = None if shapes.ema is None else params
         return self.place(fresh.replace(params=params, ema=average))
 
     def place(self, state: train_state.TrainState) -> train_state.TrainState:
-        """A plain state, of the host or of another mesh, as this mesh stores it."""
-        target = self.program.saved.target
-        placed = sharding.place(sharding.to_host(state), jax.tree.map(lambda x: x.sharding, target))
-        return self.program.saved.back(placed)
+        """An unfolded state, of the host or of another mesh, as this mesh stores it."""
+        folding = self.program.folding
+        shardings = jax.tree.map(lambda x: x.sharding, folding.unfolded_shapes)
+        return folding.fold(sharding.place(sharding.to_host(state), shardings))
 
     def compiled(self) -> str:
         """The text of the training step, compiled for this mesh."""
         return self.program.lower_step().compile().as_text()
 
     def step(self, state: train_state.TrainState):
-        made = self.program
-        return made.lower_step().compile()(state, None, self.batch(), self.placed_key())
+        step = self.program.lower_step().compile()
+        return step(state, None, self.batch(), self.placed_key())
 
     def placed_key(self):
-        return jax.device_put(self.key, self.program.whole)
+        return jax.device_put(self.key, self.program.replicated)
 
     def batch(self):
-        made = self.program
-        return sharding.to_global(batch_of(made.task), made.batch_where)
+        return sharding.to_global(batch_of(self.program.task), self.program.batch_sharding)
 
     def plain(self, params):
         """Parameters or gradients on the host, in the shapes that models see."""
-        target = self.program.saved.target.params
-        return jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), params, target)
+        shapes = self.program.folding.unfolded_shapes.params
+        return jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), params, shapes)
 
     def gradients(self, state: train_state.TrainState):
         """(loss, plain gradients) of the first batch."""
-        made = self.program
+        program = self.program
 
         def loss(params, batch, key):
-            return made.task.loss(params, state.extra, None, batch, key, state.step)[0]
+            return program.task.loss(params, state.extra, None, batch, key, state.step)[0]
 
-        with made.use():
-            run = jax.jit(jax.value_and_grad(loss), out_shardings=(made.whole, made.where.params))
+        with program.use():
+            shardings = (program.replicated, program.shardings.params)
+            run = jax.jit(jax.value_and_grad(loss), out_shardings=shardings)
             value, gradients = run(state.params, self.batch(), self.key)
         return float(value), self.plain(gradients)

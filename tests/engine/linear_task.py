@@ -15,8 +15,8 @@ from flax import linen as nn
 
 from dalle_jax import axes
 from dalle_jax import config as cfg
-from dalle_jax.engine import meshes, sharding
-from dalle_jax.engine import task as task_lib
+from dalle_jax.engine import sharding
+from dalle_jax.engine.task import Output, Task
 
 D_IN, D_OUT = 8, 16
 
@@ -45,7 +45,7 @@ def make_config(**overrides) -> cfg.ConfigDict:
     return cfg.override(c, overrides)
 
 
-def make_task(batch: int = 16, *, noise: float = 0.1, **fields) -> task_lib.Task:
+def make_task(batch: int = 16, *, noise: float = 0.1, **fields) -> Task:
     def init(key):
         kernel = nn.with_logical_partitioning(nn.initializers.normal(0.1), (axes.EMBED, axes.MLP))(
             key, (D_IN, D_OUT), jnp.float32
@@ -61,9 +61,9 @@ def make_task(batch: int = 16, *, noise: float = 0.1, **fields) -> task_lib.Task
         predicted = predicted + noise * jax.random.normal(key, predicted.shape)
         error = jnp.mean((predicted - frozen["scale"] * batch["y"]) ** 2)
         seen = extra["seen"] + len(batch["x"])
-        return error, task_lib.Output({"seen": seen.astype(jnp.float32)}, {"seen": seen})
+        return error, Output({"seen": seen.astype(jnp.float32)}, {"seen": seen})
 
-    return task_lib.Task(
+    return Task(
         name="linear",
         batch_spec={
             "x": jax.ShapeDtypeStruct((batch, D_IN), jnp.float32),
@@ -153,11 +153,11 @@ def main() -> int:
     with distributed.job(start, takes_notice=True):
         config = make_config(**values)
         distributed.agree(workdir.facts(folder, config))
-        mesh = meshes.make_mesh(config.mesh)
+        program = loop.prepare(config, make_task())
         fault = (int(when), FAULTS[kind]) if jax.process_index() == int(who) else (None, None)
-        batches = Part(mesh, fault, delay=delay)
+        batches = Part(program.mesh, fault, delay=delay)
         try:
-            loop.train(config, make_task(), batches, Part(mesh), folder, may_reshard=may_reshard)
+            loop.train(program, batches, Part(program.mesh), folder, may_reshard=may_reshard)
         except loop.Interrupted as stop:
             print(stop, file=sys.stderr, flush=True)
             return 128 + stop.signum

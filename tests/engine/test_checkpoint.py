@@ -13,20 +13,16 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, meshes, optim, sharding, train_state
+from dalle_jax.engine import checkpoint
+from dalle_jax.engine.program import Program
+from dalle_jax.engine.train_state import TrainState
 from dalle_jax.types import UsageError
 
 
 def make_state(devices, config, seed=0):
-    """(abstract target, state) of the linear task on these devices."""
-    mesh = meshes.make_mesh(config.mesh, devices)
-    rules = sharding.rules(config.mesh)
-    task, key = lt.make_task(), jax.random.key(seed)
-    boxed = train_state.abstract(task, key)
-    tx, _ = optim.make(config.optim, boxed[0], None, 10)
-    target, where = train_state.shardings(boxed, tx, has_ema=True, mesh=mesh, rules=rules)
-    init = train_state.make_init(task, tx, has_ema=True)
-    return target, jax.jit(init, out_shardings=where)(key)
+    """(shapes, state) of the linear task on these devices."""
+    program = Program.build(config, lt.make_task(), devices)
+    return program.state_shapes, program.init(jax.random.key(seed))
 
 
 def config_for(devices):
@@ -79,14 +75,19 @@ def test_restores_onto_another_mesh(workdir, old, new):
     assert len(moments) == 2 and all(m.sharding == kernel.sharding for m in moments)
 
 
-def test_pruning_keeps_the_last_and_every_nth(workdir):
-    config = lt.make_config(**{"mesh.data": 1, "train.keep_every_steps": 4})
+@pytest.mark.parametrize(
+    "keep_last, keep_every, steps",
+    [(2, 4, [4, 6, 7]), (2, 0, [6, 7]), (1, 3, [3, 6, 7]), (9, 2, [1, 2, 3, 4, 5, 6, 7])],
+)
+def test_pruning_keeps_the_last_and_every_nth(workdir, keep_last, keep_every, steps):
+    keep = {"train.keep_last": keep_last, "train.keep_every_steps": keep_every}
+    config = lt.make_config(**{"mesh.data": 1, **keep})
     _, state = make_state(jax.devices()[:1], config)
     keeper = checkpoint.Checkpointer(str(workdir), config)
     for step in range(1, 8):
         keeper.save(step, state, wait=True)
     keeper.close()
-    assert checkpoint.steps(str(workdir)) == [4, 6, 7]
+    assert checkpoint.steps(str(workdir)) == steps
 
 
 def test_damaged_newest_falls_back_one_step_and_says_so(workdir, caplog):
@@ -212,7 +213,7 @@ def test_an_exported_config_names_no_path_of_this_machine(workdir, tmp_path):
 
 def test_export_refuses_what_float16_cannot_hold(workdir, tmp_path):
     config = lt.make_config()
-    state = train_state.TrainState(jnp.int32(0), {"w": jnp.full((2,), 1e6)}, None, None, None)
+    state = TrainState(jnp.int32(0), {"w": jnp.full((2,), 1e6)}, None, None, None)
     checkpoint.save_config(str(workdir), config)
     keeper = checkpoint.Checkpointer(str(workdir), config)
     keeper.save(1, state, wait=True)

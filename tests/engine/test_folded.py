@@ -66,10 +66,10 @@ def filled(run):
         rng = np.random.default_rng(list(jax.tree_util.keystr(path).encode()))
         return (rng.normal(size=leaf.shape) * 100).astype(leaf.dtype)
 
-    plain = run.program.saved.target
-    values = jax.tree_util.tree_map_with_path(noise, plain)
-    placed = sharding.place(values, jax.tree.map(lambda x: x.sharding, plain))
-    return values, run.program.saved.back(placed)
+    shapes = run.program.folding.unfolded_shapes
+    values = jax.tree_util.tree_map_with_path(noise, shapes)
+    placed = sharding.place(values, jax.tree.map(lambda x: x.sharding, shapes))
+    return values, run.program.folding.fold(placed)
 
 
 def test_checkpoint_goes_from_mesh_to_mesh_bit_for_bit(root, workdir):
@@ -78,12 +78,12 @@ def test_checkpoint_goes_from_mesh_to_mesh_bit_for_bit(root, workdir):
     for step, (old, new) in enumerate([((1, 8), (1, 1)), ((1, 1), (2, 4)), ((2, 4), (1, 8))], 1):
         before, after = folded.Run(config, *old), folded.Run(config, *new)
         manager = checkpoint.Checkpointer(str(workdir), config)
-        manager.save(step, before.program.saved.of(state), wait=True)
-        state, _ = manager.restore(after.program.saved.target)
+        manager.save(step, before.program.folding.unfold(state), wait=True)
+        state, _ = manager.restore(after.program.folding.unfolded_shapes)
         manager.close()
-        state = after.program.saved.back(state)
-        jax.tree.map(lambda x, t: x.sharding == t or pytest.fail(), state, after.program.where)
-        got = after.program.saved.of(state)
+        state = after.program.folding.fold(state)
+        jax.tree.map(lambda x, t: x.sharding == t or pytest.fail(), state, after.program.shardings)
+        got = after.program.folding.unfold(state)
         for name in ("params", "ema", "opt_state"):
             jax.tree.map(np.testing.assert_array_equal, getattr(got, name), getattr(values, name))
     checkpoint.save_config(str(workdir), config)
@@ -125,7 +125,9 @@ def test_weights_travel_and_activations_do_not(root, task, remat):
         ("all-reduce", "data", wide // 4): 2 * layers,
     }
     # Outside them: weights or their shards, and of the batch no more than an embedding each.
-    sizes = {math.prod(x.shape) for x in jax.tree.leaves(run.program.saved.target.params)}
+    sizes = {
+        math.prod(x.shape) for x in jax.tree.leaves(run.program.folding.unfolded_shapes.params)
+    }
     sizes.add(folded.GRID**2 * folded.WIDTH)  # gradient of all places, then of rows and columns
     for c in moved:
         size = math.prod(c.shape)
@@ -138,11 +140,11 @@ def test_state_of_every_optimiser_lies_with_its_weights(root):
     for name in ("adamw", "muon", "adafactor"):
         sizes = {"optim.name": name, "model.width": 128, "model.num_heads": 2}
         run = folded.Run(folded.config_of(root, "dalle", **sizes), 2, 4)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(run.program.target):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(run.program.state_shapes):
             held = math.prod(leaf.sharding.shard_shape(leaf.shape))
             assert held <= max(leaf.size / 4, 3 * 4 * 128), (jax.tree_util.keystr(path), leaf)
         if name == "adafactor":
-            factors = run.program.target.opt_state[1][0]
+            factors = run.program.state_shapes.opt_state[1][0]
             row = factors.v_row["transformer"]["blocks"]["attn"]["q"]
             column = factors.v_col["transformer"]["blocks"]["attn"]["q"]
             assert row.shape == column.shape == (3, 128)

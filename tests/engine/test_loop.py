@@ -14,7 +14,7 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, loop, metrics
+from dalle_jax.engine import checkpoint, event_files, loop, metric_log
 from dalle_jax.types import UsageError
 
 HERE = pathlib.Path(__file__).parent
@@ -32,7 +32,8 @@ def one_device(monkeypatch):
 def run(workdir, batches=None, task=None, **overrides):
     batches = batches or lt.Batches()
     config = lt.make_config(**overrides)
-    return loop.train(config, task or lt.make_task(), batches, lt.Batches(), str(workdir))
+    program = loop.prepare(config, task or lt.make_task())
+    return loop.train(program, batches, lt.Batches(), str(workdir))
 
 
 def weights(workdir):
@@ -47,7 +48,7 @@ def same(a, b):
 
 def test_training_lowers_the_loss(workdir):
     final = run(workdir, **{"train.steps": 200, "train.log_every_steps": 100})
-    first = next(e for e in metrics.read(workdir) if e["kind"] == "train")
+    first = next(e for e in event_files.read(workdir) if e["kind"] == "train")
     assert final["step"] == 200
     assert final["eval/loss"] < 0.2 * first["loss"]
 
@@ -102,7 +103,7 @@ def test_step_compiles_once(workdir, caplog):
 
 
 def test_nan_stops_the_run_and_is_not_saved(workdir):
-    with pytest.raises(loop.NonFiniteError) as caught:
+    with pytest.raises(metric_log.NonFiniteError) as caught:
         run(workdir, lt.Batches(bad_step=14))
     text = str(caught.value)
     assert "step 15" in text and "ex14-3" in text and "Last good checkpoint: step 12" in text
@@ -144,7 +145,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bits(workdir, tmp_path, com
     run(workdir, **ONE)
     run(tmp_path / "unbroken", **ONE)
     assert same(workdir, tmp_path / "unbroken")
-    steps = [e["step"] for e in metrics.read(workdir) if e["kind"] == "train"]
+    steps = [e["step"] for e in event_files.read(workdir) if e["kind"] == "train"]
     assert steps == sorted(set(steps)) and steps[-1] == 20
 
 
@@ -214,8 +215,8 @@ def test_preview_alarm_and_warm_start(workdir, capsys):
     np.testing.assert_allclose(weights(workdir)["dense/bias"], 7, atol=1e-5)
 
 
-def test_plan_prints_what_would_be_trained():
-    text = loop.plan(lt.make_config(), lt.make_task())
+def test_dry_run_prints_what_would_be_trained():
+    text = loop.dry_run(loop.prepare(lt.make_config(), lt.make_task()))
     assert "144 parameters" in text and "dense/kernel" in text and "(16, 8)" in text
     assert "step       20" in text
 

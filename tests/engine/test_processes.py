@@ -17,10 +17,10 @@ import pytest
 from dalle_jax.engine import (
     checkpoint,
     distributed,
+    event_files,
     interrupt,
     loop,
     meshes,
-    metrics,
     sharding,
     workdir,
 )
@@ -92,9 +92,8 @@ def alone(workdir, devices, monkeypatch, may_reshard=False, **overrides):
         patch.setattr(jax, "devices", lambda *a: real)
         config = lt.make_config(**{**EVERY_STEP, **overrides})
         batches = lt.Batches()
-        return loop.train(
-            config, lt.make_task(), batches, batches, str(workdir), may_reshard=may_reshard
-        )
+        program = loop.prepare(config, lt.make_task())
+        return loop.train(program, batches, batches, str(workdir), may_reshard=may_reshard)
 
 
 EVERY_STEP = {"train.log_every_steps": 1, "train.save_every_steps": 3}
@@ -102,9 +101,9 @@ EVERY_STEP_FLAGS = tuple(f"{k}={v}" for k, v in EVERY_STEP.items())
 
 
 def losses(workdir) -> dict[int, float]:
-    told = [e for e in metrics.read(str(workdir)) if e["kind"] == "train"]
-    assert [e["step"] for e in told] == list(range(1, len(told) + 1))  # each once, in order
-    return {e["step"]: e["loss"] for e in told}
+    events = [e for e in event_files.read(str(workdir)) if e["kind"] == "train"]
+    assert [e["step"] for e in events] == list(range(1, len(events) + 1))  # each once, in order
+    return {e["step"]: e["loss"] for e in events}
 
 
 def test_a_job_goes_on_with_other_processes_and_ends_like_an_unbroken_one(
@@ -285,12 +284,12 @@ def test_one_process_reads_all_rows():
 def test_watchdog_counts_only_its_own_waking_time(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     ends = []
-    with interrupt.Watchdog(0.4, ends.append) as watch:
+    with interrupt.Watchdog(0.4, ends.append) as watchdog:
         for _ in range(8):
-            watch.doing("something short")
+            watchdog.begin("something short")
             time.sleep(0.1)
         assert not ends
-        watch.doing("a long thing")
+        watchdog.begin("a long thing")
         time.sleep(1.0)
     assert len(ends) == 1 and "a long thing has taken" in ends[0]
 

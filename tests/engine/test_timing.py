@@ -10,7 +10,7 @@ import linear_task as lt
 import numpy as np
 import pytest
 
-from dalle_jax.engine import checkpoint, chips, loop, metrics, prefetch, timing
+from dalle_jax.engine import checkpoint, chips, console, event_files, loop, prefetch, timing
 from dalle_jax.types import UsageError
 
 
@@ -22,7 +22,8 @@ def one_device(monkeypatch):
 
 def run(workdir, **overrides):
     config = lt.make_config(**overrides)
-    return loop.train(config, lt.make_task(), lt.Batches(), lt.Batches(), str(workdir))
+    program = loop.prepare(config, lt.make_task())
+    return loop.train(program, lt.Batches(), lt.Batches(), str(workdir))
 
 
 class Clock:
@@ -155,16 +156,16 @@ def test_a_run_tells_what_held_it_back(monkeypatch, workdir, capsys, cause):
         case "input":
             monkeypatch.setattr(prefetch, "Prefetch", InlineFeed)
         case "host":
-            monkeypatch.setattr(metrics, "console_line", slowed(metrics.console_line, 1.0))
+            monkeypatch.setattr(console, "step_line", slowed(console.step_line, 1.0))
         case "checkpoint":
             save = checkpoint.Checkpointer.save
             monkeypatch.setattr(checkpoint.Checkpointer, "save", slowed(save, 1.0))
         case "compute":
             monkeypatch.setattr(jax, "block_until_ready", slowed(jax.block_until_ready, 1.0))
     final = run(workdir, **{"train.eval_batches": 0})
-    said = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(f"{cause}-bound: 100%") for line in said), said
-    last = metrics.read(str(workdir))[-1]
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{cause}-bound: 100%") for line in lines), lines
+    last = event_files.read(str(workdir))[-1]
     assert (last["kind"], last["step"]) == ("run", 20) and final["step"] == 20
     shares = {k: v for k, v in last.items() if k.endswith("_pct")}
     assert shares.pop(f"perf/{cause}_pct") == 100 and not any(shares.values())
@@ -172,7 +173,7 @@ def test_a_run_tells_what_held_it_back(monkeypatch, workdir, capsys, cause):
 
 def test_totals_are_no_metrics_of_the_model(workdir):
     run(workdir)
-    stored = loop.stored_metrics(str(workdir))
+    stored = event_files.final_metrics(str(workdir))
     assert stored["step"] == 20 and not any(name.startswith("perf/") for name in stored)
 
 
@@ -187,7 +188,7 @@ def test_a_profile_that_the_run_cannot_hold_is_refused():
     for values in ({"profile_steps": 3, "profile_at": 18}, {"profile_steps": -1}):
         config = lt.make_config(**{f"train.{k}": v for k, v in values.items()})
         with pytest.raises(UsageError, match="train.profile_at"):
-            loop.check(config, lt.make_task())
+            loop.prepare(config, lt.make_task())
 
 
 def test_a_program_that_cannot_be_printed_does_not_end_the_run(workdir, capsys):

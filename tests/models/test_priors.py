@@ -127,7 +127,7 @@ def test_time_is_cosines_then_sines():
 )
 def test_the_papers_priors_have_its_sizes(root, name, blocks, width):
     config = cfg.load(f"{root}/configs/{name}.py:size=paper")
-    task = tasks.TASKS["prior"].make(config, shapes_only=True)
+    task = tasks.make(config, shapes_only=True)
     params = jax.eval_shape(task.init, jax.random.key(0))[0]
     assert sum(x.size for x in jax.tree.leaves(params["transformer"])) == blocks
     # Twelve matrices of width squared per layer, four gains and biases of norms, nine biases.

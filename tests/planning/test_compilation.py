@@ -4,7 +4,7 @@ import jax
 import linear_task as lt
 import pytest
 
-from dalle_jax.engine import program
+from dalle_jax.engine.program import Program
 from dalle_jax.planning import compilation, topology
 
 # As libtpu 0.0.52 dumps it, shortened: parameters, an aliased result, scratch; VMEM is colour 1.
@@ -27,31 +27,31 @@ allocation 7: size 1000000, color 1, page 0, preallocated-temp:
 def test_memory_is_read_from_the_buffer_assignment():
     assert compilation.allocated_bytes(ASSIGNMENT) == 512 + 4096 + 8192 + 65536
     # What the step is given but does not read is no parameter of the program.
-    assert compilation.allocated_bytes(ASSIGNMENT, held=20_000) == 512 + 20_000 + 65536
+    assert compilation.allocated_bytes(ASSIGNMENT, resident=20_000) == 512 + 20_000 + 65536
 
 
 @pytest.fixture
-def made():
+def program():
     config = lt.make_config()
-    return program.build(config, lt.make_task(config.data.batch))
+    return Program.build(config, lt.make_task(config.data.batch))
 
 
-def test_a_stopped_compiler_makes_no_code(made):
+def test_a_stopped_compiler_makes_no_code(program):
     cpu = topology.Topology("toy:8", tuple(jax.devices()), None, 2**30)
-    found = compilation.step(made, 0, cpu, is_quick=True)
+    found = compilation.step(program, 0, cpu, is_quick=True)
     assert found.is_quick and found.fits and "all-reduce" in found.text
-    small = compilation.step(made, 2**30 + 1, cpu, is_quick=True)
+    small = compilation.step(program, 2**30 + 1, cpu, is_quick=True)
     assert not small.fits and small.peak > 2**30
 
 
-def test_another_failure_of_a_stopped_compiler_is_an_error(made, monkeypatch):
+def test_another_failure_of_a_stopped_compiler_is_an_error(program, monkeypatch):
     def fail(lowered, options):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     cpu = topology.Topology("toy:8", tuple(jax.devices()), None, 2**30)
     monkeypatch.setattr(compilation, "_executable", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        compilation.step(made, 0, cpu, is_quick=True)
+        compilation.step(program, 0, cpu, is_quick=True)
 
 
 def test_products_that_triton_cannot_tile_are_left_to_cublas():

@@ -7,8 +7,10 @@ import linear_task as lt
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import chips, loop, program
+from dalle_jax.engine import chips, loop
+from dalle_jax.engine.program import Program
 from dalle_jax.planning import hlo, plan, search, topology
+from dalle_jax.planning.plan import Plan
 from dalle_jax.types import UsageError
 
 CHIP = chips.Chip("toy", peak_flops=1e9, hbm_bytes=2**30, hbm_bytes_per_s=1e9, clock_hz=1e9)
@@ -29,15 +31,15 @@ def make(config):
     return lt.make_task(config.data.batch)
 
 
-def weigh(topology, *, is_quick=False, **overrides):
-    made = config(**overrides)
-    with made.unlocked():
-        made.model = cfg.ConfigDict()  # a linear task has none
-    return plan.weigh(made, make(made), topology, is_quick=is_quick)
+def compile_plan(topology, *, is_quick=False, **overrides):
+    run_config = config(**overrides)
+    with run_config.unlocked():
+        run_config.model = cfg.ConfigDict()  # a linear task has none
+    return Plan.compile(run_config, make(run_config), topology, is_quick=is_quick)
 
 
 def test_the_record_holds_together(toy):
-    found = weigh(toy)
+    found = compile_plan(toy)
     assert found.fits and found.shortfall_gib == 0 and found.peak_gib < found.capacity_gib == 1
     assert found.params == PARAMS and found.mesh == {"data": 2, "fsdp": 4, "tensor": 1}
     # The kernel's 8 rows lie over 4 devices; its bias is on all.
@@ -64,33 +66,34 @@ def test_the_record_holds_together(toy):
 
 def test_the_estimate_is_the_compilers_cycles_at_the_clock(toy, monkeypatch):
     monkeypatch.setattr(hlo, "estimated_cycles", lambda text: 3_000_000)
-    found = weigh(toy)
+    found = compile_plan(toy)
     assert found.basis == "estimate" and found.step_s == pytest.approx(3e-3)
     assert found.estimated_s_per_sample == pytest.approx(3e-3 * 8 / 16)
     mfu = found.model_tflop_per_sample * 1e12 * 16 / 8 / 3e-3 / CHIP.peak_flops
     assert found.mfu_bound == pytest.approx(mfu)
 
 
-def test_what_is_weighed_is_what_train_runs(workdir, monkeypatch):
+def test_a_plan_compiles_the_step_that_train_runs(workdir, monkeypatch):
     """The text of the plan's step is that of the loop's."""
     texts = []
-    lower = program.Program.lower_step
+    lower = Program.lower_step
 
     def remember(self):
         lowered = lower(self)
         texts.append(lowered.as_text())
         return lowered
 
-    monkeypatch.setattr(program.Program, "lower_step", remember)
-    made = config(**{"train.steps": 1})
-    loop.train(made, make(made), lt.Batches(), lt.Batches(), str(workdir))
-    weigh(topology.get("cpu:8"), **{"train.steps": 1})
+    monkeypatch.setattr(Program, "lower_step", remember)
+    run_config = config(**{"train.steps": 1})
+    program = loop.prepare(run_config, make(run_config))
+    loop.train(program, lt.Batches(), lt.Batches(), str(workdir))
+    compile_plan(topology.get("cpu:8"), **{"train.steps": 1})
     assert len(texts) == 2 and texts[0] == texts[1]
 
 
 def test_a_state_that_is_too_large_is_not_compiled(toy, monkeypatch):
-    monkeypatch.setattr(program.Program, "lower_step", None)
-    found = weigh(dataclasses.replace(toy, capacity=100))
+    monkeypatch.setattr(Program, "lower_step", None)
+    found = compile_plan(dataclasses.replace(toy, capacity=100))
     assert not found.fits and found.temporaries_gib is None
     assert found.shortfall_gib == pytest.approx(found.peak_gib - 100 / plan.GIB)
     assert any("state alone" in note for note in found.notes)
@@ -103,22 +106,22 @@ def test_a_refusal_of_the_compiler_is_an_answer(toy, monkeypatch):
             "temporaries (28.43G) exceeds available HBM (15.75G)"
         )
 
-    monkeypatch.setattr(program.Program, "lower_step", refuse)
-    found = weigh(toy)
+    monkeypatch.setattr(Program, "lower_step", refuse)
+    found = compile_plan(toy)
     assert not found.fits and found.peak_gib == pytest.approx(28.43)
     assert found.collectives == [] and found.estimated_s_per_sample is None
 
     def fail(self):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-    monkeypatch.setattr(program.Program, "lower_step", fail)
+    monkeypatch.setattr(Program, "lower_step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        weigh(toy)
+        compile_plan(toy)
 
 
 def test_a_quick_plan_has_the_same_memory_and_traffic(toy):
     """But for the code (0 on a CPU, whose compiler does not tell) and the call that ends it."""
-    quick, full = weigh(toy, is_quick=True), weigh(toy)
+    quick, full = compile_plan(toy, is_quick=True), compile_plan(toy)
     assert quick.is_quick and not full.is_quick
     assert quick.peak_gib == pytest.approx(full.peak_gib, abs=4096 / plan.GIB)
     assert quick.collectives == full.collectives != []
@@ -127,32 +130,32 @@ def test_a_quick_plan_has_the_same_memory_and_traffic(toy):
 
 def test_a_batch_that_does_not_divide_is_bad_input(toy):
     with pytest.raises(UsageError, match="data.batch=12 is not a multiple of 8.*use 8 or 16"):
-        weigh(toy, **{"data.batch": 12})
+        compile_plan(toy, **{"data.batch": 12})
 
 
 def test_an_eval_batch_that_train_would_refuse_is_a_note(toy):
-    (floor,) = weigh(toy).notes  # the CPU's compiler makes no estimate
+    (floor,) = compile_plan(toy).notes  # the CPU's compiler makes no estimate
     assert "times are the floor" in floor
-    note, _ = weigh(toy, **{"data.eval_batch": 12}).notes
+    note, _ = compile_plan(toy, **{"data.eval_batch": 12}).notes
     assert "`train` will refuse: data.eval_batch=12" in note
 
 
-def fake_weigh(monkeypatch, peak):
-    """`plan.weigh` of a world that needs `peak(config)` of 10 GiB; returns the list it has seen."""
+def fake_compile(monkeypatch, peak):
+    """`Plan.compile` of steps that need `peak(config)` of 10 GiB; returns the compiled configs."""
     seen = []
 
-    def weigh(config, task, topology, is_quick=False):
+    def compile_fake(config, task, topology, is_quick=False):
         seen.append(config)
         needs = peak(config)
-        values = {field.name: 0 for field in dataclasses.fields(plan.Plan)} | dict(
+        values = {field.name: 0 for field in dataclasses.fields(Plan)} | dict(
             mesh={"data": 8 // config.mesh.fsdp, "fsdp": config.mesh.fsdp, "tensor": 1},
             devices=8, batch=config.data.batch, micro_batches=config.optim.accum_steps,
             peak_gib=needs, capacity_gib=10.0, fits=needs <= 10, state_gib=2.0 / config.mesh.fsdp,
             estimated_s_per_sample=1 + (config.model.remat == "full"), remat=config.model.remat,
         )  # fmt: skip
-        return plan.Plan(**values)
+        return Plan(**values)
 
-    monkeypatch.setattr(plan, "weigh", weigh)
+    monkeypatch.setattr(Plan, "compile", compile_fake)
     return seen
 
 
@@ -162,13 +165,13 @@ def dalle_config(root, **overrides):
 
 
 def nearest(config):
-    failed = plan.weigh(config, None, None)
+    failed = Plan.compile(config, None, None)
     assert not failed.fits
     return search.nearest(config, lambda config: None, None, failed)
 
 
 def test_recomputation_is_tried_first(root, monkeypatch):
-    fake_weigh(monkeypatch, lambda c: 12 if c.model.remat == "none" else 6)
+    fake_compile(monkeypatch, lambda c: 12 if c.model.remat == "none" else 6)
     assert nearest(dalle_config(root)).changes == {"model.remat": "full"}
 
 
@@ -176,7 +179,7 @@ def test_then_more_micro_batches_as_many_as_a_linear_law_asks_for(root, monkeypa
     def peak(c):
         return c.data.batch / c.optim.accum_steps * 0.5
 
-    seen = fake_weigh(monkeypatch, peak)
+    seen = fake_compile(monkeypatch, peak)
     found = nearest(dalle_config(root, **{"model.remat": "full"}))
     assert found.changes == {"optim.accum_steps": 4} and found.plan.peak_gib == 8
     assert len(seen) == 2  # the failure and the hit
@@ -186,21 +189,21 @@ def test_a_large_state_is_sharded_further(root, monkeypatch):
     def peak(c):
         return 40 / c.mesh.fsdp
 
-    fake_weigh(monkeypatch, peak)
+    fake_compile(monkeypatch, peak)
     config = dalle_config(root, **{"model.remat": "full", "mesh.fsdp": 2})
-    failed = dataclasses.replace(plan.weigh(config, None, None), state_gib=8.0)
+    failed = dataclasses.replace(Plan.compile(config, None, None), state_gib=8.0)
     found = search.nearest(config, lambda config: None, None, failed)
     assert found.changes == {"mesh.data": -1, "mesh.fsdp": 4}
 
 
 def test_nothing_fits(root, monkeypatch):
-    seen = fake_weigh(monkeypatch, lambda c: 11)
+    seen = fake_compile(monkeypatch, lambda c: 11)
     assert nearest(dalle_config(root)) is None
-    assert len(seen) <= 1 + search._TRIES
+    assert len(seen) <= 1 + search.MAX_TRIES
 
 
 def test_search_stops_at_the_first_batch_that_does_not_fit(root, monkeypatch):
-    fake_weigh(monkeypatch, lambda c: c.data.batch / 8 / (2 if c.model.remat == "full" else 1))
+    fake_compile(monkeypatch, lambda c: c.data.batch / 8 / (2 if c.model.remat == "full" else 1))
     tried = list(
         search.search(
             dalle_config(root),

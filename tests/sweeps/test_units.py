@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dalle_jax import config as cfg
+from dalle_jax.pages import sweep
 from dalle_jax.sweeps import local, results, scripts, units
 from dalle_jax.types import UsageError
 
@@ -133,7 +134,7 @@ def test_results_rank_settings_over_seeds(made):
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(found))
     best = cfg.load(str(folder / "best.py"))
     assert cfg.differences(best, made.load_config(3)) == {} and best.optim.betas == (0.8, 0.9)
-    page = (folder / "index.html").read_text()
+    page = sweep.page(found, results.curves(found, 8)).html()
     assert "4 of 4" in page and "Over seeds" in page and "<svg" in page and "<script" not in page
     text = results.table(found)
     assert "3*" in text and "optim.lr=0.003" in text
@@ -152,7 +153,7 @@ def test_results_of_a_sweep_that_is_not_finished(made):
     ]
     text = results.table(found)
     assert "unit 2 failed: killed by SIGKILL" in text and "waiting" in text
-    assert "1 failed" in (units.epath.Path(made.folder) / "index.html").read_text()
+    assert "1 failed" in sweep.page(found, {}).html()
     other = results.collect(units.dataclasses.replace(made, metric="eval/lss"))
     assert "they have" in results.missing_metric(other) and "eval/loss" in results.missing_metric(
         other

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 from dalle_jax import config as cfg
-from dalle_jax.engine import program, sharding
+from dalle_jax.engine import sharding
+from dalle_jax.engine.program import Program
 from dalle_jax.models import clip as clip_model
 from dalle_jax.sampling import prior as sampling
 from dalle_jax.stages import pca
@@ -77,22 +78,25 @@ def on(devices, root, kind, clip, fitted):
     changes = {"mesh.fsdp": fsdp, "mesh.rules": "fsdp", "optim.lr": 1.0, "optim.eps": 1.0}
     config = tiny(root, kind, **changes)
     task = prior.assemble(config, clip, None, fitted if kind == "ar" else None)
-    made = program.build(config, task, devices)
-    with made.use():
-        state = made.init(jax.device_put(jax.random.key(0), made.whole))
-    return made, state, sharding.place(sharding.unbox(task.frozen), made.frozen_where)
+    program = Program.build(config, task, devices)
+    with program.use():
+        state = program.init(jax.device_put(jax.random.key(0), program.replicated))
+    return program, state, sharding.place(sharding.unbox(task.frozen), program.frozen_shardings)
 
 
 def test_eight_devices_train_like_one(root, clip, batch):
     """Same loss and same weights after a step; CLIP and prior lie scattered."""
     weights = []
     for devices in (jax.devices()[:1], jax.devices()):
-        made, state, frozen = on(devices, root, "diffusion", clip, None)
-        arguments = jax.device_put(batch, made.batch_where), jax.device_put(KEY, made.whole)
-        with made.use():
-            state, metrics = made.step(state, frozen, *arguments)
-        plain = made.saved.target.params
-        params = jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), state.params, plain)
+        program, state, frozen = on(devices, root, "diffusion", clip, None)
+        arguments = (
+            jax.device_put(batch, program.batch_sharding),
+            jax.device_put(KEY, program.replicated),
+        )
+        with program.use():
+            state, metrics = program.step(state, frozen, *arguments)
+        shapes = program.folding.unfolded_shapes.params
+        params = jax.tree.map(lambda x, t: np.asarray(x).reshape(t.shape), state.params, shapes)
         weights.append((metrics["loss"], params))
     kernel = frozen["clip"]["text"]["tokens"]
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
@@ -102,11 +106,14 @@ def test_eight_devices_train_like_one(root, clip, batch):
 def test_eight_devices_judge_like_one(root, clip, fitted, batch):
     results = []
     for devices in (jax.devices()[:1], jax.devices()):
-        made, state, frozen = on(devices, root, "ar", clip, fitted)
-        arguments = jax.device_put(batch, made.batch_where), jax.device_put(KEY, made.whole)
-        with made.use():
+        program, state, frozen = on(devices, root, "ar", clip, fitted)
+        arguments = (
+            jax.device_put(batch, program.batch_sharding),
+            jax.device_put(KEY, program.replicated),
+        )
+        with program.use():
             results.append(
-                made.evaluate(state.params, state.extra, frozen, *arguments, jnp.int32(0))
+                program.evaluate(state.params, state.extra, frozen, *arguments, jnp.int32(0))
             )
     assert results[0].keys() >= {"loss", "accuracy", "cosine", "cosine_text", "retrieval1"}
     for name, value in results[0].items():

@@ -1,7 +1,7 @@
-"""What a run says: console lines, metrics.jsonl, TensorBoard, preview pictures. Process 0 only.
+"""The event files of a run: metrics.jsonl, TensorBoard, wandb, preview images. Process 0 only.
 
 One JSON object per event: {"step": 100, "kind": "train", "loss": …}. Training metrics are means
-over the steps since the last event; `perf/…` are rates over the same interval (`observe.Meter`).
+over the steps since the last event; `perf/…` are rates over the same interval (`timing.Meter`).
 The event of kind "run" at the end has the rates and shares of the whole run.
 """
 
@@ -15,29 +15,24 @@ import numpy as np
 from etils import epath
 
 from dalle_jax.config import ConfigDict
+from dalle_jax.engine import console
 from dalle_jax.types import UsageError
 
 METRICS = "metrics.jsonl"
 PREVIEWS = "previews"
 
 
-def say(text: str) -> None:
-    """One line for the user, on process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
 class Writer:
     """Writes the events of one run.
 
     Args:
-      workdir: folder that gets metrics.jsonl, event files and previews/.
-      config: `train.tensorboard`, `train.wandb_project` choose the sinks.
-      first_step: the step that the run continues from. Events after it are of an interrupted run
-        that will be repeated: they are dropped, so that a step is never told twice.
+      workdir: folder of metrics.jsonl, TensorBoard's event files and previews/.
+      config: `train.tensorboard` and `train.wandb_project` choose the sinks.
+      first_step: the step that the run continues from. Events after it come from an interrupted
+        run whose steps will be repeated; they are dropped, so that no step is written twice.
 
     Raises:
-      UsageError: if wandb is asked for and not installed.
+      UsageError: if the config asks for wandb and it is not installed.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, first_step: int = 0):
@@ -48,9 +43,9 @@ class Writer:
             return
         self._dir.mkdir(parents=True, exist_ok=True)
         file = self._dir / METRICS
-        kept = [line for line in read(workdir) if line["step"] <= first_step]
+        events = [event for event in read(workdir) if event["step"] <= first_step]
         part = self._dir / (METRICS + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        part.write_text("".join(json.dumps(event) + "\n" for event in events))
         part.replace(file)
         if config.train.wandb_project:
             self._wandb = _wandb(str(workdir), config)
@@ -59,7 +54,7 @@ class Writer:
         self._lines = file.open("a")
 
     def scalars(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One event of kind "train", "eval" or "run"; values are Python or numpy scalars."""
+        """Writes one event of kind "train", "eval" or "run"; values are Python or numpy scalars."""
         if not self._is_main:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -75,8 +70,8 @@ class Writer:
         if self._wandb:
             self._wandb.log(tagged, step=step)
 
-    def pictures(self, step: int, previews: Mapping[str, Any]) -> None:
-        """Labelled grids: previews/<name>-<step>.png and TensorBoard.
+    def images(self, step: int, previews: Mapping[str, Any]) -> None:
+        """Writes grids of images to previews/<name>-<step>.png and TensorBoard.
 
         Args:
           step: number of finished steps.
@@ -92,14 +87,14 @@ class Writer:
             pixels = images.to_uint8(np.asarray(value))
             columns = max(1, round(math.sqrt(len(pixels) * 2)))
             scale = max(1, 128 // pixels.shape[1])
-            picture = images.grid(pixels, columns=columns, scale=scale)
-            picture.save(folder / f"{name}-{step}.png")
+            grid = images.grid(pixels, columns=columns, scale=scale)
+            grid.save(folder / f"{name}-{step}.png")
             if self._board:
-                board = np.asarray(picture.convert("RGB"))
+                board = np.asarray(grid.convert("RGB"))
                 self._board.add_image(f"preview/{name}", board, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Closes files."""
+        """Closes the files."""
         for sink in (self._lines, self._board):
             if sink:
                 sink.close()
@@ -108,7 +103,7 @@ class Writer:
 
 
 def read(workdir: str) -> list[dict[str, Any]]:
-    """The events of a run in order; a last line cut off by a kill is left out."""
+    """The events of a run in order, without a last line that a kill cut off."""
     file = epath.Path(workdir) / METRICS
     events = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -119,48 +114,15 @@ def read(workdir: str) -> list[dict[str, Any]]:
     return events
 
 
-def console_line(
-    step: int, steps: int, values: Mapping[str, float], eta_s: float | None = None
-) -> str:
-    """`step 100/1000  loss 0.123  … | 812 images/s  … input wait 3%  ETA 0:12`."""
-    plain = [f"{k} {_short(v)}" for k, v in values.items() if not k.startswith("perf/")]
-    rates = []
-    for name, value in values.items():
-        what = name.removeprefix("perf/")
-        if what == "tflops_per_device":
-            small = value < 0.1
-            unit = "GFLOP" if small else "TFLOP"
-            rates.append(f"{value * 1000 if small else value:.3g} {unit}/s/device")
-        elif what == "mfu_pct":
-            rates.append(f"MFU {value:.1f}%")
-        elif what == "input_wait_pct":
-            rates.append(f"input wait {value:.0f}%")
-        elif what.endswith("_per_s"):
-            rates.append(f"{value:,.0f} {what.removesuffix('_per_s')}/s")
-    if eta_s is not None:
-        rates.append(f"ETA {duration(eta_s)}")
-    end = " | " + "  ".join(rates) if rates else ""
-    return f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join(plain) + end
-
-
-def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
-
-
-def size(count: float) -> str:
-    """1.2 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+def final_metrics(workdir: str) -> dict[str, float]:
+    """The last metrics in the events of a run, in the form that `loop.train` returns."""
+    final: dict[str, float] = {}
+    for event in read(workdir):
+        kind, prefix = event.pop("kind"), ""
+        if kind == "eval":
+            final["step"], prefix = event.pop("step"), "eval/"
+        final.update({f"{prefix}{k}": v for k, v in event.items() if not k.startswith("perf/")})
+    return final
 
 
 def _rounded(value: float) -> float:
@@ -171,7 +133,9 @@ def _tensorboard(workdir: str, first_step: int):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        say("tensorboardX is not installed: no TensorBoard events (metrics.jsonl has them all).")
+        console.log(
+            "tensorboardX is not installed: no TensorBoard events (metrics.jsonl has them all)."
+        )
         return None
     return SummaryWriter(workdir, purge_step=first_step + 1 if first_step else None)
 
@@ -184,7 +148,7 @@ def _wandb(workdir: str, config: ConfigDict):
             f"train.wandb_project={config.train.wandb_project!r} needs wandb: "
             "pip install 'dalle_jax[wandb]', or set it to ''."
         ) from error
-    # id: a resumed run continues its page.
+    # A resumed run continues the page with its id.
     name = epath.Path(workdir).name
     return wandb.init(
         project=config.train.wandb_project, dir=workdir, name=name, id=name, resume="allow",
