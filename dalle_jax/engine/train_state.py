@@ -50,7 +50,7 @@ def abstract(task: Task, key: Key) -> tuple[Any, Any]:
 def seen_plain(task: Task, storage: Any) -> Task:
     """`task` for parameters as they are stored: it sees plain matrices itself.
 
-    Inside a step this costs nothing: the layers fold their stack again (`nn/transformer.py`), and
+    Inside a step this costs nothing: the layers fold their stack again (`nn/stack.py`), and
     XLA drops a reshape that undoes another.
 
     Args:

@@ -126,7 +126,7 @@ def check_way(stages: Unclip, way: str) -> None:
     if way in unclip.PRIORS.values() and way not in stages.priors:
         has = [*stages.priors, "none", "caption"]
         raise UsageError(f"there is no {way} prior among the stages; use one of {', '.join(has)}.")
-    if way == "caption" and not stages.decoder.model.config.text_layers:
+    if way == "caption" and not stages.decoder.model.config.text_encoder:
         raise UsageError("this decoder reads no captions; it cannot draw from one alone.")
 
 
@@ -170,10 +170,10 @@ def draw_base(
 
 
 def conditions(stage: unet.UnetStage, z: Array, has_clip: Array, text: Array | None) -> Batch:
-    """What a decoder is shown, `unet_plan.cond_spec` without masks; see `draw_base`."""
+    """What a decoder is shown, `unet.cond_spec` without masks; see `draw_base`."""
     c = stage.model.config
     cond = {"clip": np.asarray(z, np.float32), "has_clip": np.asarray(has_clip, bool)}
-    if c.text_layers:
+    if c.text_encoder:
         nothing = np.zeros((len(z), c.text_len), np.int32)
         cond["text"] = nothing if text is None else np.asarray(text, np.int32)
     return cond

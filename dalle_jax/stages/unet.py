@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from dalle_jax import config as cfg
 from dalle_jax.diffusion import schedules
-from dalle_jax.models import build, unet, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.sampling import diffusion
 from dalle_jax.stages import prior, run
 from dalle_jax.types import Array, Batch, Key, Params
@@ -18,7 +18,7 @@ class UnetStage(run.Weights):
     """A trained decoder or upsampler.
 
     Attributes:
-      model: the linen module; its `config` says what it takes (`unet_plan.cond_spec`).
+      model: the linen module; its `config` says what it takes (`unet.cond_spec`).
       params: its parameters, host arrays (no collection level).
       schedule: all steps of the process that it was trained on.
       config: its run's config.
@@ -50,7 +50,7 @@ class UnetStage(run.Weights):
         """Pictures [B, px, px, 3] float32 in [-1, 1]; see `diffusion.draw`.
 
         Args:
-          cond: what `unet_plan.cond_spec` names, [B, …] each.
+          cond: what `unet.cond_spec` names, [B, …] each.
           key: typed key.
           indices: [B] global index of each picture.
           spacing: which steps to take, see `schedules.spaced_rows`: "ddim50", 250, "fast27".
@@ -85,7 +85,7 @@ def load_unet(workdir: str, clip: str | run.ClipStage = "", step: int | None = N
     px = config.data.image_px
     x = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cond = unet_plan.cond_spec(model.config, 1, px)
+    cond = unet.cond_spec(model.config, 1, px)
     run.trace(workdir, lambda p, *xs: model.apply({"params": p}, *xs), params, x, t, cond)
     return UnetStage(
         model=model,

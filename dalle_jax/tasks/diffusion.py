@@ -25,7 +25,7 @@ from dalle_jax import images
 from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import task as task_lib
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import build, unet, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.sampling import diffusion as sampling
 from dalle_jax.stages import by_shape, prior, run
 from dalle_jax.tasks import conditions
@@ -78,7 +78,7 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
 
     def init(key: Key) -> tuple[Params, None]:
         # The side plays no part in the shapes of the parameters; the smallest is the fastest.
-        spec = unet_plan.cond_spec(made, 1, made.stride)
+        spec = unet.cond_spec(made, 1, made.stride)
         cond = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
         pictures = jnp.zeros((1, made.stride, made.stride, 3))
         return model.init(key, pictures, jnp.zeros((1,), jnp.int32), cond)["params"], None
@@ -95,7 +95,7 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
             if training:
                 has_clip, text = conditions.drop(loss_config, has_clip, text, keys[1])
             cond = {"clip": z, "has_clip": has_clip}
-            cond |= {"text": text} if made.text_layers else {}
+            cond |= {"text": text} if made.text_encoder else {}
         return x_0, cond | (conditions.inpainting(x_0, keys[2]) if made.inpaint else {})
 
     def losses(params, frozen, batch, t, key, *, training):
@@ -151,7 +151,7 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
             guided = loss_config.preview_guidance
             drawn = [draw(cond, i, guided) for i in range(PREVIEW_SAMPLES)]
             columns = {"own_then_samples": [own, *drawn]}
-            if made.text_layers:
+            if made.text_encoder:
                 alone = cond | {"has_clip": np.zeros_like(cond["has_clip"])}
                 drawn.append(draw(alone, PREVIEW_SAMPLES, guided))
                 columns = {"own_then_samples_then_by_caption_alone": [own, *drawn]}
@@ -169,7 +169,7 @@ def assemble(config: cfg.ConfigDict, clip: run.ClipStage | None = None, tokenize
         frozen=None if clip is None else conditions.image_tower(clip),
         preview=preview,
         evaluate=evaluate,
-        flops=3 * data.batch * unet_plan.flops(made, crop),
+        flops=3 * data.batch * unet.flops(made, crop),
         warm_start=_warm_start(config, made, clip, init),
         keeps={} if clip is None else prior.kept(tokenizer, clip),
     )
@@ -202,7 +202,7 @@ def strips(columns: list[Array]) -> np.ndarray:
     return np.concatenate([np.asarray(column) for column in columns], axis=2)
 
 
-def _warm_start(config: cfg.ConfigDict, made: unet_plan.UnetConfig, clip, init):
+def _warm_start(config: cfg.ConfigDict, made: unet.UnetConfig, clip, init):
     """`init_from`: a run of the same sizes, or the plain one that learns to inpaint.
 
     The former may have been trained with another CLIP.

@@ -50,7 +50,7 @@ def test_draw_follows_the_filtered_and_tempered_distribution():
     noise = jax.random.gumbel(jax.random.key(0), (n, 5))
     tiled = jnp.broadcast_to(row, (n, 5))
     for options, alive in (({}, 5), ({"k": 3}, 3), ({"p": 0.9}, 2)):
-        drawn = np.asarray(categorical.draw(tiled, noise, temperature, **options))
+        drawn = np.asarray(categorical.sample(tiled, noise, temperature, **options))
         expected = softmax(np.where(np.arange(5) < alive, row / temperature, -np.inf))
         np.testing.assert_allclose(np.bincount(drawn, minlength=5) / n, expected, atol=0.015)
 
@@ -58,7 +58,7 @@ def test_draw_follows_the_filtered_and_tempered_distribution():
 def test_temperature_zero_takes_the_likeliest(logits):
     noise = jax.random.gumbel(jax.random.key(1), logits.shape)
     for options in ({}, {"k": 3}, {"p": 0.5}):
-        drawn = categorical.draw(logits, noise, 0.0, **options)
+        drawn = categorical.sample(logits, noise, 0.0, **options)
         np.testing.assert_array_equal(drawn, logits.argmax(-1))
 
 

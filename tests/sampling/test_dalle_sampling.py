@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import dalle
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.types import UsageError
 
@@ -21,9 +22,7 @@ CONFIG = dalle.DalleConfig(
     vocab_size=12,
     num_codes=16,
     grid=3,
-    width=16,
-    num_layers=3,
-    num_heads=2,
+    transformer=TransformerConfig(width=16, num_layers=3, num_heads=2),
     attention=("row", "column"),
     last_attention="conv",
     embed_std=0.5,

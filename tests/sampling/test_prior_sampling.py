@@ -8,14 +8,14 @@ import pytest
 from dalle_jax.diffusion import samplers, schedules
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import prior_ar, prior_diffusion
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.sampling import prior
 from dalle_jax.stages import pca
 from dalle_jax.types import UsageError
 
 B, E, K, V = 8, 6, 5, 7
-SIZES = dict(
-    text_len=4, vocab_size=12, joint_width=E, width=16, num_layers=2, num_heads=2, embed_std=0.5
-)
+STACK = TransformerConfig(width=16, num_layers=2, num_heads=2, activation="gelu")
+SIZES = dict(text_len=4, vocab_size=12, joint_width=E, transformer=STACK, embed_std=0.5)
 KEY = jax.random.key(5)
 
 
