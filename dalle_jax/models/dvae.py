@@ -222,11 +222,7 @@ def forward_macs(c: DvaeConfig) -> int:
     """Multiply-adds of one picture's forward pass."""
     n_init = c.n_init or c.width
     bottleneck = c.features * c.num_codes + c.num_codes * n_init
-    return (
-        codec_bodies.encoder_macs(c)
-        + c.grid**2 * bottleneck
-        + codec_bodies.decoder_macs(c, n_init, c.channels)
-    )
+    return codec_bodies.body_macs(c, n_init, c.channels) + c.grid**2 * bottleneck
 
 
 def from_vqvae(params: Params, vectors: Array) -> Params:

@@ -209,11 +209,7 @@ def forward_macs(c: VqvaeConfig) -> int:
     """Multiply-adds of one picture's forward pass, the distances to all codes included."""
     n_init = c.n_init or c.width
     bottleneck = c.features * c.code_dim + c.code_dim * c.num_codes + c.code_dim * n_init
-    return (
-        codec_bodies.encoder_macs(c)
-        + c.grid**2 * bottleneck
-        + codec_bodies.decoder_macs(c, n_init, channels=3)
-    )
+    return codec_bodies.body_macs(c, n_init, 3) + c.grid**2 * bottleneck
 
 
 def check_codes(num_codes: int) -> None:

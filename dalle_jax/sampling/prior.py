@@ -28,7 +28,7 @@ from dalle_jax.types import Array, Key, Params, UsageError
 
 SAMPLERS = ("ddpm", "ddim")
 PAPER_STEPS = 64
-DRAWS = 2  # samples per caption; the result is the one with the highest z_i . z_t
+NUM_SAMPLES = 2  # per caption; the result is the one with the highest z_i . z_t
 _DOT = 2**31 - 1  # folded into the key for the dot product, as dimensions are for theirs
 
 
@@ -43,10 +43,10 @@ def sample_diffusion(
     sampler: str = "ddpm",
     eta: float = 0.0,
     guidance_scale: float = 1.0,
-    num_draws: int = DRAWS,
+    num_samples: int = NUM_SAMPLES,
     first: int = 0,
 ) -> Array:
-    """One image embedding per caption: of num_draws samples the one with the highest z_i . z_t.
+    """One image embedding per caption: of num_samples samples the one with the highest z_i . z_t.
 
     Args:
       model: the network.
@@ -58,7 +58,7 @@ def sample_diffusion(
       sampler: "ddpm" (ancestral) or "ddim" (at eta 0 deterministic after the initial noise).
       eta: share of DDPM's noise in ddim.
       guidance_scale: scale of classifier-free guidance; 1 = off, 0 ignores the text.
-      num_draws: samples per caption.
+      num_samples: samples per caption.
       first: global index of the first caption, for sampling in chunks.
 
     Returns:
@@ -75,7 +75,7 @@ def sample_diffusion(
         raise UsageError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}.")
     if not 0 <= eta <= 1:
         raise UsageError(f"eta={eta}; expected 0 (no noise) to 1 (as much as DDPM).")
-    _check(guidance_scale, num_draws)
+    _check(guidance_scale, num_samples)
     c = model.config
     schedule = schedules.respace(schedules.make(c.schedule, c.num_steps), steps)
     return _sample_diffusion(
@@ -91,7 +91,7 @@ def sample_diffusion(
         ),
         schedule=schedule,
         sampler=sampler,
-        num_draws=num_draws,
+        num_samples=num_samples,
     )
 
 
@@ -108,7 +108,7 @@ def sample_ar(
     top_p: float = 1.0,
     guidance_scale: float = 1.0,
     dot_range: tuple[float, float] = (0.5, 1.0),
-    num_draws: int = 1,
+    num_samples: int = 1,
     first: int = 0,
     use_cache: bool = True,
 ) -> Array:
@@ -127,7 +127,7 @@ def sample_ar(
       guidance_scale: see `sample_diffusion`.
       dot_range: quantiles of the distribution of dot products over training pairs; the dot product
         of each sample is from this range. The default is the paper's "top half".
-      num_draws: see `sample_diffusion`; 1, because the dot product is already high.
+      num_samples: see `sample_diffusion`; 1, because the dot product is already high.
       first: see `sample_diffusion`.
       use_cache: False runs the full stream for every dimension; the slow reference.
 
@@ -138,7 +138,7 @@ def sample_ar(
       UsageError: for an option out of range.
     """
     c = model.config
-    _check(guidance_scale, num_draws)
+    _check(guidance_scale, num_samples)
     categorical.check(temperature, top_k, top_p, guidance_scale, c.num_buckets)
     low, high = (round(share * c.num_buckets) for share in dot_range)
     if not 0 <= low < high <= c.num_buckets:
@@ -158,17 +158,17 @@ def sample_ar(
             guidance=float(guidance_scale) if guidance_scale != 1 else None,
             dots=(low, high),
         ),
-        num_draws=num_draws,
+        num_samples=num_samples,
         use_cache=use_cache,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "schedule", "sampler", "num_draws"))
+@functools.partial(jax.jit, static_argnames=("model", "schedule", "sampler", "num_samples"))
 def _sample_diffusion(
-    model, params, text, z_t, key, options, *, schedule, sampler, num_draws
+    model, params, text, z_t, key, options, *, schedule, sampler, num_samples
 ) -> Array:
     """See `sample_diffusion`. An option that is None is static, and its step is not compiled."""
-    c, b, n = model.config, len(text), num_draws
+    c, b, n = model.config, len(text), num_samples
     guided = options["guidance"] is not None
     apply = functools.partial(model.apply, {"params": params})
     with partition.unconstrained():
@@ -211,12 +211,12 @@ def _sample_diffusion(
     return _best(clip.unit(x_0).reshape(b, n, -1), z_t)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "num_draws", "use_cache"))
-def _sample_ar(model, params, tables, text, z_t, key, options, *, num_draws, use_cache) -> Array:
+@functools.partial(jax.jit, static_argnames=("model", "num_samples", "use_cache"))
+def _sample_ar(model, params, tables, text, z_t, key, options, *, num_samples, use_cache) -> Array:
     """See `sample_ar`. An option that is None is static, and its step is not compiled."""
     c, b = model.config, len(text)
     guided = options["guidance"] is not None
-    keys = _keys(key, options["first"], b, num_draws).T  # [N, B], the order of `nn.kv_cache`
+    keys = _keys(key, options["first"], b, num_samples).T  # [N, B], the order of `nn.kv_cache`
 
     def dot(key: Key) -> Array:
         return jax.random.randint(jax.random.fold_in(key, _DOT), (), *options["dots"])
@@ -238,7 +238,7 @@ def _sample_ar(model, params, tables, text, z_t, key, options, *, num_draws, use
         if guided:
             first = _pairs(first, jnp.full_like(first, c.null_dot))
         decoder = _cached_decoder if use_cache else _full_decoder
-        state, advance = decoder(model, params, text, z_t, num_draws, guided)
+        state, advance = decoder(model, params, text, z_t, num_samples, guided)
 
         def step(carry, dim):
             ids, state = carry
@@ -348,8 +348,8 @@ def _best(z: Array, z_t: Array) -> Array:
     return jnp.take_along_axis(z, jnp.argmax(scores, axis=1)[:, None, None], axis=1)[:, 0]
 
 
-def _check(guidance_scale: float, num_draws: int) -> None:
-    if num_draws < 1:
-        raise UsageError(f"num_draws={num_draws}; expected 1 or more, paper {DRAWS}.")
+def _check(guidance_scale: float, num_samples: int) -> None:
+    if num_samples < 1:
+        raise UsageError(f"num_samples={num_samples}; expected 1 or more, paper {NUM_SAMPLES}.")
     if not guidance_scale >= 0:
         raise UsageError(f"guidance_scale={guidance_scale}; expected 1 (off) or more, or 0.")

@@ -170,29 +170,29 @@ def test_scan_is_the_unrolled_stack(tiny, rng):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
         ("patch_px", 7, "image_px=14"),
         ("eos_id", 40, "vocabulary of 40"),
         ("text_len", 2, "text_len 2"),
     ],
 )
-def test_bad_sizes_are_refused_with_a_cure(field, value, says):
-    with pytest.raises(UsageError, match=says):
+def test_bad_sizes_are_refused_with_a_cure(field, value, message):
+    with pytest.raises(UsageError, match=message):
         dataclasses.replace(TINY, **{field: value})
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
         ("image_heads", 5, "num_heads 5"),
         ("remat", "some", "remat='some'"),
         ("image_layers", 0, "num_layers=0"),
     ],
 )
-def test_bad_sizes_of_a_flat_config_are_refused(root, field, value, says):
+def test_bad_sizes_of_a_flat_config_are_refused(root, field, value, message):
     config = cfg.load(f"{root}/configs/clip.py:size=smoke")
-    with pytest.raises(UsageError, match=says):
+    with pytest.raises(UsageError, match=message):
         build.clip(cfg.override(config, {f"model.{field}": value}))
 
 

@@ -108,19 +108,19 @@ def test_the_paper_decoder_has_three_and_a_half_billion():
 
 
 @pytest.fixture(scope="module")
-def made():
+def decoder():
     """(module, parameters without zeros) of the tiny decoder."""
     c = config()
     return unet.Unet(c), random_params(c, np.random.default_rng(1))
 
 
 @pytest.fixture(scope="module")
-def apply(made):
-    return jax.jit(lambda params, *xs: made[0].apply({"params": params}, *xs))
+def apply(decoder):
+    return jax.jit(lambda params, *xs: decoder[0].apply({"params": params}, *xs))
 
 
-def test_at_the_start_it_says_nothing(made, apply, rng, key):
-    model, params = made
+def test_the_output_is_zero_at_the_start(decoder, apply, rng, key):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     fresh = nn.meta.unbox(jax.jit(model.init)(key, x, t, cond)["params"])
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
@@ -129,8 +129,8 @@ def test_at_the_start_it_says_nothing(made, apply, rng, key):
     np.testing.assert_array_equal(out, 0)
 
 
-def test_conditions_count_and_dropped_ones_do_not(made, apply, rng):
-    model, params = made
+def test_conditions_count_and_dropped_ones_do_not(decoder, apply, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     cond["has_clip"] = np.ones(3, bool)
     out = apply(params, x, t, cond)
@@ -146,8 +146,8 @@ def test_conditions_count_and_dropped_ones_do_not(made, apply, rng):
     np.testing.assert_array_equal(without, apply(params, x, t, other))
 
 
-def test_encoded_once_is_encoded_each_time(made, apply, rng):
-    model, params = made
+def test_encoded_once_is_encoded_each_time(decoder, apply, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     encoded = model.apply({"params": params}, cond, method="encode")
     assert encoded["context"].shape == (3, 4 + 4, 16)
@@ -156,8 +156,8 @@ def test_encoded_once_is_encoded_each_time(made, apply, rng):
     )
 
 
-def test_an_inpainting_network_starts_as_the_plain_one(made, apply, rng):
-    model, params = made
+def test_an_inpainting_network_starts_as_the_plain_one(decoder, apply, rng):
+    model, params = decoder
     wide = config(inpaint=True)
     widened = unet.widen(params, shapes(wide))
     assert jax.tree.map(np.shape, widened) == jax.tree.map(jnp.shape, shapes(wide))
@@ -192,7 +192,7 @@ def test_an_upsampler_of_crops_takes_whole_pictures(rng):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (dict(image_px=9), "8 or 10"),
         (dict(image_px=12, patch_px=4), "8 or 16"),
@@ -205,8 +205,8 @@ def test_an_upsampler_of_crops_takes_whole_pictures(rng):
         (dict(context_width=8), "the width of the text encoder"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes, says):
-    with pytest.raises(UsageError, match=says):
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
         config(**changes)
 
 
@@ -223,8 +223,8 @@ def test_the_flat_section_of_a_config_fills_the_text_encoder(root):
         build.unet(cfg.override(config, {"model.text_heads": 3}))
 
 
-def test_a_picture_of_an_odd_size_is_refused_with_the_cure(made, rng):
-    model, params = made
+def test_a_picture_of_an_odd_size_is_refused_with_the_cure(decoder, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng, px=7)
     with pytest.raises(UsageError, match="7 px.*use 6 or 8"):
         model.apply({"params": params}, x, t, cond)

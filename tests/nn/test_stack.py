@@ -27,7 +27,7 @@ def build(config, layer_masks, length, dtype=FLOAT32):
 
 @pytest.mark.parametrize("kind", masks.KINDS)
 def test_gradient_flows_along_the_mask_and_nowhere_else(kind):
-    """One layer: output t depends on input s exactly where the mask says."""
+    """One layer: output t depends on input s exactly where the mask allows it."""
     mask = masks.Mask(kind, TEXT, GRID)
     model, params, x = build(BASE, (mask,), mask.length)
 
@@ -62,7 +62,7 @@ def test_scan_equals_unrolled_in_values_and_gradients():
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_only_the_wanted_positions_leave_the_last_layer(scan_layers):
+def test_num_out_returns_the_last_positions(scan_layers):
     """The last two of all, in values and gradients, from the same parameters."""
     config = dataclasses.replace(BASE, num_layers=3, scan_layers=scan_layers)
     layer_masks = (masks.Mask("full", 7, 0),) * 3
