@@ -89,8 +89,7 @@ class StreamEmbedding(nn.Module):
         Returns:
           [..., n, D] in the compute dtype.
         """
-        row, column = positions // self.grid, positions % self.grid
-        position = self.row_table[row] + self.column_table[column]
+        position = self.row_table[positions // self.grid] + self.column_table[positions % self.grid]
         x = self.image_table[codes]
         x = x + position.reshape((1,) * (x.ndim - position.ndim) + position.shape)
         return x.astype(self.dtype.compute)

@@ -323,8 +323,8 @@ def _tails(num_stem: int, n: int) -> Array:
 
     The 3 N positions are ordered by kind, then by sample.
     """
-    positions = jnp.arange(prior_diffusion.TAIL * n)
-    kind, sample = positions // n, positions % n
+    size = prior_diffusion.TAIL * n
+    kind, sample = jnp.arange(size) // n, jnp.arange(size) % n
     own = (sample[:, None] == sample[None, :]) & (kind[None, :] <= kind[:, None])
     return jnp.concatenate([jnp.ones((len(own), num_stem), bool), own], axis=1)
 
