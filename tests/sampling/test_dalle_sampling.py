@@ -169,7 +169,7 @@ def test_training_rules_in_force_do_not_disturb(network):
 def test_bad_options_are_refused(network):
     with pytest.raises(UsageError, match="num_candidates=0"):
         sample(network, num_candidates=0)
-    with pytest.raises(UsageError, match="holds 9 of 9 codes"):
+    with pytest.raises(UsageError, match="has 9 of 9 codes"):
         sample(network, prefix=np.zeros((2, 9), np.int32))
     with pytest.raises(ValueError, match=r"expected \[P, 4\]"):
         sample(network, text=TEXT[:, :3])
