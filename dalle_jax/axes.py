@@ -7,11 +7,11 @@ Letters, used in every docstring and einsum:
   prompt . E joint CLIP width . C channels . h w spatial (lower case: H is taken) . g code-grid side
 
 Logical names are constants, so that a typo is an AttributeError here and not an array that is
-silently replicated on the pod. Weights and activations have names of their own (the habit of
-t5x and maxtext): a rule may shard `embed` without touching `act_embed`.
+silently replicated on the pod. Weights and activations have different names, as in t5x and maxtext:
+a rule may shard `embed` without touching `act_embed`.
 
-Rules map a logical name to the mesh axes that may carry it, in order of preference; they are
-config data (`config.mesh.rules`), and the named defaults below are where everybody starts.
+Rules map a logical name to the mesh axes that may carry it, in order of preference. They are config
+data (`config.mesh.rules`); the named defaults are below.
 """
 
 # Mesh axes. One device is the mesh (1, 1, 1): the same code path.
@@ -50,8 +50,8 @@ LOGICAL = (
 
 _REPLICATED = {name: () for name in LOGICAL}
 
-# Named defaults: logical name -> mesh axes (empty = replicated). Batches go over data and fsdp
-# together, whatever the rules: fsdp is data parallelism whose weights happen to be scattered.
+# Named defaults: logical name -> mesh axes (empty = replicated). Batches are split over data and
+# fsdp in all of them: fsdp is data parallelism with scattered weights.
 RULES = {
     "dp": {**_REPLICATED, ACT_BATCH: (DATA, FSDP)},
     "fsdp": {

@@ -1,15 +1,14 @@
 """How the matrices of a layer stack are stored on a mesh: words that engine and networks share.
 
-The engine's rules choose a `Storage` for every array (`engine/sharding.py`); a network that runs a
-stack of layers asks the `Gathers` in force how its own are stored (`nn/partition.py`). Neither
-imports the other.
+The engine's rules choose a `Storage` for every array (`engine/sharding.py`). A network that runs a
+stack of layers reads the `Gathers` in force (`nn/partition.py`). Neither imports the other.
 
-Folded storage: [..., R, C] is kept as [..., m R, C / m], the same numbers in the same order. Its
-rows are spread over the mesh axis fsdp, and m makes the rows of a shard whole tiles. At width 3968
-over 128 chips a shard of the plain matrix has 31 rows, and the TPU compiler then turns the
-reduce-scatter of the gradient into an all-reduce of twice the traffic; m = 8 gives 248 rows, 31
-tiles of 8. As long as fsdp divides R, shard i of the folded and of the plain matrix are the same
-numbers, so that going from one to the other moves nothing between devices.
+Folded storage: [..., R, C] is stored as [..., m R, C / m], the same numbers in the same order. Its
+rows are split over the mesh axis fsdp, and m is chosen so that a shard consists of full tiles. At
+width 3968 over 128 chips a shard of the plain matrix has 31 rows, and the TPU compiler then turns
+the reduce-scatter of the gradient into an all-reduce with twice the traffic; m = 8 gives 248 rows,
+31 tiles of 8. If fsdp divides R, shard i of the folded and of the plain matrix hold the same
+numbers, so folding moves nothing between devices.
 """
 
 import contextlib
@@ -27,11 +26,11 @@ LANES = 128  # columns of a tile, and sides of the TPU's matrix unit (256 on v6e
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How one array is stored; the default is as it is.
+    """How one array is stored; the default is unfolded and not gathered.
 
     Attributes:
       fold: m of this module's docstring; 1 = the plain shape.
-      gathered: the rows lie scattered over the mesh axis fsdp, and the layer that uses the matrix
+      gathered: the rows are scattered over the mesh axis fsdp, and the layer that uses the matrix
         gathers it itself.
     """
 
@@ -39,7 +38,7 @@ class Storage:
     gathered: bool = False
 
     def stored(self, x: Any) -> Any:
-        """[..., R, C] -> [..., m R, C / m]; arrays of jax or numpy, or ShapeDtypeStructs."""
+        """[..., R, C] -> [..., m R, C / m] of an array of jax or numpy, or a ShapeDtypeStruct."""
         return x if self.fold == 1 else _with_matrix(x, x.shape[-2] * self.fold)
 
     def plain(self, x: Any) -> Any:
@@ -50,16 +49,16 @@ class Storage:
 PLAIN = Storage()
 
 
-def choose_fold(rows: int, columns: int, ways: int) -> int:
-    """The smallest m that makes every shard of m * rows whole tiles; 1 where none does.
+def choose_fold(rows: int, columns: int, num_shards: int) -> int:
+    """The smallest m for which every shard of m * rows consists of full tiles; 1 if there is none.
 
     Args:
-      rows: R, a multiple of `ways`.
+      rows: R, a multiple of num_shards.
       columns: C; m divides it.
-      ways: shards of the rows.
+      num_shards: parts into which the rows are split.
     """
-    need = ROW_TILE // math.gcd(ROW_TILE, rows // ways)
-    return need if columns % need == 0 else 1
+    fold = ROW_TILE // math.gcd(ROW_TILE, rows // num_shards)
+    return fold if columns % fold == 0 else 1
 
 
 def stored(tree: Any, storage: Any) -> Any:
@@ -74,15 +73,15 @@ def plain(tree: Any, storage: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Gathers:
-    """What is in force where layers gather their own weights.
+    """The setting under which layers gather their own weights.
 
     Attributes:
       mesh: the device mesh.
       rows: mesh axis over which the rows of stored matrices are scattered.
-      batch: mesh axes over which the leading axis of activations is split, `rows` among them.
+      batch: mesh axes over which the leading axis of activations is split; includes `rows`.
       storage: (shape, logical names) of a stacked array -> its `Storage`.
-      reduce_dtype: dtype in which the gradients of the devices are added; None = the dtype in
-        which the weights are gathered.
+      reduce_dtype: dtype in which gradients are added over devices; None = the dtype in which
+        weights are gathered.
     """
 
     mesh: jax.sharding.Mesh
@@ -101,14 +100,14 @@ _in_force: contextvars.ContextVar[Gathers | None] = contextvars.ContextVar("gath
 
 
 def gathers() -> Gathers | None:
-    """What is in force; None = layers are left to the partitioner."""
+    """The `Gathers` in force; None = the partitioner handles layers."""
     return _in_force.get()
 
 
 @contextlib.contextmanager
-def gathering(how: Gathers | None) -> Iterator[None]:
-    """Puts `how` in force."""
-    token = _in_force.set(how)
+def gathering(gathers: Gathers | None) -> Iterator[None]:
+    """A context in which `gathers` is in force."""
+    token = _in_force.set(gathers)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Types that every storey shares, and the one exception whose text is written for the user."""
+"""Types that every storey shares, and the one exception whose message is for the user."""
 
 import dataclasses
 from typing import Any
@@ -14,28 +14,36 @@ Key = jax.Array  # a typed key: jax.random.key
 
 
 class UsageError(ValueError):
-    """Bad input. The text names the value, what was expected and the cure.
+    """Bad input. The message names the value, what was expected and the cure.
 
-    `python -m dalle_jax` prints it without a traceback and exits with code 2; raise it before
-    anything compiles. A programming error is any other exception and keeps its traceback.
+    `python -m dalle_jax` prints the message without a traceback and exits with code 2. Raise it
+    before anything compiles. Programming errors are other exceptions and keep their traceback.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class DtypePolicy:
-    """Where each number lives: parameters and optimiser, compute, and float32 islands.
+    """The dtypes of a network; every module has one as its field `dtype`.
 
-    Islands (softmax, norm statistics, logits and loss, codebook distances, logit_scale, EMA) are
-    float32 whatever `compute` says: they name `accum` where they cast.
+    Attributes:
+      param: parameters and optimiser state.
+      compute: activations and matrix products.
+      accum: the float32 islands, whatever `compute` is: softmax, norm statistics, logits and loss,
+        codebook distances, logit_scale, EMA. They name `accum` in the line that casts.
     """
 
     param: Any = jnp.float32
     compute: Any = jnp.float32
     accum: Any = jnp.float32
 
+    @property
+    def island(self) -> "DtypePolicy":
+        """The policy of a layer that computes in `accum`."""
+        return dataclasses.replace(self, compute=self.accum)
+
     @staticmethod
     def from_names(param: str, compute: str) -> "DtypePolicy":
-        """A policy from config strings.
+        """The policy for two config strings.
 
         Raises:
           UsageError: for a name other than float32 or bfloat16.

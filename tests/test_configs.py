@@ -11,7 +11,7 @@ import pytest
 
 from dalle_jax import config as cfg
 from dalle_jax import tasks
-from dalle_jax.models import build, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.types import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -116,7 +116,7 @@ def test_the_model_of_every_config_has_shapes(case):
     elif config.task == "diffusion":
         # Tracing the paper's takes seconds; tests/models/test_unet.py counts them.
         made = build.unet(config, 0 if config.loss.low_res_px else 64).config
-        assert unet_plan.flops(made, px) > 1e6
+        assert unet.flops(made, px) > 1e6
         return
     else:
         grid = {32: 8, 64: 16, 256: 32}[px]

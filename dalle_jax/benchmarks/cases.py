@@ -167,7 +167,7 @@ def prior(config: cfg.ConfigDict) -> Case:
 
     def draw(params: Params, text: Array, z_t: Array) -> Array:
         return prior_sampling.sample_diffusion(
-            model, params, text, z_t, key=key, steps=PRIOR_STEPS, num_draws=1
+            model, params, text, z_t, key=key, steps=PRIOR_STEPS, num_samples=1
         )
 
     return Case(

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dalle_jax.models import dalle
+from dalle_jax.nn.transformer import TransformerConfig
 
 
 class Block(nn.Module):
     """Attention and a gated MLP, each after a norm.
 
     Args:
-      c: the sizes.
+      c: sizes of the stack.
       mask: [T, T] bool, what each position sees; None = all before it.
     """
 
-    def __init__(self, c: dalle.DalleConfig, mask: Tensor | None):
+    def __init__(self, c: TransformerConfig, mask: Tensor | None):
         super().__init__()
         inner = c.mlp_ratio * c.width
         self.heads, self.mask = c.num_heads, mask
@@ -53,20 +54,20 @@ class Gpt(nn.Module):
 
     def __init__(self, c: dalle.DalleConfig):
         super().__init__()
-        self.c = c
-        self.text = nn.Embedding(c.vocab_size, c.width)
-        self.text_position = nn.Parameter(0.02 * torch.randn(c.text_len, c.width))
-        self.image = nn.Embedding(c.num_codes, c.width)
-        self.row = nn.Parameter(0.02 * torch.randn(c.grid, 1, c.width))
-        self.column = nn.Parameter(0.02 * torch.randn(1, c.grid, c.width))
+        self.c, width = c, c.transformer.width
+        self.text = nn.Embedding(c.vocab_size, width)
+        self.text_position = nn.Parameter(0.02 * torch.randn(c.text_len, width))
+        self.image = nn.Embedding(c.num_codes, width)
+        self.row = nn.Parameter(0.02 * torch.randn(c.grid, 1, width))
+        self.column = nn.Parameter(0.02 * torch.randn(1, c.grid, width))
         masks = [
             None if mask.kind == "full" else torch.from_numpy(mask.table())
             for mask in c.layer_masks()
         ]
-        self.blocks = nn.ModuleList(Block(c, mask) for mask in masks)
-        self.norm = nn.LayerNorm(c.width)
-        self.text_head = nn.Linear(c.width, c.vocab_size, bias=False)
-        self.image_head = nn.Linear(c.width, c.num_codes, bias=False)
+        self.blocks = nn.ModuleList(Block(c.transformer, mask) for mask in masks)
+        self.norm = nn.LayerNorm(width)
+        self.text_head = nn.Linear(width, c.vocab_size, bias=False)
+        self.image_head = nn.Linear(width, c.num_codes, bias=False)
 
     def places(self) -> Tensor:
         """[g * g, D]."""
@@ -88,9 +89,9 @@ class Gpt(nn.Module):
     @torch.no_grad()
     def sample(self, text: Tensor) -> Tensor:
         """[B, T] -> [B, g * g] codes."""
-        c, size = self.c, len(text)
-        depth = c.width // c.num_heads
-        cache = torch.zeros(c.num_layers, 2, size, c.num_heads, c.length, depth)
+        c, t, size = self.c, self.c.transformer, len(text)
+        depth = t.width // t.num_heads
+        cache = torch.zeros(t.num_layers, 2, size, t.num_heads, c.length, depth)
         codes = torch.zeros(size, c.num_image_tokens, dtype=torch.long)
         x, places, start = self.text(text) + self.text_position, self.places(), 0
         for i in range(c.num_image_tokens):

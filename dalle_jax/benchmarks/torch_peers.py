@@ -58,13 +58,13 @@ def dalle_pytorch_train(config: ConfigDict) -> Case:
         image_size=config.data.image_px, num_layers=halvings, num_tokens=c.num_codes, **_TINY_VAE
     )
     net = package.DALLE(
-        dim=c.width,
+        dim=c.transformer.width,
         vae=vae,
         num_text_tokens=c.vocab_size,
         text_seq_len=c.text_len,
-        depth=c.num_layers,
-        heads=c.num_heads,
-        dim_head=c.width // c.num_heads,
+        depth=c.transformer.num_layers,
+        heads=c.transformer.num_heads,
+        dim_head=c.transformer.width // c.transformer.num_heads,
         attn_types=tuple(_KINDS[kind] for kind in c.attention),
         shift_tokens=False,
         rotary_emb=False,

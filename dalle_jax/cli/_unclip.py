@@ -201,7 +201,7 @@ def prior_options(args: argparse.Namespace, prior: str) -> dict:
         return {}
     options = {"guidance_scale": args.prior_guidance}
     if args.prior_draws:
-        options["num_draws"] = args.prior_draws
+        options["num_samples"] = args.prior_draws
     if prior == "diffusion" and args.prior_steps:
         options["steps"] = args.prior_steps
     return options

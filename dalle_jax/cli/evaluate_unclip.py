@@ -200,7 +200,7 @@ def prepare(args: argparse.Namespace, found: dict[str, str]) -> Drawer:
     from dalle_jax.stages.unclip import Unclip
 
     stages = Unclip.load({k: v for k, v in found.items() if k not in ("dalle", "dvae")})
-    reads = bool(stages.decoder.model.config.text_layers)
+    reads = bool(stages.decoder.model.config.text_encoder)
     ways = [*stages.priors, "none", *(["caption"] if reads else [])]
     if args.ways:
         ways = [way for way in args.ways.split(",") if way and way != DALLE]

@@ -1,9 +1,9 @@
-"""What a traced function will compute and keep: counted in its jaxpr, before any compiler.
+"""FLOPs and saved activations of a traced function, counted in its jaxpr before any compilation.
 
-Hardware FLOPs are those of every matrix product and convolution that runs, 2 per multiply-add:
-the backward pass, what recomputation repeats, and scores that a mask throws away. Elementwise work
-is not counted (its time is memory traffic). The compiler's own `cost_analysis` cannot be used: it
-counts the body of a loop once.
+Hardware FLOPs are those of every matrix product and convolution that runs, 2 per multiply-add. They
+include the backward pass, recomputation, and scores that a mask discards. Elementwise work is not
+counted, because its time is memory traffic. The compiler's own `cost_analysis` is no alternative:
+it counts the body of a loop once.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.extend.core
 
-# Attention in one of cuDNN's kernels: products of T x S x K; the gradient makes the scores anew.
+# Number of T x S x K products in cuDNN's attention kernels; the gradient recomputes the scores.
 _FUSED = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
@@ -23,8 +23,8 @@ def hardware(fn: Callable, *arguments: Any) -> float:
     Args:
       fn: jax-traceable; the arguments are arrays or ShapeDtypeStructs.
 
-    Of the branches of a conditional the dearest counts, and a loop without a known length once. A
-    Pallas kernel counts for every step of its grid, one of cuDNN's for every score.
+    A conditional counts as its most expensive branch, and a loop of unknown length counts once. A
+    Pallas kernel counts for every step of its grid, a cuDNN kernel for every score.
     """
     return count(jax.make_jaxpr(fn)(*arguments).jaxpr)
 
@@ -32,24 +32,24 @@ def hardware(fn: Callable, *arguments: Any) -> float:
 def kept_bytes(loss: Callable, params: Any, *rest: Any) -> int:
     """Bytes, over all devices, that the backward pass of `loss` needs from the forward pass.
 
-    The activations: what remat is about. Values that are arguments anyway are left out.
+    These are the activations, which remat reduces. Values that are arguments are not counted.
 
     Args:
       loss: (params, *rest) -> (scalar, anything).
-      params: what is differentiated.
+      params: the differentiated argument.
       *rest: other arguments; all may be ShapeDtypeStructs.
     """
 
     def backward(params, rest):
         return jax.vjp(lambda p: loss(p, *rest), params, has_aux=True)[1]
 
-    kept = jax.make_jaxpr(backward)(params, rest).jaxpr
-    values = {v for v in kept.outvars if not isinstance(v, jax.extend.core.Literal)}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in values - set(kept.invars))
+    jaxpr = jax.make_jaxpr(backward)(params, rest).jaxpr
+    saved = {v for v in jaxpr.outvars if not isinstance(v, jax.extend.core.Literal)}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in saved - set(jaxpr.invars))
 
 
 def count(jaxpr: Any, lanes: int = 1) -> float:
-    """`hardware` of a jaxpr; the sides of a matrix product rounded up to a multiple of `lanes`."""
+    """`hardware` of a jaxpr, with the sides of products rounded up to a multiple of `lanes`."""
     return sum(_equation(eqn, lanes) for eqn in jaxpr.eqns)
 
 
@@ -57,7 +57,7 @@ def inner(eqn: Any) -> Iterator[Any]:
     """The jaxprs among an equation's parameters."""
     for value in eqn.params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
-            item = getattr(item, "jaxpr", item)  # of a ClosedJaxpr
+            item = getattr(item, "jaxpr", item)  # a ClosedJaxpr has one
             if hasattr(item, "eqns"):
                 yield item
 
@@ -98,7 +98,7 @@ def _dot(eqn, lanes: int) -> float:
 
 
 def _convolution(eqn) -> float:
-    """The zeros that a dilation of the input inserts are not multiplied; padding is."""
+    """Counts products with padding, but not with the zeros of a dilated input."""
     kernel = eqn.invars[1].aval
     outputs = eqn.params["dimension_numbers"].rhs_spec[0]
     taps = kernel.size // kernel.shape[outputs]

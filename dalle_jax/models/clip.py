@@ -1,12 +1,12 @@
 """CLIP: a vision transformer and a causal text transformer that meet in one joint space.
 
-The released ViT models at their sizes, and small ones for 32 to 64 px pictures by config. The
-loss belongs to tasks/clip.py, the scores of drawn pictures to sampling/rerank.py.
+A config has the size of a released ViT model, or a small one for 32 to 64 px pictures. The loss is
+in tasks/clip.py, the scores of samples in sampling/rerank.py.
 
 Source: Radford et al. 2021 (arXiv:2103.00020) §2; openai/CLIP `model.py`. Deliberate differences:
-the block initialisation is the house's (nn/transformer.py), and the first end token is found by
-its id, where openai/CLIP takes the argmax of the ids (the same thing there, because the end token
-is its largest id; SentencePiece's is 3).
+blocks are initialised as in nn/transformer.py, and the text tower is read at the first token with
+the id of the end token. openai/CLIP reads it at the largest id, which is its end token;
+SentencePiece's end token is 3.
 """
 
 import dataclasses
@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import axes
-from dalle_jax.nn import cpu_products, masks, partition, transformer
-from dalle_jax.types import Array, DtypePolicy, Params, UsageError
+from dalle_jax.nn import conv, cpu_products, masks, partition, stack, transformer
+from dalle_jax.nn.transformer import TransformerConfig
+from dalle_jax.types import Array, DtypePolicy, UsageError
 
 # Mean and standard deviation of WIT's pixels in [0, 1], per channel (openai/CLIP `clip.py`).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,34 +40,22 @@ class ClipConfig:
       text_len: T, text ids per caption, begin and end included (77 as released).
       vocab_size: rows of the token embedding (49,408 as released).
       patch_px: side of a patch; (image_px / patch_px)**2 patches and one class token.
-      image_width: D of the vision tower.
-      image_layers: its L.
-      image_heads: its H (width / 64 as released).
-      text_width: D of the text tower.
-      text_layers: its L.
-      text_heads: its H (width / 64 as released).
+      image: the vision tower (heads of 64 as released).
+      text: the text tower (heads of 64 as released).
       joint_width: E.
-      pixel_norm: normalise pixels by CLIP's mean and deviation; else [-1, 1] goes in as it is.
+      pixel_norm: normalise pixels by CLIP's mean and deviation; False = no change to [-1, 1].
       eos_id: id of the end token; the text tower is read at its first occurrence.
-      scan_layers: scan over the layers instead of unrolling them; same parameters.
-      remat: what the backward pass keeps, see `transformer.TransformerConfig`.
     """
 
     image_px: int
     text_len: int
     vocab_size: int
     patch_px: int = 32
-    image_width: int = 768
-    image_layers: int = 12
-    image_heads: int = 12
-    text_width: int = 512
-    text_layers: int = 12
-    text_heads: int = 8
+    image: TransformerConfig = TransformerConfig(width=768, num_layers=12, num_heads=12)
+    text: TransformerConfig = TransformerConfig(width=512, num_layers=12, num_heads=8)
     joint_width: int = 512
     pixel_norm: bool = True
     eos_id: int = SENTENCEPIECE_EOS
-    scan_layers: bool = False
-    remat: str = "none"
 
     def __post_init__(self):
         if self.image_px % self.patch_px:
@@ -84,35 +73,11 @@ class ClipConfig:
             raise UsageError(
                 f"text_len {self.text_len} leaves no room between begin and end; use 3 or more."
             )
-        # The towers' own checks (heads divide width, known remat) run here, before any compile.
-        self.image_tower(DtypePolicy())
-        self.text_tower(DtypePolicy())
 
     @property
     def num_patches(self) -> int:
         """Patches of one picture."""
         return (self.image_px // self.patch_px) ** 2
-
-    def image_tower(self, dtype: DtypePolicy) -> transformer.TransformerConfig:
-        """The vision tower's stack."""
-        return self._tower(self.image_width, self.image_layers, self.image_heads, dtype)
-
-    def text_tower(self, dtype: DtypePolicy) -> transformer.TransformerConfig:
-        """The text tower's stack."""
-        return self._tower(self.text_width, self.text_layers, self.text_heads, dtype)
-
-    def _tower(self, width, layers, heads, dtype) -> transformer.TransformerConfig:
-        return transformer.TransformerConfig(
-            width=width,
-            num_layers=layers,
-            num_heads=heads,
-            norm="layer",
-            activation="quick_gelu",
-            use_bias=True,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            dtype=dtype,
-        )
 
 
 class ImageTower(nn.Module):
@@ -125,9 +90,10 @@ class ImageTower(nn.Module):
     def __call__(self, images: Array) -> Array:
         """[B, h, w, 3] float in [-1, 1] -> [B, E] float32."""
         c, dtype = self.config, self.dtype
-        width, std = c.image_width, c.image_width**-0.5
-        x = patches(normalise(images) if c.pixel_norm else images, c.patch_px)
-        # A convolution with stride = kernel is a matmul on patches, and much faster as one on CPU.
+        width, std = c.image.width, c.image.width**-0.5
+        x = conv.to_patches(normalise(images) if c.pixel_norm else images, c.patch_px)
+        x = x.reshape(len(x), c.num_patches, -1)  # [B, patches, patch_px * patch_px * 3]
+        # A convolution with stride = kernel is a matmul on patches, and a CPU runs it much faster.
         patch_embed = self.param(
             "patch_embed",
             partition.param_with_axes(
@@ -149,15 +115,15 @@ class ImageTower(nn.Module):
             dtype.param,
         )
         patch_embed, class_embed, positions = (
-            partition.whole(weight.astype(dtype.compute))
+            partition.replicated(weight.astype(dtype.compute))
             for weight in (patch_embed, class_embed, positions)
         )
         x = cpu_products.matmul(x.astype(dtype.compute), patch_embed)  # [B, patches, D]
         first = jnp.broadcast_to(class_embed, (x.shape[0], 1, width))
         x = jnp.concatenate([first, x], axis=1) + positions[None]
         x = transformer.Norm("layer", dtype, name="norm_pre")(x)
-        tower = c.image_tower(dtype)
-        x = transformer.Transformer(tower, (None,) * c.image_layers, name="transformer")(x)
+        layer_masks = (None,) * c.image.num_layers
+        x = stack.Stack(c.image, layer_masks, dtype=dtype, name="transformer")(x)
         x = transformer.Norm("layer", dtype, name="norm_post")(x[:, 0])  # the class token, [B, D]
         return _project(self, x, c.joint_width, dtype)
 
@@ -177,23 +143,22 @@ class TextTower(nn.Module):
         tokens = self.param(
             "tokens",
             partition.param_with_axes(nn.initializers.normal(0.02), (axes.VOCAB, axes.EMBED)),
-            (c.vocab_size, c.text_width),
+            (c.vocab_size, c.text.width),
             dtype.param,
         )
         positions = self.param(
             "positions",
             partition.param_with_axes(nn.initializers.normal(0.01), (axes.POSITIONS, axes.EMBED)),
-            (c.text_len, c.text_width),
+            (c.text_len, c.text.width),
             dtype.param,
         )
         tokens, positions = (
-            partition.whole(table.astype(dtype.compute)) for table in (tokens, positions)
+            partition.replicated(table.astype(dtype.compute)) for table in (tokens, positions)
         )
         x = tokens[text] + positions[None]
-        causal = masks.Mask("full", c.text_len, 0)
-        tower = c.text_tower(dtype)
-        x = transformer.Transformer(tower, (causal,) * c.text_layers, name="transformer")(x)
-        # One token per caption is read, so the final norm need not see the others.
+        layer_masks = (masks.Mask("full", c.text_len, 0),) * c.text.num_layers  # causal
+        x = stack.Stack(c.text, layer_masks, dtype=dtype, name="transformer")(x)
+        # Only one token per caption is read, so the final norm skips the others.
         end = end_position(text, c.eos_id)
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]  # [B, D]
         x = transformer.Norm("layer", dtype, name="norm_final")(x)
@@ -201,7 +166,7 @@ class TextTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both towers and the temperature.
+    """Both towers and the learned temperature.
 
     Attributes:
       config: sizes.
@@ -223,15 +188,15 @@ class Clip(nn.Module):
         )
 
     def __call__(self, images: Array, text: Array) -> tuple[Array, Array, Array]:
-        """Unit embeddings of both, and the log of the temperature's inverse.
+        """Embeddings of pictures and captions, and the log of the inverse temperature.
 
         Args:
           images: [B, h, w, 3] float in [-1, 1].
           text: [B, T] int32.
 
         Returns:
-          image [B, E] and text [B, E], float32, of unit length; logit_scale, float32 scalar, as
-          it is stored (the clamp is the training step's).
+          image [B, E] and text [B, E], float32 of unit length; logit_scale, float32 scalar, not
+          clamped (the training step clamps it).
         """
         return self.encode_image(images), self.encode_text(text), self.logit_scale
 
@@ -250,25 +215,17 @@ class Clip(nn.Module):
 
 
 def normalise(images: Array) -> Array:
-    """Pixels in [-1, 1] [B, h, w, 3] to zero mean and unit deviation over CLIP's training set."""
+    """Pictures [B, h, w, 3] in [-1, 1] with CLIP's mean subtracted, over CLIP's deviation."""
     mean = np.asarray(PIXEL_MEAN, np.float32).reshape(1, 1, 1, 3)
     std = np.asarray(PIXEL_STD, np.float32).reshape(1, 1, 1, 3)
     return ((images + 1) / 2 - mean) / std
 
 
-def patches(images: Array, patch_px: int) -> Array:
-    """[B, h, w, C] -> [B, patches, patch_px * patch_px * C], raster order inside and outside."""
-    b, h, w, c = images.shape
-    rows, columns = h // patch_px, w // patch_px
-    x = images.reshape(b, rows, patch_px, columns, patch_px, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, patch_px * patch_px * c)
-
-
 def end_position(text: Array, eos_id: int) -> Array:
     """Position of the first `eos_id` of each caption, [B, T] -> [B] int32.
 
-    A caption without one (it should not exist: the tokenizer ends even truncated captions) is
-    read at its last position.
+    A caption without an end token is read at its last position. The tokenizer never produces one:
+    it ends truncated captions too.
     """
     is_end = text == eos_id
     return jnp.where(is_end.any(axis=1), is_end.argmax(axis=1), text.shape[1] - 1)
@@ -277,7 +234,7 @@ def end_position(text: Array, eos_id: int) -> Array:
 def unit(x: Array) -> Array:
     """x [..., E] divided by its length, float32.
 
-    The 1e-12 under the root keeps the gradient of a zero vector finite; no embedding is near it.
+    The 1e-12 under the root makes the gradient of a zero vector finite; no embedding is near zero.
     """
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)
@@ -285,22 +242,17 @@ def unit(x: Array) -> Array:
 
 def flops(config: ClipConfig) -> float:
     """Forward matmul FLOPs of one picture with its caption (2 per multiply-add)."""
-    c, dtype = config, DtypePolicy()
-    image = transformer.flops(c.image_tower(dtype), (None,) * c.image_layers, c.num_patches + 1)
+    c = config
+    image = stack.flops(c.image, (None,) * c.image.num_layers, c.num_patches + 1)
     causal = masks.Mask("full", c.text_len, 0)
-    text = transformer.flops(c.text_tower(dtype), (causal,) * c.text_layers, c.text_len)
-    stem = 2 * c.num_patches * c.patch_px**2 * 3 * c.image_width
-    heads = 2 * c.joint_width * (c.image_width + c.text_width)
+    text = stack.flops(c.text, (causal,) * c.text.num_layers, c.text_len)
+    stem = 2 * c.num_patches * c.patch_px**2 * 3 * c.image.width
+    heads = 2 * c.joint_width * (c.image.width + c.text.width)
     return float(image + text + stem + heads)
 
 
-def num_params(params: Params) -> int:
-    """Number of values in a (possibly abstract, possibly boxed) parameter tree."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-
-
 def _project(module: nn.Module, x: Array, features: int, dtype: DtypePolicy) -> Array:
-    """x [B, D] @ projection [D, E], no bias, out in float32."""
+    """x [B, D] @ projection [D, E] without bias -> [B, E] float32."""
     init = nn.initializers.normal(x.shape[-1] ** -0.5)
     names = (axes.EMBED, axes.JOINT)
     w = module.param(

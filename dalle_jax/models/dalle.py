@@ -2,13 +2,13 @@
 
 The stream is text_len text slots and grid**2 codes in raster order, without begin tokens: the
 last text slot predicts code 0 (the paper mentions a start-of-image position but specifies no
-embedding for one). Text and image positions have their own output heads, and each head is applied
-only where its vocabulary is predicted: image logits at the last text slot and all codes but the
-last, text logits at all text slots but the last.
+embedding for one). Text and image positions have separate output heads, and each head is applied
+only at positions that predict its vocabulary: image logits at the last text slot and at all codes
+but the last, text logits at all text slots but the last.
 
-Source: Ramesh et al. 2021 (arXiv:2102.12092), §2.2 and appendix B. Deliberate differences:
-untied heads of two vocabularies instead of one (at 12B it saves 60 % of the head's FLOPs); the
-embeddings' initial deviation is a field.
+Source: Ramesh et al. 2021 (arXiv:2102.12092), §2.2 and appendix B. Deliberate differences: two
+untied heads, one per vocabulary, instead of one (at 12B this saves 60 % of the head's FLOPs); the
+initial standard deviation of the embeddings is a field.
 """
 
 import dataclasses
@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax import axes
-from dalle_jax.nn import cpu_products, embed, masks, partition, transformer
+from dalle_jax.nn import cpu_products, embed, masks, partition, stack, transformer
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.types import Array, DtypePolicy, Key, UsageError
 
 TEXT_WEIGHT = 1 / 8  # paper §2.2; the image gets the rest
@@ -33,50 +34,28 @@ class DalleConfig:
       vocab_size: text ids, 0 = padding.
       num_codes: V of the codebook.
       grid: g, side of the code grid.
-      width: D.
-      num_layers: L.
-      num_heads: H.
-      mlp_ratio: F / D.
-      gated: gated MLP, see `nn.transformer`.
+      transformer: sizes of the stack, and how it runs.
       attention: kinds of `nn.masks`, cycled over the layers.
       last_attention: kind of the last layer; "" = no exception.
       conv_kernel: side of the window of conv layers.
-      norm: "layer" | "rms".
-      use_bias: biases on the blocks' matrices.
-      dropout: on the branches' outputs while training.
-      embed_std: deviation of the embedding tables at the start.
-      scan_layers: scan over periods of the pattern (pods) or an unrolled loop (CPU).
-      remat: "none" | "names" | "dots" | "full", see `nn.transformer`.
-      attention_impl: one of `attention.IMPLEMENTATIONS`, see `nn.attention`.
+      embed_std: initial standard deviation of the embedding tables.
     """
 
     text_len: int
     vocab_size: int
     num_codes: int
     grid: int
-    width: int = 128
-    num_layers: int = 4
-    num_heads: int = 2
-    mlp_ratio: int = 4
-    gated: bool = False
+    transformer: TransformerConfig = TransformerConfig(width=128, num_layers=4, num_heads=2)
     attention: tuple[str, ...] = ("row", "column", "row", "row")
     last_attention: str = "conv"
     conv_kernel: int = 11
-    norm: str = "layer"
-    use_bias: bool = True
-    dropout: float = 0.0
     embed_std: float = 0.02
-    scan_layers: bool = False
-    remat: str = "none"
-    attention_impl: str = "auto"
 
     def __post_init__(self):
-        for field in ("text_len", "vocab_size", "num_codes", "grid", "width", "num_layers"):
+        for field in ("text_len", "vocab_size", "num_codes", "grid"):
             if getattr(self, field) < 1:
                 raise UsageError(f"{field}={getattr(self, field)}; expected 1 or more.")
-        # Their own checks (heads divide width, known kinds) run here, before any compile.
-        self.stack(DtypePolicy())
-        self.layer_masks()
+        self.layer_masks()  # refuses unknown kinds
 
     @property
     def num_image_tokens(self) -> int:
@@ -93,33 +72,15 @@ class DalleConfig:
         return masks.pattern(
             tuple(self.attention),
             self.last_attention,
-            self.num_layers,
+            self.transformer.num_layers,
             self.text_len,
             self.grid,
             self.conv_kernel,
         )
 
-    def stack(self, dtype: DtypePolicy) -> transformer.TransformerConfig:
-        """The transformer's own config."""
-        return transformer.TransformerConfig(
-            width=self.width,
-            num_layers=self.num_layers,
-            num_heads=self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            gated=self.gated,
-            norm=self.norm,
-            activation="quick_gelu",
-            use_bias=self.use_bias,
-            dropout=self.dropout,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            attention_impl=self.attention_impl,
-            dtype=dtype,
-        )
-
 
 class Dalle(nn.Module):
-    """The network; `sampling/dalle.py` draws from it.
+    """The network; `sampling/dalle.py` samples from it.
 
     Attributes:
       config: sizes.
@@ -131,17 +92,17 @@ class Dalle(nn.Module):
 
     def setup(self):
         """Declares `embed`, `transformer`, `norm_final`, `text_head` and `image_head`."""
-        c, dtype = self.config, self.dtype
+        c, dtype, width = self.config, self.dtype, self.config.transformer.width
         self.embed = embed.StreamEmbedding(
-            c.width, c.vocab_size, c.text_len, c.num_codes, c.grid, c.embed_std, dtype
+            width, c.vocab_size, c.text_len, c.num_codes, c.grid, c.embed_std, dtype
         )
-        self.transformer = transformer.Transformer(c.stack(dtype), c.layer_masks())
-        self.norm_final = transformer.Norm(c.norm, dtype)
-        # A fifth of 1/sqrt(D): the first logits are near zero, the first loss near ln V.
-        init = nn.initializers.normal(0.2 * c.width**-0.5)
+        self.transformer = stack.Stack(c.transformer, c.layer_masks(), dtype=dtype)
+        self.norm_final = transformer.Norm(c.transformer.norm, dtype)
+        # A fifth of 1/sqrt(D): the first logits are near zero and the first loss is near ln V.
+        init = nn.initializers.normal(0.2 * width**-0.5)
         init = partition.param_with_axes(init, (axes.EMBED, axes.VOCAB))
-        self.text_head = self.param("text_head", init, (c.width, c.vocab_size), dtype.param)
-        self.image_head = self.param("image_head", init, (c.width, c.num_codes), dtype.param)
+        self.text_head = self.param("text_head", init, (width, c.vocab_size), dtype.param)
+        self.image_head = self.param("image_head", init, (width, c.num_codes), dtype.param)
 
     def __call__(self, text: Array, codes: Array, key: Key | None = None) -> tuple[Array, Array]:
         """Logits of every predicted token, teacher-forced.
@@ -149,7 +110,7 @@ class Dalle(nn.Module):
         Args:
           text: [B, T] int32, right-padded with 0.
           codes: [B, g*g] int32 in raster order.
-          key: draws dropout; None = none.
+          key: samples the dropout; None = no dropout.
 
         Returns:
           text logits [B, T - 1, vocab_size], row t predicting text[:, t + 1]; and image logits
@@ -167,9 +128,9 @@ class Dalle(nn.Module):
         return self.logits(self.embed_text(text), self.embed_image(codes), key)
 
     def logits(self, text: Array, image: Array, key: Key | None = None) -> tuple[Array, Array]:
-        """`__call__` on embedded inputs, [B, T, D] and [B, g*g, D]."""
+        """`__call__` for embedded inputs, [B, T, D] and [B, g*g, D]."""
         x = jnp.concatenate([text, image], axis=1)
-        # The last code is embedded although nothing reads it: 1280 positions tile, 1279 do not.
+        # The last code is included although nothing reads it: 1280 positions tile, 1279 do not.
         x = self.norm_final(self.transformer(x, key))
         first = self.config.text_len - 1
         return self._head(x[:, :first], self.text_head), self.image_logits(x[:, first:-1])
@@ -185,7 +146,7 @@ class Dalle(nn.Module):
         )
 
     def final_norm(self, x: Array) -> Array:
-        """[..., D] after the last block -> what the heads read."""
+        """[..., D] after the last block -> [..., D], the input of the heads."""
         return self.norm_final(x)
 
     def image_logits(self, x: Array) -> Array:
@@ -200,11 +161,11 @@ class Dalle(nn.Module):
 def loss(
     text_logits: Array, image_logits: Array, text: Array, codes: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """1/8 text + 7/8 image cross-entropy, each over its own number of predicted tokens.
+    """1/8 text + 7/8 image cross-entropy, each averaged over its own predicted tokens.
 
-    Padding is not counted as a text target: the paper does not say, and here most slots of a
-    short caption are padding, whose prediction would fill the text term with near-zeros. Text
-    token 0 is never predicted (no begin token).
+    Padding is no text target. The paper leaves this open; here most slots of a short caption are
+    padding, whose near-zero losses would dominate the text term. The first text token is never
+    predicted, because there is no begin token.
 
     Args:
       text_logits: [B, T - 1, vocab_size] float32.
@@ -238,8 +199,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 def flops(config: DalleConfig) -> float:
     """Forward matmul FLOPs of one example (2 per multiply-add), attention on allowed pairs."""
-    c = config
-    stack = c.stack(DtypePolicy())
-    text_head = 2 * c.width * c.vocab_size * (c.text_len - 1)
-    image_head = 2 * c.width * c.num_codes * c.num_image_tokens
-    return transformer.flops(stack, c.layer_masks(), c.length) + text_head + image_head
+    c, width = config, config.transformer.width
+    text_head = 2 * width * c.vocab_size * (c.text_len - 1)
+    image_head = 2 * width * c.num_codes * c.num_image_tokens
+    return stack.flops(c.transformer, c.layer_masks(), c.length) + text_head + image_head

@@ -1,6 +1,6 @@
 """dVAE: pictures as a grid of categorical codes, trained through a Gumbel-softmax relaxation.
 
-The tokenizer of DALL·E. Same socket as the VQ-VAE: `encode(images) -> codes`,
+It is the picture tokenizer of DALL·E, with the interface of the VQ-VAE: `encode(images) -> codes`,
 `decode_codes(codes) -> images`, and a pure `loss` for `tasks/autoencode.py`.
 
 Source: Ramesh et al. 2021 (arXiv:2102.12092) §2.1 and App. A; architecture of the pyramid trunk
@@ -19,31 +19,32 @@ from dalle_jax.models import vqvae
 from dalle_jax.nn import codec_bodies, conv, quantize
 from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
-# Pictures are squeezed into (eps, 1 - eps) so that their logits are finite.
+# Pictures are mapped to [eps, 1 - eps] so that their logits are finite.
 LOGIT_LAPLACE_EPS = 0.1
-# ln b below this counts as this. The paper has no floor; drawn pictures with perfectly flat
-# backgrounds would drive b to 0 and the loss to minus infinity. e^-7 = 0.0009 in logits is a
-# quarter of a grey level, finer than 8-bit photographs can ask for.
+# Lower bound of ln b. The paper has none; rendered pictures with perfectly flat backgrounds would
+# drive b to 0 and the loss to minus infinity. e^-7 = 0.0009 in logits is a quarter of a grey level,
+# finer than the steps of 8-bit photographs.
 LOG_SCALE_MIN = -7.0
 LIKELIHOODS = ("logit_laplace", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
 class DvaeConfig(codec_bodies.TrunkConfig):
-    """A dVAE; sizes of the two bodies are `TrunkConfig`'s. Schedules are cosine, in steps.
+    """A dVAE; `TrunkConfig` has the sizes of its two bodies. Schedules are cosine, in steps.
 
     Attributes:
       kind: "dvae".
       num_codes: V, entries of the codebook.
-      n_init: width of the decoder's input (128 in the paper); 0 = width (the patch trunk takes
-        nothing else).
+      n_init: width of the decoder's input (128 in the paper); 0 = width, the only one for the
+        patch trunk.
       likelihood: "logit_laplace" (paper) or "mse".
-      kl_weight: beta, reached after kl_steps; the KL of each position counts
-        beta / (image_px^2 * 3). For "mse" it is a matter of scale, not 6.6.
+      kl_weight: beta, reached after kl_steps; the KL of each position has the weight
+        beta / (image_px^2 * 3). The paper's 6.6 is for "logit_laplace".
       kl_steps: steps of the ramp 0 -> kl_weight; 0 = no ramp.
-      temperature_start, temperature_end, temperature_steps: of the relaxation.
-      entropy_bonus: weight of the entropy of the batch's mean code distribution, against
-        collapse; 0 in the paper.
+      temperature_start, temperature_end, temperature_steps: schedule of the relaxation's
+        temperature.
+      entropy_bonus: weight of the entropy of the batch's mean code distribution; it counters
+        collapse and is 0 in the paper.
     """
 
     kind: str = "dvae"
@@ -76,46 +77,38 @@ class DvaeConfig(codec_bodies.TrunkConfig):
 
     @property
     def channels(self) -> int:
-        """What the decoder gives per pixel: 3 means, and 3 log-scales for logit-Laplace."""
+        """Output channels of the decoder: 3 means, and 3 log-scales for logit-Laplace."""
         return 6 if self.likelihood == "logit_laplace" else 3
 
 
 class Dvae(nn.Module):
     """The network: `encoder`, `encoder_head` to V logits, `decoder_stem` from V, `decoder`.
 
-    The rows of `decoder_stem`'s kernel are what a VQ-VAE calls its codebook.
+    The rows of the kernel of `decoder_stem` correspond to the codebook of a VQ-VAE.
     """
 
     config: DvaeConfig
-    policy: DtypePolicy = DtypePolicy()
+    dtype: DtypePolicy = DtypePolicy()
 
     def setup(self):
         """Declares the layers."""
-        c, p = self.config, self.policy
-        n_init = c.n_init or c.width
-        self.encoder = codec_bodies.make_encoder(c, p.compute, p.param)
+        c, dtype = self.config, self.dtype
+        self.encoder = codec_bodies.build_encoder(c, dtype)
         # The two layers next to the relaxation are float32, as in the released model.
-        self.encoder_head = conv.Conv(
-            c.features,
-            c.num_codes,
-            dtype=p.accum,
-            param_dtype=p.param,
-            names=(axes.CONV_IN, axes.CODES),
-        )
+        names = (axes.CONV_IN, axes.CODES)
+        self.encoder_head = conv.Conv(c.features, c.num_codes, names=names, dtype=dtype.island)
+        # For a one-hot input the output is a single row. With gain 1, as released, it is
+        # N(0, 1/sqrt V): the many steps of the pyramid's training repair that, the patch trunk
+        # trains for few.
+        gain = 1.0 if c.trunk == "pyramid" else c.num_codes**0.5
+        n_init, names = c.n_init or c.width, (axes.CODES, None)
         self.decoder_stem = conv.Conv(
-            c.num_codes,
-            n_init,
-            # A one-hot input meets a single row: gain 1 (the released model's) makes it
-            # N(0, 1/sqrt V), which the pyramid's many steps repair; the patch trunk has few.
-            gain=1.0 if c.trunk == "pyramid" else c.num_codes**0.5,
-            dtype=p.accum,
-            param_dtype=p.param,
-            names=(axes.CODES, None),
+            c.num_codes, n_init, gain=gain, names=names, dtype=dtype.island
         )
-        self.decoder = codec_bodies.make_decoder(c, n_init, c.channels, p.compute, p.param)
+        self.decoder = codec_bodies.build_decoder(c, c.channels, dtype)
 
     def __call__(self, images: Array) -> Array:
-        """The reconstruction [B, h, w, 3] through hard codes; used to initialise."""
+        """The reconstruction [B, h, w, 3] through hard codes."""
         return self.decode_codes(self.encode(images))
 
     def logits(self, images: Array) -> Array:
@@ -125,16 +118,16 @@ class Dvae(nn.Module):
         return self.encoder_head(self.encoder(images))
 
     def encode(self, images: Array) -> Array:
-        """Codes [B, g, g] int32 of images [B, h, w, 3] in [-1, 1]: the likeliest, no noise."""
+        """The likeliest codes [B, g, g] int32 of images [B, h, w, 3] in [-1, 1], without noise."""
         return quantize.likeliest(self.logits(images))
 
     def decode_soft(self, z: Array) -> Array:
-        """Decoder outputs [B, h, w, channels] float32 of soft codes [B, g, g, V]."""
-        return self.decoder(self.decoder_stem(z)).astype(self.policy.accum)
+        """Soft codes [B, g, g, V] -> decoder outputs [B, h, w, channels] float32."""
+        return self.decoder(self.decoder_stem(z)).astype(self.dtype.accum)
 
     def decode_codes(self, codes: Array) -> Array:
-        """Images [B, h, w, 3] float32 in [-1, 1] of codes [B, g, g] int."""
-        out = self.decoder(self.decoder_stem.lookup(codes)).astype(self.policy.accum)
+        """Codes [B, g, g] int -> images [B, h, w, 3] float32 in [-1, 1]."""
+        out = self.decoder(self.decoder_stem.lookup(codes)).astype(self.dtype.accum)
         return to_images(out, self.config.likelihood)
 
 
@@ -148,7 +141,7 @@ def loss(
       params: its parameters.
       extra: passed through; a dVAE has no other variables.
       images: [B, h, w, 3] in [-1, 1], the global batch.
-      key: key of the Gumbel noise.
+      key: samples the Gumbel noise.
       step: int32 scalar, for the schedules.
 
     Returns:
@@ -205,12 +198,12 @@ def negative_log_likelihood(out: Array, images: Array, likelihood: str) -> Array
 
 
 def map_pixels(images: Array) -> Array:
-    """[-1, 1] -> [eps, 1 - eps]: the range in which a logit exists."""
+    """Pixels in [-1, 1] -> [eps, 1 - eps], where logits are finite."""
     return (1 - 2 * LOGIT_LAPLACE_EPS) * 0.5 * (images + 1) + LOGIT_LAPLACE_EPS
 
 
 def to_images(out: Array, likelihood: str) -> Array:
-    """Images [B, h, w, 3] in [-1, 1] of decoder outputs; the log-scales are ignored."""
+    """Decoder outputs -> images [B, h, w, 3] in [-1, 1]; the log-scales are ignored."""
     if likelihood == "mse":
         return jnp.clip(out, -1.0, 1.0)
     x = (jax.nn.sigmoid(out[..., :3]) - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
@@ -229,21 +222,17 @@ def forward_macs(c: DvaeConfig) -> int:
     """Multiply-adds of one picture's forward pass."""
     n_init = c.n_init or c.width
     bottleneck = c.features * c.num_codes + c.num_codes * n_init
-    return (
-        codec_bodies.encoder_macs(c)
-        + c.grid**2 * bottleneck
-        + codec_bodies.decoder_macs(c, n_init, c.channels)
-    )
+    return codec_bodies.body_macs(c, n_init, c.channels) + c.grid**2 * bottleneck
 
 
 def from_vqvae(params: Params, vectors: Array) -> Params:
-    """The dVAE that does exactly what a VQ-VAE does, from the VQ-VAE's own weights.
+    """The dVAE with the codes and pictures of a VQ-VAE, computed from the VQ-VAE's weights.
 
-    argmin_v |h - e_v|^2 = argmax_v 2 s h.e_v - s |e_v|^2 is a linear layer behind the encoder,
-    and the decoder's input for code v is the VQ-VAE's for the vector e_v. So the hard codes and
-    pictures are the same, and Gumbel-softmax training goes on from there without a collapse. The
-    sharpness s only sets how decided the starting posterior is: 1 / (mean squared deviation of
-    the codes, per dimension), so that the typical distance to a wrong code is 2 D nats.
+    argmin_v |h - e_v|^2 = argmax_v 2 s h.e_v - s |e_v|^2 is a linear layer after the encoder, and
+    the decoder's input for code v is the VQ-VAE's for the vector e_v. So hard codes and pictures
+    are the same, and Gumbel-softmax training continues from there without a collapse. The factor s
+    only sets the entropy of the initial posterior. It is 1 / (mean squared deviation of the codes
+    per dimension), so that the typical distance to a wrong code is 2 D nats.
 
     Args:
       params: of a `Vqvae`, host arrays.
@@ -259,10 +248,10 @@ def from_vqvae(params: Params, vectors: Array) -> Params:
     kernel = jnp.matmul(head["kernel"][0, 0], 2 * s * e.T, precision=exact)
     bias = jnp.matmul(head["bias"], 2 * s * e.T, precision=exact) - s * jnp.sum(e * e, -1)
     rows = jnp.matmul(e, stem["kernel"][0, 0], precision=exact)
-    made = {
+    dvae_params = {
         "encoder": params["encoder"],
         "encoder_head": {"kernel": kernel[None, None], "bias": bias},
         "decoder_stem": {"kernel": rows[None, None], "bias": stem["bias"]},
         "decoder": params["decoder"],
     }
-    return jax.tree.map(jax.device_get, made)
+    return jax.tree.map(jax.device_get, dvae_params)

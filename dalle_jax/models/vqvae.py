@@ -1,8 +1,8 @@
 """VQ-VAE: pictures as a grid of nearest codebook entries.
 
-The same socket as the dVAE: `encode(images) -> codes`, `decode_codes(codes) -> images`, and a pure
-`loss` for `tasks/autoencode.py`. It trains in minutes where a Gumbel-softmax dVAE of the same size
-collapses to a handful of codes, and can then be turned into one exactly (`dvae.from_vqvae`).
+It has the interface of the dVAE: `encode(images) -> codes`, `decode_codes(codes) -> images`, and a
+pure `loss` for `tasks/autoencode.py`. It trains in minutes where a Gumbel-softmax dVAE of the same
+size collapses to a handful of codes, and `dvae.from_vqvae` converts it exactly to a dVAE.
 
 Source: van den Oord et al. 2017 (arXiv:1711.00937).
 """
@@ -21,19 +21,19 @@ from dalle_jax.types import Array, DtypePolicy, Key, Params, UsageError
 
 @dataclasses.dataclass(frozen=True)
 class VqvaeConfig(codec_bodies.TrunkConfig):
-    """A VQ-VAE; sizes of the two bodies are `TrunkConfig`'s.
+    """A VQ-VAE; `TrunkConfig` has the sizes of its two bodies.
 
     Attributes:
       kind: "vqvae".
       num_codes: V, entries of the codebook.
       code_dim: D, length of a code vector.
-      n_init: width of the decoder's input; 0 = width (the patch trunk takes nothing else).
-      commitment: weight of pulling the encoder to the codes; 0.25 in the paper.
+      n_init: width of the decoder's input; 0 = width, the only one for the patch trunk.
+      commitment: weight of the term that pulls the encoder to the codes; 0.25 in the paper.
       codebook: "ema" (moving averages) or "loss" (gradient of the paper's second term).
       ema_decay: gamma of the moving averages; 0.99 in the paper.
-      revive_share: codes chosen by less than this fraction of their fair share are replaced by
-        random encoder outputs; 0 = never. Needs "ema".
-      revive_steps: until which step, so that the codes can settle at the end.
+      revive_share: random encoder outputs replace codes that are chosen less often than this
+        fraction of their fair share; 0 = never. Needs "ema".
+      revive_steps: the last step that replaces codes, so that they can settle at the end.
     """
 
     kind: str = "vqvae"
@@ -71,21 +71,18 @@ class Vqvae(nn.Module):
     """The network. Variables: params, and with an EMA codebook the collection `codebook`."""
 
     config: VqvaeConfig
-    policy: DtypePolicy = DtypePolicy()
+    dtype: DtypePolicy = DtypePolicy()
 
     def setup(self):
         """Declares the layers."""
-        c, p = self.config, self.policy
-        n_init = c.n_init or c.width
-        self.encoder = codec_bodies.make_encoder(c, p.compute, p.param)
+        c, dtype = self.config, self.dtype
+        self.encoder = codec_bodies.build_encoder(c, dtype)
         # float32 next to the bottleneck, as in the released dVAE: distances are an island.
-        self.encoder_head = conv.Conv(
-            c.features, c.code_dim, dtype=p.accum, param_dtype=p.param, names=(axes.CONV_IN, None)
-        )
-        self.decoder_stem = conv.Conv(
-            c.code_dim, n_init, dtype=p.accum, param_dtype=p.param, names=(None, axes.CONV_OUT)
-        )
-        self.decoder = codec_bodies.make_decoder(c, n_init, 3, p.compute, p.param)
+        names = (axes.CONV_IN, None)
+        self.encoder_head = conv.Conv(c.features, c.code_dim, names=names, dtype=dtype.island)
+        n_init, names = c.n_init or c.width, (None, axes.CONV_OUT)
+        self.decoder_stem = conv.Conv(c.code_dim, n_init, names=names, dtype=dtype.island)
+        self.decoder = codec_bodies.build_decoder(c, 3, dtype)
         if c.codebook == "ema":
             empty = quantize.empty_codebook(c.num_codes, c.code_dim)
             state = {k: self.variable("codebook", k, lambda v=v: v) for k, v in empty.items()}
@@ -98,11 +95,11 @@ class Vqvae(nn.Module):
                     (axes.CODES, None),
                 ),
                 (c.num_codes, c.code_dim),
-                p.param,
+                dtype.param,
             )
 
     def __call__(self, images: Array) -> Array:
-        """The reconstruction [B, h, w, 3] through hard codes; used to initialise."""
+        """The reconstruction [B, h, w, 3] through hard codes."""
         return self.decode_codes(self.encode(images))
 
     def embed(self, images: Array) -> Array:
@@ -114,11 +111,11 @@ class Vqvae(nn.Module):
         return quantize.nearest(self.embed(images), self.vectors)
 
     def decode_vectors(self, q: Array) -> Array:
-        """Images [B, h, w, 3] float32, not clipped, of code vectors [B, g, g, D]."""
-        return self.decoder(self.decoder_stem(q)).astype(self.policy.accum)
+        """Code vectors [B, g, g, D] -> images [B, h, w, 3] float32, not clipped."""
+        return self.decoder(self.decoder_stem(q)).astype(self.dtype.accum)
 
     def decode_codes(self, codes: Array) -> Array:
-        """Images [B, h, w, 3] float32 in [-1, 1] of codes [B, g, g] int."""
+        """Codes [B, g, g] int -> images [B, h, w, 3] float32 in [-1, 1]."""
         return jnp.clip(self.decode_vectors(jnp.take(self.vectors, codes, axis=0)), -1.0, 1.0)
 
 
@@ -132,14 +129,14 @@ def loss(
       params: its parameters.
       extra: {"codebook": ...} with an EMA codebook, else None.
       images: [B, h, w, 3] in [-1, 1], the global batch.
-      key: noise key of this step: which encoder outputs become codes.
+      key: key of this step; samples the encoder outputs that become codes.
       step: int32 scalar.
 
     Returns:
       scalar float32 loss, metrics, the next `extra`.
 
-    Source: arXiv:1711.00937 eq. 3; means instead of sums as in deepmind/sonnet. Gradients: the
-    decoder gets the first term, the encoder the first and the third, the codebook the second.
+    Source: arXiv:1711.00937 eq. 3; means instead of sums as in deepmind/sonnet. The gradient of the
+    first term reaches decoder and encoder, of the second the codebook, of the third the encoder.
     """
     c = model.config
     z = model.apply({"params": params, **(extra or {})}, images, method="embed")
@@ -179,7 +176,7 @@ def loss(
 
 
 def evaluate(model: Any, params: Params, extra: Any, images: Array) -> dict[str, Array]:
-    """What hard codes keep of pictures: psnr, recon, codes_used, codes_fraction, perplexity.
+    """Metrics of reconstructions through hard codes: psnr, recon and `quantize.usage`.
 
     Args:
       model: a `Vqvae` or a `Dvae`.
@@ -203,8 +200,7 @@ def evaluate(model: Any, params: Params, extra: Any, images: Array) -> dict[str,
 def psnr(mean_square: Array) -> Array:
     """Peak signal-to-noise ratio in dB of a mean squared error between pictures in [-1, 1].
 
-    The ratio of the batch, not the mean of its pictures' ratios: one perfect picture would make
-    that infinite.
+    It is the ratio for the batch. One perfect picture would make the mean over pictures infinite.
     """
     return 10 * jnp.log10(4.0 / jnp.maximum(mean_square, 1e-10))  # the peak is 2, squared
 
@@ -213,11 +209,7 @@ def forward_macs(c: VqvaeConfig) -> int:
     """Multiply-adds of one picture's forward pass, the distances to all codes included."""
     n_init = c.n_init or c.width
     bottleneck = c.features * c.code_dim + c.code_dim * c.num_codes + c.code_dim * n_init
-    return (
-        codec_bodies.encoder_macs(c)
-        + c.grid**2 * bottleneck
-        + codec_bodies.decoder_macs(c, n_init, channels=3)
-    )
+    return codec_bodies.body_macs(c, n_init, 3) + c.grid**2 * bottleneck
 
 
 def check_codes(num_codes: int) -> None:

@@ -1,16 +1,16 @@
-"""Attention behind one function: `attention(q, k, v, mask, impl)` is what every layer calls.
+"""Attention of every layer in one function, `attention(q, k, v, mask, impl)`.
 
-  dense       all T x S scores, masked. Any mask, any backend: the reference of the others.
+  dense       all T x S scores, masked: any mask, any backend. The reference for the others.
   auto        splash for streams of 512 and more positions, structured for shorter ones.
-  structured  a layer of an image mask computes only the text and the window that its kind can
+  structured  a layer with an image mask computes only the text and the window that its kind can
               reach: two rows for `row`, one column for `column`, kernel // 2 + 2 rows for `conv`.
-              No T x S array; what neither text nor image mask is (CLIP's towers), and `full`
-              layers are dense.
+              There is no T x S array. `full` layers and masks without an image part (CLIP's
+              towers) are dense.
   splash      on a TPU the kernel of `nn.splash` for every static mask; elsewhere structured.
-  cudnn       on an NVIDIA GPU that of `nn.cudnn` for every static mask; elsewhere structured.
+  cudnn       on an NVIDIA GPU the kernel of `nn.cudnn` for every static mask; elsewhere structured.
 
-All are the same function of their inputs, gradients too, up to rounding. Decoding has its own
-counterpart in `nn.kv_cache`.
+All implementations are the same function with the same gradients, up to rounding. `nn.kv_cache` has
+the counterpart for decoding.
 
 Source: the sparse layers of Ramesh et al. 2021 (arXiv:2102.12092), appendix B.1; the gradient as
 in flash attention (arXiv:2205.14135, appendix B.2).
@@ -28,14 +28,14 @@ from dalle_jax.types import Array
 
 IMPLEMENTATIONS = ("auto", "dense", "structured", "splash", "cudnn")
 
-# Positions from which on `auto` takes a kernel whose smallest block is 128.
+# The shortest stream for which `auto` chooses splash, whose smallest block is 128.
 LONG = 512
 
-# Finite: a row of -inf (which no mask here has, but a caller might build) would be NaN.
+# Finite, because a row of -inf would be NaN. No mask here has one, but a caller's could.
 FORBIDDEN = -1e30
 
-# Keys, values and which of them each query may look at: k, v [B, S, H, K] for all blocks of queries
-# or [B, N, S, H, K] for each its own; allowed bool, broadcasting to [B, H, N, Q, S], or None = all.
+# (k, v, allowed): k and v are [B, S, H, K] for all blocks of queries, or [B, N, S, H, K] with one
+# set for each block; allowed is bool and broadcasts to [B, H, N, Q, S], or None = every key.
 Group = tuple[Array, Array, Array | None]
 
 
@@ -81,7 +81,7 @@ def _kernel(mask: masks.Mask | Array | None, impl: str) -> Callable[..., Array] 
 
 
 def _is_sparse(mask: masks.Mask | Array | None) -> bool:
-    """Whether a window of raster rows, or a column, is less than the whole image."""
+    """Whether a window of raster rows, or a column, is smaller than the image."""
     if not isinstance(mask, masks.Mask) or not (mask.grid and mask.text_len):
         return False
     blocks = mask.grid if mask.kind == "column" else mask.height
@@ -89,7 +89,7 @@ def _is_sparse(mask: masks.Mask | Array | None) -> bool:
 
 
 def _blocks_above(mask: masks.Mask) -> int:
-    """Rows (for `column`, columns) before a query's own that its window reaches into."""
+    """Number of rows (for `column`, of columns) before a query's own in its window."""
     half = mask.kernel // 2
     # The conv window's left half wraps around into the row above, on a narrow grid into several.
     return {"row": 1, "column": 0, "conv": half + -(-half // mask.grid)}[mask.kind]
@@ -103,7 +103,7 @@ def _dense(q: Array, k: Array, v: Array, allowed: Array | None) -> Array:
 
 
 def _structured(q: Array, k: Array, v: Array, mask: masks.Mask) -> Array:
-    """Text among itself; image tokens, in blocks of a row or a column, on text and window."""
+    """Text attends to text; image tokens, in blocks of a row or a column, to text and window."""
     t, above, is_column = mask.text_len, _blocks_above(mask), mask.kind == "column"
     text = _dense(q[:, :t], k[:, :t], v[:, :t], jnp.tril(jnp.ones((t, t), bool)))
 
@@ -124,7 +124,7 @@ def _structured(q: Array, k: Array, v: Array, mask: masks.Mask) -> Array:
 
 
 def _window(mask: masks.Mask, above: int) -> Array:
-    """bool [N, Q, S]: which keys of its window each query of each block may look at."""
+    """bool [N, Q, S]: which keys of its window each query of each block sees."""
     g = mask.grid
     n, size = (g, mask.height) if mask.kind == "column" else (mask.height, g)
     block = jnp.arange(n).reshape(n, 1, 1)
@@ -137,12 +137,12 @@ def _window(mask: masks.Mask, above: int) -> Array:
     return (key >= 0) & mask.allowed(mask.text_len + query, mask.text_len + key)
 
 
-# Its own gradient, because autodiff's walks over the scores more often than it must and keeps them
-# in float32: the softmax is divided by its sum only after the product with v, the gradient's sum
-# over keys is taken from the output, and what is kept has the dtype of v.
+# A custom gradient, because that of autodiff makes more passes over the scores and saves them in
+# float32. Here the division by the softmax's sum follows the product with v, the gradient's sum
+# over keys comes from the output, and the saved weights have the dtype of v.
 @jax.custom_vjp
 def _joint(q: Array, groups: Sequence[Group]) -> Array:
-    """One softmax over the allowed keys of all groups: [B, N, Q, H, K], q scaled and the same."""
+    """One softmax over the allowed keys of all groups; q (scaled) and result [B, N, Q, H, K]."""
     return _joint_forward(q, groups)[0]
 
 
@@ -160,8 +160,8 @@ def _joint_forward(q, groups):
     return out, (q, groups, weights, total, out)
 
 
-def _joint_backward(kept, gradient):
-    q, groups, weights, total, out = kept
+def _joint_backward(saved, gradient):
+    q, groups, weights, total, out = saved
     gradient = gradient.astype(jnp.float32) / total
     shift = jnp.sum(gradient * out, axis=-1).transpose(0, 3, 1, 2)[..., None]  # [B, H, N, Q, 1]
     gradient = gradient.astype(out.dtype)
@@ -195,15 +195,15 @@ def _mixed(weights: Array, values: Array) -> Array:
 
 
 def _gathered(weights: Array, x: Array, like: Array) -> Array:
-    """[B, H, N, Q, S] times [B, N, Q, H, K], over queries: of the shape of a group's keys."""
+    """[B, H, N, Q, S] times [B, N, Q, H, K], summed over queries: the shape of `like`."""
     n = _block(like)
-    # A CPU would turn the weights, the larger factor, to have the keys first.
+    # A CPU would otherwise transpose the weights, the larger factor.
     on_cpu = f"BH{n}KQ,BHNQS->BH{n}KS" if n else "BHKNQ,BHNQS->BHKS"
     return cpu_products.einsum(f"BHNQS,BNQHK->B{n}SHK", weights, x, on_cpu=on_cpu)
 
 
 def _block(keys: Array) -> str:
-    """The letter of the blocks of queries where each has keys of its own."""
+    """The letter N if each block of queries has its own keys."""
     return "" if keys.ndim == 4 else "N"
 
 

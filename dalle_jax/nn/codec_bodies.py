@@ -1,29 +1,26 @@
-"""The two bodies of an image codec: from pictures to a grid of features, and back.
+"""The encoder and decoder bodies of an image codec: pictures to a grid of features, and back.
 
 `pyramid` is the released DALL·E dVAE: residual groups at every resolution, from full size down to
-the code grid. `patch` does all its work on the code grid; it reaches 28 dB on 32 px pictures in
-minutes of one CPU core, where the pyramid needs an accelerator. Both know nothing of codes: the
-1 x 1 layers next to the bottleneck belong to the model.
+the code grid. `patch` computes everything on the code grid; it reaches 28 dB on 32 px pictures in
+minutes on one CPU core, where the pyramid needs an accelerator. The bodies know nothing of codes:
+the 1 x 1 layers next to the bottleneck belong to the models.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from dalle_jax import axes
-from dalle_jax.nn import conv, partition
-from dalle_jax.types import Array, UsageError
+from dalle_jax.nn import conv
+from dalle_jax.types import Array, DtypePolicy, UsageError
 
 TRUNKS = ("patch", "pyramid")
-_HEADROOM = 2  # hidden layer of the patch stem, in widths
+_PATCH_HIDDEN = 2  # hidden layer of the patch perceptrons, in widths
 
 
 @dataclasses.dataclass(frozen=True)
 class TrunkConfig:
-    """Size of both bodies of a codec.
+    """Sizes of both bodies of a codec.
 
     Attributes:
       trunk: "patch" or "pyramid".
@@ -31,7 +28,7 @@ class TrunkConfig:
       halvings: the code grid has image_px / 2**halvings positions a side.
       width: patch: channels everywhere. pyramid: channels at full size, doubled by each halving.
       num_blocks: residual blocks of each body (patch) or of each resolution (pyramid).
-      use_remat: recompute blocks in the backward pass: less memory, a third more time.
+      use_remat: the backward pass recomputes blocks; it takes less memory and a third more time.
     """
 
     trunk: str = "patch"
@@ -63,7 +60,7 @@ class TrunkConfig:
 
     @property
     def features(self) -> int:
-        """Channels that the encoder's body gives."""
+        """Channels of the output of the encoder's body."""
         return self.width << self.halvings if self.trunk == "pyramid" else self.width
 
 
@@ -83,72 +80,42 @@ def check_image_px(image_px: int, halvings: int) -> None:
         )
 
 
-def make_encoder(config: TrunkConfig, dtype: Any, param_dtype: Any) -> nn.Module:
-    """The body [B, h, w, 3] -> [B, g, g, config.features]; the output is already rectified."""
-    if config.trunk == "pyramid":
-        cls = PyramidEncoder
-        size = dict(halvings=config.halvings, blocks_per_group=config.num_blocks)
-    else:
-        cls = PatchEncoder
-        size = dict(patch_px=2**config.halvings, num_blocks=config.num_blocks)
-    return cls(
-        width=config.width, **size, use_remat=config.use_remat, dtype=dtype, param_dtype=param_dtype
-    )
+def build_encoder(config: TrunkConfig, dtype: DtypePolicy) -> nn.Module:
+    """The body [B, h, w, 3] -> [B, g, g, config.features], whose output is rectified."""
+    return {"pyramid": PyramidEncoder, "patch": PatchEncoder}[config.trunk](config, dtype)
 
 
-def make_decoder(
-    config: TrunkConfig, in_features: int, channels: int, dtype: Any, param_dtype: Any
-) -> nn.Module:
-    """The body [B, g, g, in_features] -> [B, h, w, channels]."""
-    if config.trunk == "pyramid":
-        cls = PyramidDecoder
-        size = dict(halvings=config.halvings, blocks_per_group=config.num_blocks)
-    else:
-        cls = PatchDecoder
-        size = dict(patch_px=2**config.halvings, num_blocks=config.num_blocks)
-    return cls(
-        in_features=in_features,
-        channels=channels,
-        width=config.width,
-        **size,
-        use_remat=config.use_remat,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+def build_decoder(config: TrunkConfig, channels: int, dtype: DtypePolicy) -> nn.Module:
+    """The body [B, g, g, C] -> [B, h, w, channels]; the patch trunk takes C = width only."""
+    body = {"pyramid": PyramidDecoder, "patch": PatchDecoder}[config.trunk]
+    return body(config, channels, dtype)
 
 
-def encoder_macs(config: TrunkConfig) -> int:
-    """Multiply-adds of the encoder's body for one picture; elementwise work is not counted."""
-    if config.trunk == "patch":
-        return _patch_macs(config, 3)
-    total = config.image_px**2 * 49 * 3 * config.width
-    width = config.width
-    for group in range(config.halvings + 1):
-        pixels = (config.image_px >> group) ** 2
-        for _ in range(config.num_blocks):
-            total += pixels * _block_macs(width, config.width << group, (3, 3, 3, 1))
-            width = config.width << group
-    return total
+def body_macs(config: TrunkConfig, in_features: int, channels: int) -> int:
+    """Multiply-adds of both bodies for one picture; elementwise work is not counted.
 
+    A formula, because tracing the pyramid takes half a CPU second.
 
-def decoder_macs(config: TrunkConfig, in_features: int, channels: int) -> int:
-    """Multiply-adds of the decoder's body for one picture."""
-    if config.trunk == "patch":
-        return _patch_macs(config, channels)
-    total = config.image_px**2 * config.width * channels
-    width = in_features
-    for group in reversed(range(config.halvings + 1)):
-        pixels = (config.image_px >> group) ** 2
-        for _ in range(config.num_blocks):
-            total += pixels * _block_macs(width, config.width << group, (1, 3, 3, 3))
-            width = config.width << group
-    return total
-
-
-def _patch_macs(config: TrunkConfig, channels: int) -> int:
-    w, hidden = config.width, _HEADROOM * config.width
-    stem = 4**config.halvings * channels * hidden + hidden * w
-    return config.grid**2 * (stem + config.num_blocks * 10 * w * w)
+    Args:
+      config: sizes.
+      in_features: channels of the decoder's input.
+      channels: channels of the decoder's output.
+    """
+    c, w = config, config.width
+    if c.trunk == "patch":
+        perceptrons = _PATCH_HIDDEN * w * (4**c.halvings * (3 + channels) + 2 * w)
+        return c.grid**2 * (perceptrons + 2 * c.num_blocks * 10 * w * w)
+    macs = c.image_px**2 * w * (49 * 3 + channels)
+    groups = range(c.halvings + 1)
+    for width, kernels, order in (
+        (w, (3, 3, 3, 1), groups),
+        (in_features, (1, 3, 3, 3), reversed(groups)),
+    ):
+        for group in order:
+            for _ in range(c.num_blocks):
+                macs += (c.image_px >> group) ** 2 * _block_macs(width, w << group, kernels)
+                width = w << group
+    return macs
 
 
 def _block_macs(n_in: int, n_out: int, kernels: tuple[int, ...]) -> int:
@@ -159,168 +126,145 @@ def _block_macs(n_in: int, n_out: int, kernels: tuple[int, ...]) -> int:
 
 
 class PyramidBlock(nn.Module):
-    """y = identity(x) + post_gain * path(x), four rectified convolutions a quarter as wide.
+    """identity(x) + post_gain * path(x); the path has four rectified convolutions.
 
-    Source: openai/DALL-E dall_e/encoder.py and decoder.py; the order of kernel sizes differs
-    between the two: 3-3-3-1 in the encoder, 1-3-3-3 in the decoder.
+    Source: openai/DALL-E dall_e/encoder.py and decoder.py, whose kernel sizes differ: 3-3-3-1 in
+    the encoder, 1-3-3-3 in the decoder. The three hidden layers have a quarter of the channels.
     """
 
     in_features: int
     features: int
     kernels: tuple[int, ...]
     post_gain: float
-    dtype: Any
-    param_dtype: Any
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, h, w, in_features] -> [B, h, w, features]."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        dtype = self.dtype
         hidden = self.features // 4
         sizes = (self.in_features, hidden, hidden, hidden, self.features)
         path = x
         for i, k in enumerate(self.kernels):
-            layer = conv.Conv(sizes[i], sizes[i + 1], k, name=f"conv_{i + 1}", **kinds)
+            layer = conv.Conv(sizes[i], sizes[i + 1], k, dtype=dtype, name=f"conv_{i + 1}")
             path = layer(jax.nn.relu(path))
         if self.in_features != self.features:
-            x = conv.Conv(self.in_features, self.features, name="identity", **kinds)(x)
-        return _laid_out(x + self.post_gain * path)
+            x = conv.Conv(self.in_features, self.features, dtype=dtype, name="identity")(x)
+        return conv.constrain(x + self.post_gain * path)
+
+
+def _pyramid_group(
+    config: TrunkConfig,
+    dtype: DtypePolicy,
+    x: Array,
+    name: str,
+    features: int,
+    kernels: tuple[int, ...],
+) -> Array:
+    """The blocks of one resolution: [B, h, w, C] -> [B, h, w, features]."""
+    block = nn.remat(PyramidBlock) if config.use_remat else PyramidBlock
+    # 1 / layers^2: the residual paths start small enough for a stable start (arXiv:2102.12092,
+    # App. A.1); 1/64 in the released model.
+    post_gain = 1.0 / ((config.halvings + 1) * config.num_blocks) ** 2
+    for i in range(config.num_blocks):
+        size = (x.shape[-1], features, kernels, post_gain)
+        x = block(*size, dtype=dtype, name=f"{name}_block_{i + 1}")(x)
+    return x
 
 
 class PyramidEncoder(nn.Module):
     """The released dVAE's encoder without its last 1 x 1 layer: 7 x 7, groups, max-pooling.
 
-    With halvings 3, blocks_per_group 2 and width 256 the groups are 256, 512, 1024, 2048 wide.
+    With halvings 3, num_blocks 2 and width 256 the groups have 256, 512, 1024 and 2048 channels.
     """
 
-    halvings: int
-    blocks_per_group: int
-    width: int
-    use_remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    config: TrunkConfig
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, h, w, 3] -> [B, g, g, width 2**halvings], rectified."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        block = nn.remat(PyramidBlock) if self.use_remat else PyramidBlock
-        # 1 / layers^2: the residual paths start small enough for a stable start (arXiv:2102.12092,
-        # App. A.1); 1/64 in the released model.
-        post_gain = 1.0 / ((self.halvings + 1) * self.blocks_per_group) ** 2
-        x = _laid_out(conv.Conv(3, self.width, 7, name="input", **kinds)(x))
-        for group in range(self.halvings + 1):
-            for i in range(self.blocks_per_group):
-                x = block(
-                    in_features=x.shape[-1],
-                    features=self.width << group,
-                    kernels=(3, 3, 3, 1),
-                    post_gain=post_gain,
-                    name=f"group_{group + 1}_block_{i + 1}",
-                    **kinds,
-                )(x)
-            if group < self.halvings:
+        c, dtype = self.config, self.dtype
+        x = conv.constrain(conv.Conv(3, c.width, 7, dtype=dtype, name="input")(x))
+        for i in range(c.halvings + 1):
+            x = _pyramid_group(c, dtype, x, f"group_{i + 1}", c.width << i, (3, 3, 3, 1))
+            if i < c.halvings:
                 x = conv.max_pool(x)
         return jax.nn.relu(x)
 
 
 class PyramidDecoder(nn.Module):
-    """The released dVAE's decoder behind its first 1 x 1 layer: groups, nearest upsampling."""
+    """The released dVAE's decoder after its first 1 x 1 layer: groups, nearest upsampling."""
 
-    in_features: int
+    config: TrunkConfig
     channels: int
-    halvings: int
-    blocks_per_group: int
-    width: int
-    use_remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """[B, g, g, in_features] -> [B, h, w, channels]."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        block = nn.remat(PyramidBlock) if self.use_remat else PyramidBlock
-        post_gain = 1.0 / ((self.halvings + 1) * self.blocks_per_group) ** 2
-        for group in range(self.halvings + 1):
-            for i in range(self.blocks_per_group):
-                x = block(
-                    in_features=x.shape[-1],
-                    features=self.width << (self.halvings - group),
-                    kernels=(1, 3, 3, 3),
-                    post_gain=post_gain,
-                    name=f"group_{group + 1}_block_{i + 1}",
-                    **kinds,
-                )(x)
-            if group < self.halvings:
+        """[B, g, g, C] -> [B, h, w, channels]."""
+        c, dtype = self.config, self.dtype
+        for i in range(c.halvings + 1):
+            features = c.width << (c.halvings - i)
+            x = _pyramid_group(c, dtype, x, f"group_{i + 1}", features, (1, 3, 3, 3))
+            if i < c.halvings:
                 x = conv.upsample(x)
-        return conv.Conv(self.width, self.channels, name="output", **kinds)(jax.nn.relu(x))
+        return conv.Conv(c.width, self.channels, dtype=dtype, name="output")(jax.nn.relu(x))
 
 
 class PatchBlock(nn.Module):
     """x + 1x1(relu(conv3x3(relu x))), the VQ-VAE paper's block (arXiv:1711.00937 §4.1)."""
 
     width: int
-    dtype: Any
-    param_dtype: Any
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, g, g, width] -> [B, g, g, width]."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        y = conv.Conv(self.width, self.width, 3, 2**0.5, name="conv_1", **kinds)(jax.nn.relu(x))
-        y = conv.Conv(self.width, self.width, 1, 0.3, name="conv_2", **kinds)(jax.nn.relu(y))
-        return _laid_out(x + y)
+        w, dtype = self.width, self.dtype
+        y = conv.Conv(w, w, 3, 2**0.5, dtype=dtype, name="conv_1")(jax.nn.relu(x))
+        y = conv.Conv(w, w, 1, 0.3, dtype=dtype, name="conv_2")(jax.nn.relu(y))
+        return conv.constrain(x + y)
+
+
+def _patch_blocks(config: TrunkConfig, dtype: DtypePolicy, x: Array) -> Array:
+    """The blocks of one body: [B, g, g, width] -> [B, g, g, width], rectified."""
+    block = nn.remat(PatchBlock) if config.use_remat else PatchBlock
+    for i in range(config.num_blocks):
+        x = block(config.width, dtype, name=f"block_{i + 1}")(x)
+    return jax.nn.relu(x)
 
 
 class PatchEncoder(nn.Module):
-    """Each square of patch_px through a two-layer perceptron, then blocks on the code grid."""
+    """A perceptron of two layers on each patch, then residual blocks on the code grid."""
 
-    patch_px: int
-    num_blocks: int
-    width: int
-    use_remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    config: TrunkConfig
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, h, w, 3] -> [B, g, g, width], rectified."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        block = nn.remat(PatchBlock) if self.use_remat else PatchBlock
-        hidden = _HEADROOM * self.width
-        x = _laid_out(conv.to_patches(x, self.patch_px))
-        x = jax.nn.relu(conv.Conv(x.shape[-1], hidden, name="patch_1", **kinds)(x))
-        x = conv.Conv(hidden, self.width, gain=2**0.5, name="patch_2", **kinds)(x)
-        for i in range(self.num_blocks):
-            x = block(width=self.width, name=f"block_{i + 1}", **kinds)(x)
-        return jax.nn.relu(x)
+        c, dtype = self.config, self.dtype
+        hidden = _PATCH_HIDDEN * c.width
+        x = conv.constrain(conv.to_patches(x, 2**c.halvings))
+        x = jax.nn.relu(conv.Conv(x.shape[-1], hidden, dtype=dtype, name="patch_1")(x))
+        x = conv.Conv(hidden, c.width, gain=2**0.5, dtype=dtype, name="patch_2")(x)
+        return _patch_blocks(c, dtype, x)
 
 
 class PatchDecoder(nn.Module):
-    """`PatchEncoder` in reverse; `in_features` has to be `width`."""
+    """`PatchEncoder` in reverse."""
 
-    in_features: int
+    config: TrunkConfig
     channels: int
-    patch_px: int
-    num_blocks: int
-    width: int
-    use_remat: bool = False
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
+    dtype: DtypePolicy = DtypePolicy()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[B, g, g, width] -> [B, h, w, channels]."""
-        kinds = dict(dtype=self.dtype, param_dtype=self.param_dtype)
-        block = nn.remat(PatchBlock) if self.use_remat else PatchBlock
-        hidden, out = _HEADROOM * self.width, self.patch_px**2 * self.channels
-        for i in range(self.num_blocks):
-            x = block(width=self.width, name=f"block_{i + 1}", **kinds)(x)
-        x = conv.Conv(self.width, hidden, gain=2**0.5, name="patch_1", **kinds)(jax.nn.relu(x))
-        x = conv.Conv(hidden, out, gain=0.5, name="patch_2", **kinds)(jax.nn.relu(x))
-        return conv.from_patches(x, self.patch_px)
-
-
-def _laid_out(x: Array) -> Array:
-    return partition.constrain(x, axes.ACT_BATCH, axes.ACT_H, axes.ACT_W, axes.ACT_CHAN)
+        c, dtype = self.config, self.dtype
+        hidden, out = _PATCH_HIDDEN * c.width, 4**c.halvings * self.channels
+        x = _patch_blocks(c, dtype, x)
+        x = conv.Conv(c.width, hidden, gain=2**0.5, dtype=dtype, name="patch_1")(x)
+        x = conv.Conv(hidden, out, gain=0.5, dtype=dtype, name="patch_2")(jax.nn.relu(x))
+        return conv.from_patches(x, 2**c.halvings)

@@ -1,15 +1,19 @@
-"""Products as everyone writes them, on a CPU as it multiplies fast: matmul, convolution, einsum.
+"""Matrix products and convolutions; on CPUs, rewritten into the layout that XLA multiplies fastest.
 
-The gradient of a weight contracts over positions, the slow axis of both its factors, and a CPU's
-library wants one of them the other way round. Left to differentiation XLA copies the wrong one, or
-calls a convolution whose window is the whole picture. One factor is therefore transposed here, into
-an array of its own (a barrier keeps XLA from folding that back). One thread of an AMD EPYC,
-float32, GFLOP/s: matmuls [2304, 256] x [256, 1024] 29 -> 61 and [2560, 256] x [256, 2048] 25 -> 62;
-3x3 convolutions of 128 channels at 32 px 21 -> 50, of 256 at 16 px 32 -> 59. Forward is 60 to 75,
-but where there are few rows (`_few_rows`) or heads behind positions (`einsum`).
+The gradient of a weight contracts over positions, the slow axis of both factors, and the CPU
+library needs one factor transposed. Under plain differentiation XLA copies the wrong factor, or
+calls a convolution whose window is the full picture. Here one factor is transposed into a separate
+array, and a barrier prevents XLA from folding the transpose back. GFLOP/s of weight gradients on
+one thread of an AMD EPYC in float32, before -> after:
 
-On other platforms nothing differs from `@`, `jnp.einsum` and `lax.conv_general_dilated`; on a CPU
-neither do convolutions forward nor gradients of activations.
+  matmul [2304, 256] x [256, 1024]       29 -> 61
+  matmul [2560, 256] x [256, 2048]       25 -> 62
+  3x3 convolution, 128 channels, 32 px   21 -> 50
+  3x3 convolution, 256 channels, 16 px   32 -> 59
+
+Forward products run at 60 to 75, except with few rows (`_few_rows`) or with heads after positions
+(`einsum`). On other platforms all functions equal `@`, `jnp.einsum` and `lax.conv_general_dilated`;
+on a CPU so do forward convolutions and gradients of activations.
 """
 
 import jax
@@ -20,9 +24,9 @@ from jax.typing import DTypeLike
 from dalle_jax.nn import partition
 from dalle_jax.types import Array
 
-# Below this a product per tap of the window is too thin: the stem's 3 channels of a picture.
-_LEAST_CHANNELS = 16
-# Up to so many rows a large matrix is multiplied from the left.
+# With fewer channels (3 in a stem), a product per tap of the window is too thin.
+_MIN_CHANNELS = 16
+# With at most so many rows, a large matrix is multiplied from the left.
 _FEW_ROWS, _LARGE = 32, 2**17
 
 
@@ -32,7 +36,7 @@ def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
     Args:
       x: [..., D].
       w: [D, F] of the same dtype.
-      dtype: of the result; None = theirs.
+      dtype: dtype of the result; None = that of x.
 
     Returns:
       [..., F].
@@ -44,7 +48,7 @@ def matmul(x: Array, w: Array, dtype: DTypeLike | None = None) -> Array:
 
 
 def conv(x: Array, kernel: Array) -> Array:
-    """A convolution of stride 1 whose output is as large as its input.
+    """A convolution with stride 1 whose output has the size of its input.
 
     Args:
       x: [B, h, w, C].
@@ -53,7 +57,7 @@ def conv(x: Array, kernel: Array) -> Array:
     Returns:
       [B, h, w, F].
     """
-    if partition.platform() == "cpu" and x.shape[-1] >= _LEAST_CHANNELS:
+    if partition.platform() == "cpu" and x.shape[-1] >= _MIN_CHANNELS:
         return _conv(x, kernel)
     return _plain_conv(x, kernel)
 
@@ -66,12 +70,12 @@ def _matmul(x: Array, w: Array) -> Array:
 
 
 def _few_rows(x: Array, w: Array) -> Array:
-    """x @ w as (w.T @ x.T).T: what stands right is packed anew in every call, here 16 rows of x.
+    """x @ w as (w.T @ x.T).T: the library packs the right factor in every call, here 16 rows of x.
 
-    Drawing turns w once, before its loop. 16 rows times [256, 1024] 480 -> 260 microseconds, times
-    [1024, 256] 310 -> 200.
+    Sampling transposes w once, before its loop. 16 rows times [256, 1024]: 480 -> 260 microseconds,
+    times [1024, 256]: 310 -> 200.
     """
-    product = lax.optimization_barrier(w.T) @ _turned(x)
+    product = lax.optimization_barrier(w.T) @ _transposed(x)
     return lax.optimization_barrier(product).T.reshape(*x.shape[:-1], -1)
 
 
@@ -90,36 +94,36 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def einsum(
     subscripts: str, x: Array, y: Array, dtype: DTypeLike | None = None, *, on_cpu: str
 ) -> Array:
-    """`jnp.einsum` of two factors; on a CPU they are laid out anew first, and the result after it.
+    """`jnp.einsum` of two factors; on a CPU with transposed factors and result.
 
-    Attention keeps heads behind positions. XLA's CPU backend then steps through memory by all
-    heads, or turns the larger factor: 320 positions, 64 heads of 32, weights times values 26 -> 50
-    GFLOP/s.
+    In attention, heads come after positions. XLA's CPU backend then strides through memory by all
+    heads, or transposes the larger factor. For 320 positions and 64 heads of 32, weights times
+    values run at 50 instead of 26 GFLOP/s.
 
     Args:
       subscripts: such as BQHK,BSHK->BHQS.
       x: first factor.
-      y: second one.
-      dtype: of the result; None = theirs.
-      on_cpu: the same in the order in which a CPU multiplies fast, BHQK,BHSK->BHQS: batch, then
-        rows and columns of matrices. The factors may be swapped.
+      y: second factor.
+      dtype: dtype of the result; None = that of the factors.
+      on_cpu: the same product in a CPU's order, BHQK,BHSK->BHQS: batch, then the rows and columns
+        of matrices. The factors may be swapped.
     """
     if partition.platform() != "cpu":
         return jnp.einsum(subscripts, x, y, preferred_element_type=dtype)
-    *given, result = subscripts.replace("->", ",").split(",")
-    *wanted, product = on_cpu.replace("->", ",").split(",")
-    named = {frozenset(term): (term, z) for term, z in zip(given, (x, y), strict=True)}
-    factors = [_laid_out(*named[frozenset(term)], term) for term in wanted]
-    made = jnp.einsum(on_cpu, *factors, preferred_element_type=dtype)
-    if result == product:
-        return made
-    return jnp.einsum(f"{product}->{result}", lax.optimization_barrier(made))
+    *terms, result_term = subscripts.replace("->", ",").split(",")
+    *cpu_terms, cpu_result_term = on_cpu.replace("->", ",").split(",")
+    named = {frozenset(term): (term, z) for term, z in zip(terms, (x, y), strict=True)}
+    factors = [_reordered(*named[frozenset(term)], term) for term in cpu_terms]
+    result = jnp.einsum(on_cpu, *factors, preferred_element_type=dtype)
+    if result_term == cpu_result_term:
+        return result
+    return jnp.einsum(f"{cpu_result_term}->{result_term}", lax.optimization_barrier(result))
 
 
-def _laid_out(term: str, x: Array, wanted: str) -> Array:
-    if term == wanted:
+def _reordered(term: str, x: Array, cpu_term: str) -> Array:
+    if term == cpu_term:
         return x
-    return lax.optimization_barrier(jnp.einsum(f"{term}->{wanted}", x))
+    return lax.optimization_barrier(jnp.einsum(f"{term}->{cpu_term}", x))
 
 
 def _plain_conv(x: Array, kernel: Array) -> Array:
@@ -141,9 +145,9 @@ def _conv_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     [to_x] = jax.linear_transpose(lambda x: _plain_conv(x, kernel), x)(g)
     (_, height, width, channels), (k, _, _, features) = x.shape, kernel.shape
     pad = (k // 2, k // 2)
-    padded, turned = jnp.pad(x, ((0, 0), pad, pad, (0, 0))), _turned(g)
+    padded, transposed = jnp.pad(x, ((0, 0), pad, pad, (0, 0))), _transposed(g)
     taps = [
-        turned @ padded[:, i : i + height, j : j + width].reshape(-1, channels)  # [F, C]
+        transposed @ padded[:, i : i + height, j : j + width].reshape(-1, channels)  # [F, C]
         for i in range(k)
         for j in range(k)
     ]
@@ -156,14 +160,14 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def _across(x: Array, g: Array) -> Array:
     """[..., D] and [..., F] -> [D, F], summed over all positions.
 
-    The narrower one is turned: what made it may be computed again there, element by element in the
-    wrong order (41 ms for the GELU of [2304, 1024]; a product is 20).
+    The narrower factor is transposed, because XLA may compute it again there, element by element in
+    the wrong order (41 ms for the GELU of [2304, 1024]; the product itself takes 20 ms).
     """
     if x.shape[-1] <= g.shape[-1]:
-        return _turned(x) @ g.reshape(-1, g.shape[-1])
-    return lax.optimization_barrier(_turned(g) @ x.reshape(-1, x.shape[-1])).T
+        return _transposed(x) @ g.reshape(-1, g.shape[-1])
+    return lax.optimization_barrier(_transposed(g) @ x.reshape(-1, x.shape[-1])).T
 
 
-def _turned(x: Array) -> Array:
-    """[..., D] -> [D, N], laid out so."""
+def _transposed(x: Array) -> Array:
+    """[..., D] -> [D, N], as an array of its own."""
     return lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)

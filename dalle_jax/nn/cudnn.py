@@ -1,10 +1,10 @@
 """cuDNN's flash attention for NVIDIA GPUs, under any static mask.
 
-One kernel over the whole stream: no score reaches memory, the mask comes as one bias [T, T] that
-all examples and heads share (`full` layers need none). It computes the scores that a sparse mask
-throws away, 5 % of a 12B step at 1,280 positions and 15 % at 4,352; what it saves is traffic.
-Chosen by name only, `auto` leaves it out: on an H100 its numbers were right (docs/performance.md),
-but on no GPU has it been timed.
+One kernel computes the full stream and no score reaches memory. The mask is one bias [T, T] that
+all examples and heads share (`full` layers need none). The kernel saves memory traffic, but it also
+computes the scores that a sparse mask discards: 5 % of a 12B step at 1,280 positions, 15 % at
+4,352. `auto` never chooses it: its results are correct on an H100 (docs/performance.md), but it has
+not been timed on any GPU.
 
 Source: `jax.nn.dot_product_attention` with implementation="cudnn"; flash attention is
 arXiv:2205.14135.
@@ -29,7 +29,7 @@ def attention(
       k: [B, T, H, K] keys.
       v: [B, T, H, K] values.
       mask: over T positions.
-      implementation: "xla" computes the same without cuDNN, in any dtype: for tests.
+      implementation: "xla" computes the same without cuDNN in any dtype, for tests.
 
     Returns:
       [B, T, H, K], dtype of q; softmax and sums are float32.
@@ -42,7 +42,7 @@ def attention(
             f"attention_impl=cudnn takes queries of 16 bits, not {q.dtype}: set "
             "dtype.compute=bfloat16, or another attention_impl."
         )
-    padding = ((0, 0), (0, mask.length % 2), (0, 0), (0, 0))  # its gradient takes even lengths
+    padding = ((0, 0), (0, mask.length % 2), (0, 0), (0, 0))  # its gradient needs even lengths
 
     def attend(q: Array, k: Array, v: Array) -> Array:
         is_full = mask.kind == "full"
@@ -66,7 +66,7 @@ def attention(
 
 
 def _allowed(mask: masks.Mask) -> Array:
-    """bool [1, 1, T, T], T even; a padded position looks at itself and nobody at it."""
+    """bool [1, 1, T, T], T even; a padded position sees itself and no other position sees it."""
     positions = jnp.arange(mask.length + mask.length % 2)
     query, key = positions[:, None], positions[None, :]
     real = jnp.maximum(query, key) < mask.length

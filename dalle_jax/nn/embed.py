@@ -1,13 +1,15 @@
-"""Text ids and image codes to the vectors of one stream.
+"""Text ids, image codes and diffusion steps as vectors.
 
-Text is token + position, an image token is code + row + column (not a table of grid**2
-positions). A text slot without a token holds a padding vector of its own: the table has one extra
-row per position, and padding is never masked.
+A text slot is token + position. An image token is code + row + column; there is no table of grid**2
+positions. A text slot without a token has a padding vector: the table has one extra row for each
+position, and padding is never masked.
 
 Source: Ramesh et al. 2021 (arXiv:2102.12092), §2.2 and appendix B.1, figure 10. The paper leaves
 the text position table undecided; lucidrains/DALLE-pytorch stores padding as vocabulary + position
 index, and so do we.
 """
+
+import math
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,16 +19,34 @@ from dalle_jax.nn import partition
 from dalle_jax.types import Array, DtypePolicy
 
 
+def timestep_features(t: Array, width: int) -> Array:
+    """Cosines, then sines, of a step at width / 2 frequencies from 1 down to 1e-4.
+
+    Args:
+      t: [...] steps.
+      width: even.
+
+    Returns:
+      [..., width] float32: bfloat16 does not resolve single steps above 256.
+
+    Source: openai/guided-diffusion `nn.py` (`timestep_embedding`).
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[..., None] * frequencies.reshape((1,) * t.ndim + (half,))
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
 class StreamEmbedding(nn.Module):
     """The five tables of the stream.
 
     Attributes:
       width: D.
-      vocab_size: V of the text; id 0 is padding.
+      vocab_size: text ids; 0 is padding.
       text_len: T, text slots.
-      num_codes: entries of the codebook.
+      num_codes: V, entries of the codebook.
       grid: g, side of the code grid.
-      std: deviation of all tables at the start.
+      std: initial standard deviation of all tables.
       dtype: parameters and compute.
     """
 
@@ -43,7 +63,8 @@ class StreamEmbedding(nn.Module):
 
         def table(name: str, rows: int, axis: str) -> Array:
             init = partition.param_with_axes(nn.initializers.normal(self.std), (axis, axes.EMBED))
-            return partition.whole(self.param(name, init, (rows, self.width), self.dtype.param))
+            weight = self.param(name, init, (rows, self.width), self.dtype.param)
+            return partition.replicated(weight)
 
         self.text_table = table("text", self.vocab_size + self.text_len, axes.VOCAB)
         self.position_table = table("position", self.text_len, axes.POSITIONS)
@@ -63,12 +84,12 @@ class StreamEmbedding(nn.Module):
 
         Args:
           codes: [..., n] int32 in [0, num_codes).
-          positions: [n] int32 in [0, grid**2).
+          positions: [n] int32 in [0, grid**2), raster order.
 
         Returns:
           [..., n, D] in the compute dtype.
         """
-        place = self.row_table[positions // self.grid] + self.column_table[positions % self.grid]
+        position = self.row_table[positions // self.grid] + self.column_table[positions % self.grid]
         x = self.image_table[codes]
-        x = x + place.reshape((1,) * (x.ndim - place.ndim) + place.shape)
+        x = x + position.reshape((1,) * (x.ndim - position.ndim) + position.shape)
         return x.astype(self.dtype.compute)

@@ -1,7 +1,8 @@
-"""Keys and values while decoding: what each layer keeps of the image drawn so far, and their use.
+"""Keys and values while decoding: the layout of each layer's cache, and attention over it.
 
-The text of a prompt is kept once for all its candidates; `ImageCache` lays out what each has drawn,
-and `cached` is `attention.attention` for the one query of a decoding step.
+All candidates of a prompt share the cache of its text. `ImageCache` is the layout of the cache of a
+candidate's own image tokens, and `cached` is `attention.attention` for the one query of a decoding
+step.
 """
 
 import dataclasses
@@ -16,15 +17,16 @@ from dalle_jax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class ImageCache:
-    """Where one layer keeps the keys and values of drawn image tokens while decoding.
+    """The cache of one layer for keys or values of sampled image tokens.
 
-    An array [N * R, H, slots, K], candidates first: every head is one small matrix, exactly the
-    operand of a batched matrix-vector product. (One CPU core, 64 candidates, 64 slots: 0.4 ms;
-    with the slots leading, where a step writes one contiguous slab, 7 ms. With N and R as two
-    axes XLA updates two copies of the cache.) A layer keeps what its mask can still reach:
+    It is an array [N * R, H, slots, K] with candidates first, so that every head is one small
+    matrix, the operand of a batched matrix-vector product. (On one CPU core, with 64 candidates and
+    64 slots: 0.4 ms. With slots first, where a step writes one contiguous slab: 7 ms. With N and R
+    as two axes XLA updates two copies of the cache.) Its size is the reach of the layer's mask:
 
-      row, conv, full  a ring of the last `num_slots` positions, read whole: g + 1 slots for row
-                       (33 instead of 1024 on the paper's grid), every position for full.
+      row, conv, full  a ring of the last `num_slots` positions, of which a step reads all: g + 1
+                       slots for row (33 instead of 1024 on the paper's grid), every position for
+                       full.
       column           every position, column after column; a step reads its own column.
 
     Attributes:
@@ -35,18 +37,18 @@ class ImageCache:
 
     @property
     def num_slots(self) -> int:
-        """Slots that are stored."""
-        g, half, whole = self.mask.grid, self.mask.kernel // 2, self.mask.num_codes
+        """Number of slots."""
+        g, half, num_codes = self.mask.grid, self.mask.kernel // 2, self.mask.num_codes
         reach = {"row": g + 1, "conv": half * g + half + 1}
-        return min(reach.get(self.mask.kind, whole), whole)
+        return min(reach.get(self.mask.kind, num_codes), num_codes)
 
     @property
     def num_read(self) -> int:
-        """S, slots that a step reads."""
+        """S, the number of slots that a step reads."""
         return self.mask.height if self.mask.kind == "column" else self.num_slots
 
     def slot(self, position: Array) -> Array:
-        """Slot of a raster position; numpy in, numpy out."""
+        """The slot of a raster position; numpy in, numpy out."""
         g = self.mask.grid
         if self.mask.kind == "column":
             return position % g * self.mask.height + position // g
@@ -60,10 +62,10 @@ class ImageCache:
           num_candidates: N.
 
         Returns:
-          [N * R, H, num_slots, K]; slots not yet reached are zero.
+          [N * R, H, num_slots, K]; slots of later positions are zero.
         """
         n = prefix.shape[1]
-        # Position that ends up in each slot: later ones overwrite earlier ones. n = a row of zeros.
+        # The last position that is written to each slot; n is a row of zeros.
         source = np.full(self.num_slots, n)
         source[self.slot(np.arange(n))] = np.arange(n)
         rows = jnp.pad(prefix, ((0, 0), (0, 1), (0, 0), (0, 0)))[:, source]
@@ -76,18 +78,18 @@ class ImageCache:
         return jax.lax.dynamic_update_index_in_dim(cache, value, self.slot(position), axis=2)
 
     def read(self, cache: Array, position: Array) -> Array:
-        """What the query at `position` may look at, [N * R, H, S, K]."""
+        """The slots that the query at `position` reads, [N * R, H, S, K]."""
         if self.mask.kind != "column":
             return cache
         start = position % self.mask.grid * self.mask.height
         return jax.lax.dynamic_slice_in_dim(cache, start, self.num_read, axis=2)
 
     def allowed(self, position: Array) -> Array:
-        """bool [S]: which of the slots read are filled and allowed."""
+        """bool [S]: which slots of `read` are filled and allowed by the mask."""
         slots = jnp.arange(self.num_read)
         if self.mask.kind == "column":
             return slots <= position // self.mask.grid
-        # The latest position at or before this one that lives in the slot; negative = unfilled.
+        # The latest position at or before this one with this slot; negative = not filled.
         key = position - (position - slots) % self.num_slots
         first = self.mask.text_len
         return (key >= 0) & self.mask.allowed(position + first, key + first)
@@ -99,12 +101,12 @@ def cached(
     """Attention of one decoding step: one softmax over shared text keys and own image keys.
 
     Args:
-      q: [N, R, H, K], the current image token of N candidates of each of R prompts.
-      text_k: [R, H, T, K], keys of the prompt, shared by its candidates.
-      text_v: [R, H, T, K].
-      image_k: [N * R, H, S, K], keys of each one's own image tokens, the current included.
-      image_v: [N * R, H, S, K].
-      allowed: bool [S].
+      q: [N, R, H, K] queries of the current image token, N candidates of R prompts.
+      text_k: [R, H, T, K] keys of the prompt, which its candidates share.
+      text_v: [R, H, T, K] values of the prompt.
+      image_k: [N * R, H, S, K] keys of the candidate's image tokens, the current one included.
+      image_v: [N * R, H, S, K] values of the candidate's image tokens.
+      allowed: bool [S], which image keys the query sees.
 
     Returns:
       [N, R, H, K], dtype of v.

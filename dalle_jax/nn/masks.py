@@ -1,19 +1,19 @@
-"""Who may attend to whom: the sparse attention masks of DALL-E over one text + image stream.
+"""The sparse attention masks of DALL-E over one text + image stream.
 
-Positions 0 .. text_len-1 are text slots, then the image tokens in raster order. Text is causal;
-every image token sees every text slot (padding included: it is learned, not masked) and the earlier
-image tokens that its kind allows; one softmax runs over both.
+Positions 0 .. text_len-1 are text slots, followed by the image tokens in raster order. Text is
+causal. Every image token sees every text slot, padding included (it is learned, not masked), and
+the earlier image tokens that its kind allows. One softmax runs over both.
 
   full    every earlier image token.
   row     a window in *raster* order that reaches back to the same column of the previous row:
           grid + 1 keys with itself (33 on a 32x32 grid), not "the same row".
   column  the same column of this and earlier rows.
-  conv    the causal half of a kernel x kernel window in raster order: it wraps around at the row
+  conv    the causal half of a kernel x kernel window in raster order. It wraps around at the row
           edges, as an unpadded flat convolution does (61 keys for 11x11 on a wide grid).
 
-A `Mask` is a static, hashable description, so that an attention implementation can dispatch on
-its kind. Inside a graph it is computed from iotas: as a numpy constant, three 1280x1280 tables
-put 10 MB into the program.
+A `Mask` is a static, hashable description, so that an attention implementation can dispatch on its
+kind. Inside a graph it is computed from iotas: as numpy constants, three 1280x1280 tables would add
+10 MB to the program.
 
 Source: Ramesh et al. 2021 (arXiv:2102.12092), appendix B.1 and figure 11; Child et al. 2019.
 """
@@ -30,14 +30,14 @@ KINDS = ("full", "row", "column", "conv")
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """One kind of mask over text_len + rows * grid positions; grid 0 is plain causal text.
+    """A mask over text_len + rows * grid positions; with grid 0 it is plain causal text.
 
     Attributes:
       kind: one of KINDS.
       text_len: text slots before the image.
       grid: width of the code grid in codes; 0 = no image.
       kernel: side of the conv window, odd.
-      rows: height of the code grid; 0 = as high as wide.
+      rows: height of the code grid; 0 = grid.
     """
 
     kind: str
@@ -72,7 +72,7 @@ class Mask:
 
         Args:
           query: int array of positions in [0, length).
-          key: the same; the two must have equal rank and broadcast against each other.
+          key: int array of positions, of equal rank, that broadcasts against `query`.
 
         Returns:
           bool array of the broadcast shape. numpy in, numpy out; inside a graph, iotas in.
@@ -80,7 +80,7 @@ class Mask:
         allowed = key <= query
         if not self.grid or self.kind == "full":
             return allowed
-        # Distances in raster order do not depend on where the image starts; columns do.
+        # Distances in raster order do not depend on the position of the image; columns do.
         back = query - key
         if self.kind == "row":
             near = back <= self.grid
@@ -98,24 +98,24 @@ class Mask:
         return allowed & ((query < self.text_len) | (key < self.text_len) | near)
 
     def table(self) -> np.ndarray:
-        """numpy bool [T, T], True where query (row) may attend to key (column)."""
+        """numpy bool [T, T]: True = the query (row) sees the key (column)."""
         positions = np.arange(self.length)
         return self.allowed(positions[:, None], positions[None, :])
 
     def graph(self) -> Array:
-        """The same bool [T, T], built from iotas in the graph."""
+        """`table`, computed from iotas in the graph."""
         positions = jnp.arange(self.length)
         return self.allowed(positions[:, None], positions[None, :])
 
     def num_allowed(self) -> int:
-        """Allowed (query, key) pairs: what attention FLOPs are counted on."""
+        """Number of allowed (query, key) pairs, on which attention FLOPs are counted."""
         return int(self.table().sum())
 
 
 def pattern(
     kinds: tuple[str, ...], last: str, num_layers: int, text_len: int, grid: int, kernel: int = 11
 ) -> tuple[Mask, ...]:
-    """The masks of a stack of layers: `kinds` over and over, the last layer of kind `last`.
+    """The masks of a stack of layers: `kinds` repeated, and `last` in the last layer.
 
     The paper's ("row", "column", "row", "row") with last "conv" gives column to layers 2, 6, 10 ...
     (1-based): 47 row, 16 column and 1 conv for 64 layers.

@@ -1,7 +1,7 @@
 """Discrete bottlenecks: nearest code with a straight-through gradient, and Gumbel-softmax.
 
-Everything here is float32 whatever the model computes in: distances, softmax and code statistics
-are islands. Positions are the leading axes; M is their product, V the number of codes.
+Everything here is float32 in every model: distances, softmax and code statistics are islands.
+Positions are the leading axes; M is their product, V the number of codes.
 """
 
 import jax
@@ -12,7 +12,7 @@ from dalle_jax.types import Array, Key
 
 
 def nearest(z: Array, codebook: Array) -> Array:
-    """Index of the code nearest to each vector, by |z|^2 - 2 z.e + |e|^2 without its constant.
+    """Index of the code nearest to each vector, by |z|^2 - 2 z.e + |e|^2 without |z|^2.
 
     Args:
       z: [..., D] encoder outputs.
@@ -33,8 +33,8 @@ def nearest(z: Array, codebook: Array) -> Array:
 def likeliest(logits: Array) -> Array:
     """argmax over the last axis, int32; on a tie the lower index.
 
-    A maximum and then a minimum of indices: XLA's argmax on a CPU is not vectorised and takes
-    twice the time (5.6 against 3.0 ms for 2048 x 512 on one core).
+    Computed as a maximum and then a minimum of indices: XLA's argmax is not vectorised on a CPU and
+    takes 5.6 instead of 3.0 ms (2048 x 512, one core).
     """
     top = jnp.max(logits, -1, keepdims=True)
     index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -44,7 +44,7 @@ def likeliest(logits: Array) -> Array:
 def straight_through(z: Array, q: Array) -> Array:
     """q in the forward pass, the identity of z in the backward pass.
 
-    Written q + (z - sg(z)), so that the value is q bit for bit; z + sg(q - z) is not.
+    Written q + (z - sg(z)), which equals q bit for bit; z + sg(q - z) does not.
     """
     return jax.lax.stop_gradient(q) + (z - jax.lax.stop_gradient(z))
 
@@ -53,7 +53,7 @@ def gumbel_softmax(key: Key, logits: Array, temperature: Array | float) -> Array
     """A relaxed one-hot sample: softmax((logits + Gumbel noise) / temperature).
 
     Args:
-      key: noise key.
+      key: samples the noise.
       logits: [..., V] unnormalised log-probabilities.
       temperature: > 0; towards 0 the sample becomes one-hot.
 
@@ -63,7 +63,7 @@ def gumbel_softmax(key: Key, logits: Array, temperature: Array | float) -> Array
     Source: Jang et al. 2016 (arXiv:1611.01144); no straight-through, as in arXiv:2102.12092 §2.1.
     """
     logits = logits.astype(jnp.float32)
-    # The barrier keeps XLA from drawing the noise anew in each of softmax's three passes (CPU).
+    # Without the barrier XLA's CPU backend samples the noise in each of softmax's three passes.
     noise = jax.lax.optimization_barrier(jax.random.gumbel(key, logits.shape, jnp.float32))
     return jax.nn.softmax((logits + noise) / temperature, -1)
 
@@ -80,7 +80,7 @@ def entropy(p: Array) -> Array:
 
 
 def counts(codes: Array, num_codes: int) -> Array:
-    """How often each code occurs: [...] ints -> [V] float32."""
+    """Number of occurrences of each code: [...] int -> [V] float32."""
     return jnp.zeros(num_codes, jnp.float32).at[codes.ravel()].add(1.0)
 
 
@@ -88,8 +88,8 @@ def usage(codes: Array, num_codes: int) -> dict[str, Array]:
     """Code statistics of a batch as metrics.
 
     Returns:
-      codes_used: how many of the V codes occur; codes_fraction: the same over the most that could
-      occur, min(V, M); perplexity: exp of the entropy of their histogram.
+      codes_used: number of different codes; codes_fraction: codes_used / min(V, M), the largest
+      possible number; perplexity: exp of the entropy of the histogram.
     """
     n = counts(codes, num_codes)
     used = jnp.sum(n > 0).astype(jnp.float32)
@@ -100,16 +100,16 @@ def usage(codes: Array, num_codes: int) -> dict[str, Array]:
     }
 
 
-Codebook = dict[str, Array]  # plain, so that a checkpoint of it can be read without this class
+Codebook = dict[str, Array]  # plain, so that a checkpoint can be read without a class
 
 
 def empty_codebook(num_codes: int, dim: int) -> Codebook:
-    """A codebook that learns by moving averages and waits for its first batch.
+    """A codebook of moving averages before its first batch.
 
     Returns:
-      vectors: [V, D] float32 codes. count: [V] moving average of how many positions of a batch
-      chose the code. total: [V, D] moving average of the sum of those positions' encoder outputs.
-      ready: int32 scalar, 0 until the vectors were drawn from encoder outputs.
+      vectors: [V, D] float32 codes. count: [V] moving average of the number of positions in a batch
+      that choose the code. total: [V, D] moving average of the sum of their encoder outputs.
+      ready: int32 scalar, 0 until `start` has chosen vectors.
     """
     return {
         "vectors": jnp.zeros((num_codes, dim), jnp.float32),
@@ -120,10 +120,10 @@ def empty_codebook(num_codes: int, dim: int) -> Codebook:
 
 
 def start(book: Codebook, key: Key, z: Array) -> Codebook:
-    """Draws the codes from encoder outputs [M, D] unless the codebook is ready.
+    """Chooses encoder outputs [M, D] at random as codes, unless the codebook is ready.
 
-    Each code starts with its fair share M / V of a batch, so the averages are in their steady
-    state from the first step and need no bias correction.
+    The count of each code starts at its fair share M / V of a batch, so the averages are in their
+    steady state from the first step and need no bias correction.
 
     Source: openai/jukebox (`BottleneckBlock.init_k`).
     """
@@ -148,9 +148,9 @@ def ema_update(book: Codebook, z: Array, codes: Array, decay: float, eps: float 
     """One step of the moving averages; the codes become total / count.
 
     Args:
-      book: the codebook that chose `codes`.
+      book: the codebook before the step.
       z: [M, D] encoder outputs of the *global* batch (under jit a sharded array is global).
-      codes: [M] the chosen indices.
+      codes: [M] indices of their nearest codes in `book`.
       decay: gamma, 0.99 in the paper.
       eps: Laplace smoothing of the counts.
 
@@ -167,10 +167,10 @@ def ema_update(book: Codebook, z: Array, codes: Array, decay: float, eps: float 
 
 
 def revive(book: Codebook, key: Key, z: Array, share: float) -> Codebook:
-    """Replaces codes that almost nothing chooses by random encoder outputs of this batch.
+    """Replaces dead codes by random encoder outputs of this batch.
 
-    A code is dead when its moving count is below `share` of the fair share M / V; the newcomer
-    starts at five times that, so that it is not dead again before it had a chance.
+    A code is dead if its moving count is below `share` of the fair share M / V. The count of a new
+    code starts at five times this threshold, so that it does not die at once.
 
     Source: not in the VQ-VAE paper; openai/jukebox does it with a threshold of one position.
     """
@@ -178,10 +178,10 @@ def revive(book: Codebook, key: Key, z: Array, share: float) -> Codebook:
     threshold = share * z.shape[0] / num_codes
     picks = jnp.asarray(z, jnp.float32)[jax.random.randint(key, (num_codes,), 0, z.shape[0])]
     dead = book["count"] < threshold
-    born = 5 * threshold
+    new_count = 5 * threshold
     return {
         **book,
         "vectors": jnp.where(dead[:, None], picks, book["vectors"]),
-        "count": jnp.where(dead, born, book["count"]),
-        "total": jnp.where(dead[:, None], picks * born, book["total"]),
+        "count": jnp.where(dead, new_count, book["count"]),
+        "total": jnp.where(dead[:, None], picks * new_count, book["total"]),
     }

@@ -1,12 +1,12 @@
-"""The TPU's own kernel for sparse attention, run on the blocks of scores that a mask needs.
+"""A TPU kernel for sparse attention that computes only the blocks of scores that a mask needs.
 
-Splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`, a flash attention whose grid
-holds only the blocks of scores that are not wholly masked) for the masks of `nn.masks`. No score
-reaches memory. The kernel's own time no compiler estimates; `planning.kernel_estimates` does.
+Splash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) for the masks of `nn.masks`: a
+flash attention whose grid has only the blocks of scores that are not fully masked. No score reaches
+memory. No compiler estimates the time of the kernel; `planning.kernel_estimates` does.
 
-Column layers run on the transposed picture, as in the paper: on 32x32 codes after 256 slots of text
-9 of 25 blocks of 256 are computed instead of the 15 of a causal mask. Streams that are no whole
-blocks are padded; a padded query looks at itself, for a row without keys would be NaN.
+Column layers run on the transposed picture, as in the paper: for 32x32 codes after 256 text slots
+the kernel computes 9 of 25 blocks of 256, instead of the 15 of a causal mask. Streams are padded to
+full blocks; a padded query sees itself, because a row without keys would be NaN.
 """
 
 import concurrent.futures
@@ -22,8 +22,8 @@ from dalle_jax import layout
 from dalle_jax.nn import masks
 from dalle_jax.types import Array
 
-# Blocks of 128 skip more and start nearly three times as often (a row layer of 1,280 positions: 40
-# steps of the kernel's grid a head instead of 15).
+# Smaller blocks skip more scores, but for a row layer of 1,280 positions blocks of 128 are 40 steps
+# of the kernel's grid per head, those of 256 are 15.
 _LONG_BLOCK, _LONG_STREAM = 256, 1024
 
 
@@ -40,7 +40,7 @@ def attention(q: Array, k: Array, v: Array, mask: masks.Mask, *, interpret: bool
       k: [B, T, H, K] keys.
       v: [B, T, H, K] values.
       mask: over T positions.
-      interpret: without a TPU, step by step: for tests.
+      interpret: run step by step without a TPU, for tests.
 
     Returns:
       [B, T, H, K], dtype of q; softmax and sums are float32.
@@ -57,16 +57,16 @@ def attention(q: Array, k: Array, v: Array, mask: masks.Mask, *, interpret: bool
 
 
 def _by_kind(x: Array, mask: masks.Mask, back: bool = False) -> Array:
-    """[B, T, H, K] with the picture in column-major order for a column layer, or back from it."""
+    """[B, T, H, K] with the picture in column-major order for a column layer, or the inverse."""
     if mask.kind != "column" or not mask.grid:
         return x
     sides = (mask.grid, mask.height) if back else (mask.height, mask.grid)
     text, picture = jnp.split(x, [mask.text_len], axis=1)
-    turned = picture.reshape(len(x), *sides, *x.shape[2:]).swapaxes(1, 2)
-    return jnp.concatenate([text, turned.reshape(picture.shape)], axis=1)
+    transposed = picture.reshape(len(x), *sides, *x.shape[2:]).swapaxes(1, 2)
+    return jnp.concatenate([text, transposed.reshape(picture.shape)], axis=1)
 
 
-# Once per kind of layer: at 12B the blocks of a mask take two seconds to sort.
+# Cached by kind of layer: at 12B it takes two seconds to sort the blocks of a mask.
 @functools.lru_cache
 def _kernel(mask: masks.Mask, num_heads: int, interpret: bool) -> kernels.SplashAttentionKernel:
     block, length = block_size(mask), mask.length
@@ -77,7 +77,7 @@ def _kernel(mask: masks.Mask, num_heads: int, interpret: bool) -> kernels.Splash
     table = np.eye(padded, dtype=bool)
     table[:length, :length] = mask.table()[np.ix_(order, order)]
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    make = functools.partial(
+    build = functools.partial(
         kernels.make_splash_mha,
         kernel_masks.MultiHeadMask([kernel_masks.NumpyMask(table)] * num_heads),
         block_sizes=kernels.BlockSizes(**{f"block_{name}": block for name in names}),
@@ -85,8 +85,8 @@ def _kernel(mask: masks.Mask, num_heads: int, interpret: bool) -> kernels.Splash
         q_seq_shards=1,
         interpret=interpret,
     )
-    # The tables become arrays on the way. A thread of its own is in no trace and under no mesh,
-    # whose devices, in a plan, cannot hold any.
+    # The call turns the tables into arrays. A new thread is outside of any trace and any mesh; the
+    # devices of a plan's mesh cannot hold arrays.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        kernel = thread.submit(make).result()
+        kernel = thread.submit(build).result()
     return jax.tree.map(np.asarray, kernel)

@@ -1,8 +1,8 @@
-"""What drawing pictures takes of one device: bytes of weights and caches, and what they cost.
+"""Memory of one device for sampling pictures: bytes of weights and caches, and seconds per token.
 
-Arithmetic over the arrays that `sampling.dalle` keeps while it draws, for `plan --sample`. Nothing
-is compiled. Decoding one token reads every weight and every cache once and computes next to
-nothing, so its time is bytes over the memory's bandwidth, and candidates share the weights' part.
+Arithmetic over the arrays of `sampling.dalle`, for `plan --sample`; nothing is compiled. Decoding
+one token reads every weight and every cache once and computes next to nothing, so its time is bytes
+over memory bandwidth. All candidates share the bytes of the weights.
 """
 
 import dataclasses
@@ -21,17 +21,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Bytes on one device, which holds the whole network and a share of the candidates.
+    """Bytes on one device, which has the full network and a share of the candidates.
 
     Attributes:
-      weights: as stored.
-      working: the matrices in the compute dtype, cut once per call; 0 if that is the stored one.
-      text_cache: keys and values of the prompts, shared by their candidates.
-      per_candidate: image keys and values, logits and codes of one more candidate of every prompt.
-      read_weights: what a token reads of the weights.
-      read_text: of the prompts' caches.
-      read_per_candidate: of one candidate's own caches.
-      tokens: drawn one after the other for a picture.
+      weights: parameters in their stored dtype.
+      working: the matrices in the compute dtype, cast once per call; 0 if that is the stored dtype.
+      text_cache: keys and values of the prompts, which all their candidates share.
+      per_candidate: image keys and values, logits and codes of one candidate for every prompt.
+      read_weights: bytes of weights that one token reads.
+      read_text: bytes of the prompts' caches that one token reads.
+      read_per_candidate: bytes of its own caches that one token of a candidate reads.
+      tokens: tokens of a picture, sampled one after the other.
     """
 
     weights: int
@@ -44,22 +44,22 @@ class Budget:
     tokens: int
 
     def candidates(self, capacity: int) -> int:
-        """How many per prompt fit into `capacity` bytes."""
+        """Candidates per prompt that fit into `capacity` bytes."""
         room = capacity - self.weights - self.working - self.text_cache
         return max(0, room // self.per_candidate)
 
     def seconds_per_token(self, candidates: int, bytes_per_s: float) -> float:
-        """The floor for one token of all candidates, at a memory bandwidth."""
+        """Lower bound for one token of all candidates at a memory bandwidth."""
         own = candidates * self.read_per_candidate
         return (self.read_weights + self.read_text + own) / bytes_per_s
 
 
 def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
-    """The budget of a call of `sampling.dalle.sample`.
+    """The budget for a call of `sampling.dalle.sample`.
 
     Args:
       model: the network.
-      prompts: P, drawn together.
+      prompts: P, prompts in the call.
       guidance: classifier-free guidance runs the empty caption beside every prompt.
     """
     c, dtype = model.config, model.dtype
@@ -69,7 +69,7 @@ def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
     params = jax.eval_shape(model.init, jax.random.key(0), text, codes)["params"]
     leaves = jax.tree.leaves(params)
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    # The layers' matrices are stacked: [L, D, F].
+    # The matrices of the layers are stacked: [L, D, F].
     matrices = sum(leaf.size for leaf in leaves if leaf.ndim == 3)
     item = jnp.dtype(dtype.compute).itemsize
     is_cast = jnp.dtype(dtype.compute) != jnp.dtype(dtype.param)
@@ -77,10 +77,10 @@ def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
     head_size = math.prod(jax.tree.leaves(head)[0].shape)
 
     caches = [kv_cache.ImageCache(mask) for mask in c.layer_masks()]
-    per_slot = 2 * c.width * item  # a key and a value
+    per_slot = 2 * c.transformer.width * item  # a key and a value
     own = rows * sum(cache.num_slots for cache in caches) * per_slot
-    seen = rows * sum(cache.num_read for cache in caches) * per_slot
-    text_cache = rows * c.num_layers * c.text_len * per_slot
+    read = rows * sum(cache.num_read for cache in caches) * per_slot
+    text_cache = rows * len(caches) * c.text_len * per_slot
     logits = 4 * rows * c.num_codes  # float32
     return Budget(
         weights=weights,
@@ -89,7 +89,7 @@ def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
         per_candidate=own + logits + 4 * prompts * c.num_image_tokens,
         read_weights=(matrices + head_size) * item,
         read_text=text_cache,
-        read_per_candidate=seen,
+        read_per_candidate=read,
         tokens=c.num_image_tokens,
     )
 

@@ -1,8 +1,8 @@
 """From logits to a token: guidance, temperature, top-k, top-p. Pure functions of [..., V] arrays.
 
-Order: guidance mixes two streams' logits, temperature divides, top-k keeps k tokens, top-p keeps
-the smallest set of what is left whose mass reaches p, and one token is drawn by adding Gumbel
-noise. Everything is float32.
+Guidance mixes the logits of two streams, the temperature divides them, top-k keeps k tokens, top-p
+keeps the smallest set of the remaining ones whose mass reaches p, and the maximum after adding
+Gumbel noise is the sample. Everything is float32.
 """
 
 import jax
@@ -14,7 +14,7 @@ _EXCLUDED = -jnp.inf
 
 
 def check(temperature: float, top_k: int, top_p: float, guidance: float, num_codes: int) -> None:
-    """Refuses values that cannot be meant.
+    """Refuses values out of range.
 
     Raises:
       UsageError: naming the option, its value and what is expected.
@@ -39,7 +39,7 @@ def guide(conditional: Array, unconditional: Array, scale: Array | float) -> Arr
 
 
 def top_k(logits: Array, k: Array | int) -> Array:
-    """Excludes all but the k largest logits (ties with the k-th are kept).
+    """Excludes all but the k largest logits; ties with the k-th remain.
 
     Args:
       logits: [..., V].
@@ -53,7 +53,7 @@ def top_k(logits: Array, k: Array | int) -> Array:
 def top_p(logits: Array, p: Array | float) -> Array:
     """Excludes all but the smallest set of likeliest tokens whose probability reaches p.
 
-    The likeliest token is always kept, and so are ties with the last one that is.
+    The likeliest token always remains, and so do ties with the last token of the set.
 
     Args:
       logits: [..., V], already divided by the temperature.
@@ -61,9 +61,9 @@ def top_p(logits: Array, p: Array | float) -> Array:
     """
     ordered = -jnp.sort(-logits, axis=-1)  # likeliest first
     weights = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(weights, axis=-1) - weights  # mass of the likelier ones
+    before = jnp.cumsum(weights, axis=-1) - weights  # mass of all likelier tokens
     last = jnp.sum(before < p, axis=-1, keepdims=True) - 1
-    # before[0] is 0 up to rounding; without the maximum a tiny p could keep nothing.
+    # before[0] is 0 up to rounding; without the maximum a tiny p could exclude everything.
     threshold = jnp.take_along_axis(ordered, jnp.maximum(last, 0), axis=-1)
     return jnp.where(logits >= threshold, logits, _EXCLUDED)
 
@@ -73,7 +73,7 @@ def gumbel(key: Key, size: int) -> Array:
     return jax.random.gumbel(key, (size,), jnp.float32)
 
 
-def draw(
+def sample(
     logits: Array,
     noise: Array,
     temperature: Array | float = 1.0,
@@ -84,9 +84,9 @@ def draw(
 
     Args:
       logits: [..., V] float32.
-      noise: [..., V] standard Gumbel noise, drawn by the caller so that a candidate's noise does
-        not depend on who else is in the batch.
-      temperature: 0 takes the likeliest token whatever the noise.
+      noise: [..., V] standard Gumbel noise. An argument, so that the noise of a candidate does not
+        depend on the rest of the batch.
+      temperature: 0 = the likeliest token, whatever the noise.
       k: top-k, None = off.
       p: top-p, None = off.
 
@@ -97,8 +97,8 @@ def draw(
     if k is not None:
         logits = top_k(logits, k)
     if p is not None:
-        # 1e-6 stands in for temperature 0, whose own branch below needs no division.
-        kept = top_p(logits / jnp.maximum(temperature, 1e-6), p)
-        logits = jnp.where(kept == _EXCLUDED, _EXCLUDED, logits)
+        # 1e-6 replaces temperature 0, which the last line handles without a division.
+        likeliest = top_p(logits / jnp.maximum(temperature, 1e-6), p)
+        logits = jnp.where(likeliest == _EXCLUDED, _EXCLUDED, logits)
     # argmax(logits / t + noise) = argmax(logits + t noise), which is also right at t = 0.
     return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)

@@ -1,29 +1,27 @@
-"""Drawing image codes for captions: many candidates per prompt, one compiled program per shape.
+"""Samples image codes for captions: many candidates per prompt, one compiled program per shape.
 
-The text (and the rows of a given picture that is to be completed) runs through the network once
-per prompt and chunk; its keys and values are shared by all candidates. Then one `lax.scan` draws
-the image tokens on the device against caches of fixed size. Guidance runs the empty caption as
-more prompts of the same batch.
+The text, and the given rows of a picture to complete, run through the network once per prompt and
+chunk; all candidates share their keys and values. Then one `lax.scan` on the device samples the
+image tokens, with caches of fixed size. For guidance, the empty captions are more prompts in the
+same batch.
 
 The noise of a token is a function of (key, prompt index, candidate index, position) alone, so a
-candidate does not change with the number of candidates, of chunks or of devices.
+candidate does not depend on the number of candidates, chunks or devices.
 
 Source: Ramesh et al. 2021 (arXiv:2102.12092), §2.6 (512 candidates) and figure 2c (completion of
 the lower part of a picture); guidance as in dalle-mini, on logits.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from dalle_jax import axes
 from dalle_jax.models import dalle
-from dalle_jax.nn import attention, kv_cache, partition, transformer
+from dalle_jax.nn import kv_cache, partition, stack
 from dalle_jax.sampling import categorical
 from dalle_jax.types import Array, Key, Params, UsageError
 
@@ -49,20 +47,20 @@ def sample(
 
     Args:
       model: the network.
-      params: its parameters, no collection level. On the device already if called often.
+      params: its parameters, without the collection level; on the device if called often.
       text: [P, T] int32, right-padded with 0.
       num_candidates: N.
       key: typed key.
       temperature: 0 = always the likeliest code; 1 = the model's own distribution.
-      top_k: draw from the k likeliest codes; 0 = off.
-      top_p: draw from the likeliest codes that hold this mass; 1 = off.
-      guidance: scale of classifier-free guidance; 1 = off. Needs a model trained with
+      top_k: sample from the k likeliest codes; 0 = off.
+      top_p: sample from the smallest set of likeliest codes with this mass; 1 = off.
+      guidance: scale of classifier-free guidance; 1 = off. It needs a model that was trained with
         data.caption_drop > 0.
-      prefix: [P, n] int32, n < g*g: the first codes in raster order, kept as they are.
-      first_candidate: global index of the first candidate, for drawing in chunks.
-      first_prompt: global index of the first prompt, likewise.
-      use_cache: False runs the whole stream for every token: the slow reference.
-      mesh: spread the candidates over its data and fsdp axes; N is rounded up to fill them.
+      prefix: [P, n] int32, n < g*g: the first codes in raster order, which stay unchanged.
+      first_candidate: global index of the first candidate, for sampling in chunks.
+      first_prompt: global index of the first prompt, for sampling in chunks.
+      use_cache: False runs the full stream for every token; the slow reference.
+      mesh: splits the candidates over its data and fsdp axes; N is rounded up to a multiple.
 
     Returns:
       [P, N, g*g] int32, raster order.
@@ -74,7 +72,7 @@ def sample(
     c = model.config
     text, prefix = _check(c, text, prefix, num_candidates)
     categorical.check(temperature, top_k, top_p, guidance, c.num_codes)
-    shards = math.prod(mesh.shape[a] for a in _data_axes(mesh)) if mesh is not None else 1
+    shards = partition.num_batch_shards(mesh)
     padded = -(-num_candidates // shards) * shards
     codes = _sample(
         model,
@@ -108,29 +106,29 @@ def sample_batches(
     first_candidate: int = 0,
     **options,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """`sample` in chunks of candidates, so that 512 of them never sit on the device at once.
+    """`sample` in chunks of candidates, so that the device never holds all 512 of them.
 
-    The next chunk is dispatched before the last one is handed out. All chunks have one shape (one
-    compilation); what the last one draws too much is cut off.
+    The next chunk is dispatched before the previous one is yielded. All chunks have one shape and
+    so one compilation; surplus candidates of the last chunk are dropped.
 
     Args:
-      model: see `sample`, as for all arguments not named here.
+      model: see `sample`.
       params: see `sample`.
       text: [P, T] int32.
       num_candidates: N in total.
       chunk: candidates per prompt in one chunk.
       key: typed key.
-      first_candidate: global index of the first.
-      **options: of `sample`.
+      first_candidate: global index of the first candidate.
+      **options: further arguments of `sample`.
 
     Yields:
-      (index of the chunk's first candidate, counted from first_candidate; codes
+      (index of the chunk's first candidate relative to first_candidate, codes
       [P, <= chunk, g*g] int32 on the host).
     """
     if chunk < 1:
         raise UsageError(f"chunk={chunk}; expected 1 or more candidates at a time.")
     chunk = min(chunk, num_candidates)
-    params = jax.device_put(params)  # nothing is moved that is on a device already
+    params = jax.device_put(params)  # no copy of arrays that are on a device already
 
     def dispatch(start: int) -> Array:
         return sample(
@@ -152,17 +150,17 @@ def sample_batches(
 
 @functools.partial(jax.jit, static_argnames=("model", "num_candidates", "use_cache", "mesh"))
 def _sample(model, params, text, prefix, key, options, *, num_candidates, use_cache, mesh):
-    """See `sample`. A None in options is static: the step it stands for is not compiled."""
+    """See `sample`. An option that is None is static, and its step is not compiled."""
     c = model.config
     n, num_prefix = num_candidates, prefix.shape[1]
     guided = options["guidance"] is not None
     streams = 2 if guided else 1
     rows = jnp.concatenate([text, jnp.zeros_like(text)]) if guided else text  # [R, T]
     keys = _noise_keys(key, options["first_prompt"], len(text), options["first_candidate"], n)
-    keys = _spread(keys, mesh)
-    # Inside, candidates come first: theirs is the axis that is spread over devices.
+    keys = partition.split_batch(keys, mesh)
+    # Here candidates come first, because their axis is split over devices.
 
-    def draw(logits, position):
+    def sample_code(logits, position):
         """[N, R, V] -> [N, P] codes."""
         if guided:
             conditional, unconditional = jnp.split(logits, 2, axis=1)
@@ -170,10 +168,10 @@ def _sample(model, params, text, prefix, key, options, *, num_candidates, use_ca
         noise = jax.vmap(
             jax.vmap(lambda k: categorical.gumbel(jax.random.fold_in(k, position), c.num_codes))
         )
-        codes = categorical.draw(
+        codes = categorical.sample(
             logits, noise(keys), options["temperature"], options["k"], options["p"]
         )
-        return _spread(codes, mesh)
+        return partition.split_batch(codes, mesh)
 
     with partition.unconstrained():
         decoder = _cached_decoder if use_cache else _full_decoder
@@ -182,80 +180,74 @@ def _sample(model, params, text, prefix, key, options, *, num_candidates, use_ca
 
         def step(carry, position):
             logits, state = carry
-            codes = draw(logits, position)
+            codes = sample_code(logits, position)
             logits, state = advance(state, jnp.tile(codes, (1, streams)), position)
             return (logits, state), codes
 
         last = c.num_image_tokens - 1
-        (logits, _), drawn = jax.lax.scan(step, (logits, state), jnp.arange(num_prefix, last))
-        final = draw(logits, last)
+        (logits, _), codes = jax.lax.scan(step, (logits, state), jnp.arange(num_prefix, last))
+        final = sample_code(logits, last)
 
-    given = jnp.broadcast_to(prefix[None], (n, *prefix.shape))
-    codes = jnp.concatenate([given, jnp.moveaxis(drawn, 0, 2), final[..., None]], axis=2)
-    return _spread(codes.transpose(1, 0, 2), mesh, axis=1)
+    prefix = jnp.broadcast_to(prefix[None], (n, *prefix.shape))
+    codes = jnp.concatenate([prefix, jnp.moveaxis(codes, 0, 2), final[..., None]], axis=2)
+    return partition.split_batch(codes.transpose(1, 0, 2), mesh, axis=1)
 
 
 def _cached_decoder(model, params, rows, prefix, n, mesh):
     """Logits after the prefix, the caches, and a function that advances both by one code."""
     c = model.config
-    stack = c.stack(model.dtype)
     caches = [kv_cache.ImageCache(mask) for mask in c.layer_masks()]
-    # One slice per layer, cut and cast outside the loop over tokens; norms' gains stay float32.
-    stacked = jax.tree.map(
-        lambda w: w.astype(model.dtype.compute) if w.ndim == 3 else w,
-        params["transformer"]["blocks"],
-    )
-    layers = [jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(c.num_layers)]
+    settings = (c.transformer, model.dtype)
+    # Cut and cast here, outside the loop over tokens.
+    layers = stack.layers(*settings, params["transformer"]["blocks"])
     apply = functools.partial(model.apply, {"params": params})
 
     # The prompt: [R, T + n, D], once, whatever the number of candidates.
     x = apply(rows, method="embed_text")
     x = jnp.concatenate([x, apply(prefix, method="embed_image")], axis=1)
     length = x.shape[1]
+    allowed = (cache.mask.graph()[:length, :length] for cache in caches)
+    x, prompt = stack.prefill(*settings, layers, x, allowed)
     texts, state = [], []
-    for params_, cache in zip(layers, caches, strict=True):
-        allowed = cache.mask.graph()[:length, :length]
-
-        def attend(q, k, v, allowed=allowed):
-            return attention.attention(q, k, v, allowed), (k, v)
-
-        x, kv = transformer.apply_block(stack, params_, x, attend)
+    for kv, cache in zip(prompt, caches, strict=True):
         texts.append([y[:, : c.text_len].transpose(0, 2, 1, 3) for y in kv])
-        state.append([_spread(cache.fill(y[:, c.text_len :], n), mesh) for y in kv])
+        images = [cache.fill(y[:, c.text_len :], n) for y in kv]
+        state.append(partition.split_batch(images, mesh))
 
     def logits_of(x):
         return apply(apply(x, method="final_norm"), method="image_logits")
 
     logits = logits_of(x[:, -1:])  # [R, 1, V]
-    logits = _spread(jnp.broadcast_to(logits[:, 0], (n, len(rows), c.num_codes)), mesh)
+    logits = jnp.broadcast_to(logits[:, 0], (n, len(rows), c.num_codes))
+    logits = partition.split_batch(logits, mesh)
 
     def advance(state, codes, position):
         x = apply(codes[..., None], position[None], method="embed_image")[:, :, 0]  # [N, R, D]
         new_state = []
-        for params_, cache, text_kv, image_kv in zip(layers, caches, texts, state, strict=True):
+        for layer, cache, text_kv, image_kv in zip(layers, caches, texts, state, strict=True):
 
             def attend(q, k, v, cache=cache, text_kv=text_kv, image_kv=image_kv):
-                written = [
+                new_kv = [
                     cache.write(old, position, new)
                     for old, new in zip(image_kv, (k, v), strict=True)
                 ]
-                seen = [cache.read(y, position) for y in written]
-                return kv_cache.cached(q, *text_kv, *seen, cache.allowed(position)), written
+                visible = [cache.read(y, position) for y in new_kv]
+                return kv_cache.cached(q, *text_kv, *visible, cache.allowed(position)), new_kv
 
-            x, written = transformer.apply_block(stack, params_, x, attend)
-            new_state.append(written)
+            x, new_kv = stack.apply_block(*settings, layer, x, attend)
+            new_state.append(new_kv)
         return logits_of(x), new_state
 
     return logits, state, advance
 
 
 def _full_decoder(model, params, rows, prefix, n, mesh):
-    """The same without a cache: every step runs the whole stream of every candidate."""
+    """`_cached_decoder` without a cache: every step runs the full stream of every candidate."""
     c = model.config
     r, num_prefix = prefix.shape
     text = jnp.tile(rows, (n, 1))  # [N * R, T]
     codes = jnp.zeros((n, r, c.num_image_tokens), jnp.int32)
-    codes = _spread(codes.at[:, :, :num_prefix].set(prefix[None]), mesh)
+    codes = partition.split_batch(codes.at[:, :, :num_prefix].set(prefix[None]), mesh)
 
     def logits_of(codes, position):
         flat = codes.reshape(n * r, c.num_image_tokens)
@@ -277,18 +269,6 @@ def _noise_keys(key: Key, first_prompt, num_prompts: int, first_candidate, n: in
     return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(by_prompt, candidates)
 
 
-def _spread(x: Array, mesh: Mesh | None, axis: int = 0) -> Array:
-    """`x` with its candidate axis over the mesh's data axes; without a mesh, `x`."""
-    if mesh is None:
-        return x
-    spec = PartitionSpec(*[None] * axis, _data_axes(mesh))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-
-def _data_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(name for name in mesh.axis_names if name != axes.TENSOR)
-
-
 def _check(c: dalle.DalleConfig, text: Array, prefix: Array | None, n: int):
     if text.ndim != 2 or text.shape[1] != c.text_len:
         raise ValueError(f"text has shape {text.shape}; expected [P, {c.text_len}].")
@@ -301,7 +281,7 @@ def _check(c: dalle.DalleConfig, text: Array, prefix: Array | None, n: int):
         raise ValueError(f"prefix has shape {prefix.shape}; expected [{len(text)}, n].")
     if prefix.shape[1] >= c.num_image_tokens:
         raise UsageError(
-            f"the prefix holds {prefix.shape[1]} of {c.num_image_tokens} codes, so nothing is "
-            f"left to draw; keep fewer rows than {c.grid}."
+            f"the prefix has {prefix.shape[1]} of {c.num_image_tokens} codes, so nothing is left "
+            f"to sample; keep fewer rows than {c.grid}."
         )
     return text, jnp.asarray(prefix, jnp.int32)

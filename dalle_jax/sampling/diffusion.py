@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax import axes
 from dalle_jax.diffusion import gaussian, guidance, samplers, schedules
-from dalle_jax.models import unet, unet_plan
+from dalle_jax.models import unet
 from dalle_jax.nn import partition
 from dalle_jax.types import Array, Batch, Key, Params, UsageError
 
@@ -24,7 +24,7 @@ SAMPLERS = ("ddim", "ddpm", "dpmpp")
 
 
 def parameterisation(
-    c: unet_plan.UnetConfig, clip: gaussian.Clip = "static"
+    c: unet.UnetConfig, clip: gaussian.Clip = "static"
 ) -> gaussian.Parameterisation:
     """What the outputs of such a U-Net mean; the variance is learned where it has channels."""
     variance = "learned_range" if c.learned_variance else "posterior"
@@ -39,7 +39,7 @@ def denoiser(
     Args:
       model: the network.
       params: its parameters, no collection level.
-      cond: `unet_plan.cond_spec`, [B, …] each.
+      cond: `unet.cond_spec`, [B, …] each.
       scale: of classifier-free guidance away from `unet.null_cond`, a number or [B], may be
         traced; None = no guidance and half the work.
 
@@ -81,7 +81,7 @@ def sample(
     Args:
       model: the network.
       params: its parameters, no collection level. On the device already if called often.
-      cond: `unet_plan.cond_spec`, [B, …] each, on the host or on the device.
+      cond: `unet.cond_spec`, [B, …] each, on the host or on the device.
       schedule: the steps to take: `schedules.respace` of the network's own.
       key: typed key.
       indices: [B] int, the global index of each picture.
@@ -101,7 +101,7 @@ def sample(
       UsageError: for an unknown sampler, an eta out of range or a side that does not fit.
     """
     px = px or model.config.image_px
-    unet_plan.check_px(model.config, px)
+    unet.check_px(model.config, px)
     check_eta(sampler, eta)
     scalar = isinstance(scale, int | float)
     options = dict(

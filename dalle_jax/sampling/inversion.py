@@ -35,7 +35,7 @@ def invert(
     Args:
       model: the network.
       params: its parameters, no collection level.
-      cond: `unet_plan.cond_spec`, [B, …] each.
+      cond: `unet.cond_spec`, [B, …] each.
       pictures: [B, h, h, 3] float in [-1, 1].
       schedule: the steps that will be sampled with.
       scale: of guidance, as it will be sampled with; 1 = none.

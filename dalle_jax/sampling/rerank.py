@@ -181,7 +181,8 @@ def fitting_chunk(dalle: DalleStage, guidance: float = 1.0) -> int:
     c, codec = dalle.model.config, dalle.codec
     streams = 1 if guidance == 1 else 2
     slots = sum(kv_cache.ImageCache(mask).num_slots for mask in c.layer_masks())
-    caches = 2 * slots * c.width * jnp.dtype(dalle.model.dtype.compute).itemsize * streams
+    item = jnp.dtype(dalle.model.dtype.compute).itemsize
+    caches = 2 * slots * c.transformer.width * item * streams
     # Caches exist twice while one is written; the codec's maps hold about 64 floats a pixel.
     each = 2 * caches + codec.image_px**2 * 64 * 4
     return chunks.fitting(each, MAX_CHUNK)

@@ -181,10 +181,10 @@ def sample_base(
 
 
 def conditions(stage: UnetStage, z: Array, has_clip: Array, text: Array | None) -> Batch:
-    """What a decoder is shown, `unet_plan.cond_spec` without masks; see `sample_base`."""
+    """What a decoder is shown, `unet.cond_spec` without masks; see `sample_base`."""
     c = stage.model.config
     cond = {"clip": np.asarray(z, np.float32), "has_clip": np.asarray(has_clip, bool)}
-    if c.text_layers:
+    if c.text_encoder:
         nothing = np.zeros((len(z), c.text_len), np.int32)
         cond["text"] = nothing if text is None else np.asarray(text, np.int32)
     return cond

@@ -102,7 +102,7 @@ class Unclip:
     @property
     def reads_captions(self) -> bool:
         """Whether the decoder has a text encoder of its own."""
-        return bool(self.decoder.model.config.text_layers)
+        return bool(self.decoder.model.config.text_encoder)
 
     @property
     def parts(self) -> dict[str, Stage]:

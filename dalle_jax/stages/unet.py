@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.diffusion import schedules
-from dalle_jax.models import build, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.stages import run
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.run import Run, Stage
@@ -56,7 +56,7 @@ class UnetStage(Stage):
             lambda params, *inputs: model.apply({"params": params}, *inputs),
             run.picture(px),
             jax.ShapeDtypeStruct((1,), jnp.int32),
-            unet_plan.cond_spec(model.config, 1, px),
+            unet.cond_spec(model.config, 1, px),
         )
         return stage
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from dalle_jax import config as cfg
 from dalle_jax.diffusion import corrupt, masks
-from dalle_jax.models import unet_plan
+from dalle_jax.models import unet
 from dalle_jax.types import Array, Batch, Key, UsageError
 
 
-def check(config: cfg.ConfigDict, model_config: unet_plan.UnetConfig) -> None:
+def check(config: cfg.ConfigDict, model_config: unet.UnetConfig) -> None:
     """Raises UsageError for values of `loss` that do not fit together or the network."""
     c, px = config.loss, config.data.image_px
     for name in ("clip_drop", "text_drop"):
@@ -35,7 +35,7 @@ def check(config: cfg.ConfigDict, model_config: unet_plan.UnetConfig) -> None:
                 f"loss.crop={c.crop}, but a decoder sees whole pictures; set --config.loss.crop=1."
             )
         return
-    if model_config.text_layers or model_config.attention_px:
+    if model_config.text_encoder or model_config.attention_px:
         raise UsageError(
             f"loss.low_res_px={c.low_res_px} makes an upsampler, which has neither text encoder "
             "nor attention; set --config.model.text_layers=0 and --config.model.attention_px=()."
@@ -51,7 +51,7 @@ def check(config: cfg.ConfigDict, model_config: unet_plan.UnetConfig) -> None:
             f"loss.crop={c.crop} of {px} px is {crop} px; expected at most 1 and whole pixels of "
             f"the {c.low_res_px} px picture, paper 0.25."
         )
-    unet_plan.check_px(model_config, crop)
+    unet.check_px(model_config, crop)
 
 
 def steps(c: cfg.ConfigDict, key: Key, count: int) -> Array:

@@ -25,7 +25,7 @@ from dalle_jax import images
 from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import build, unet, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.sampling import diffusion as sampling
 from dalle_jax.stages import by_shape, run
 from dalle_jax.stages.clip import ClipStage
@@ -75,7 +75,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
 
     def init(key: Key) -> tuple[Params, None]:
         # The side plays no part in the shapes of the parameters; the smallest is the fastest.
-        spec = unet_plan.cond_spec(c, 1, c.stride)
+        spec = unet.cond_spec(c, 1, c.stride)
         cond = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), spec)
         pictures = jnp.zeros((1, c.stride, c.stride, 3))
         return model.init(key, pictures, jnp.zeros((1,), jnp.int32), cond)["params"], None
@@ -92,7 +92,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
             if training:
                 has_clip, text = conditions.drop(loss_config, has_clip, text, keys[1])
             cond = {"clip": z, "has_clip": has_clip}
-            cond |= {"text": text} if c.text_layers else {}
+            cond |= {"text": text} if c.text_encoder else {}
         return x_0, cond | (conditions.inpainting(x_0, keys[2]) if c.inpaint else {})
 
     def losses(params, frozen, batch, t, key, *, training):
@@ -148,7 +148,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
             guided = loss_config.preview_guidance
             samples = [sample(cond, i, guided) for i in range(PREVIEW_SAMPLES)]
             columns = {"own_then_samples": [own, *samples]}
-            if c.text_layers:
+            if c.text_encoder:
                 alone = cond | {"has_clip": np.zeros_like(cond["has_clip"])}
                 samples.append(sample(alone, PREVIEW_SAMPLES, guided))
                 columns = {"own_then_samples_then_by_caption_alone": [own, *samples]}
@@ -166,7 +166,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
         frozen=None if clip is None else clip.frozen_image_tower(),
         preview=preview,
         evaluate=evaluate,
-        flops=3 * data.batch * unet_plan.flops(c, crop),
+        flops=3 * data.batch * unet.flops(c, crop),
         warm_start=_warm_start(config, c, clip, init),
         keeps={} if clip is None else run.identity_files(tokenizer, clip=clip),
     )
@@ -199,7 +199,7 @@ def strips(columns: list[Array]) -> np.ndarray:
     return np.concatenate([np.asarray(column) for column in columns], axis=2)
 
 
-def _warm_start(config: cfg.ConfigDict, c: unet_plan.UnetConfig, clip, init):
+def _warm_start(config: cfg.ConfigDict, c: unet.UnetConfig, clip, init):
     """`init_from`: a run of the same sizes, or the plain one that learns to inpaint.
 
     The former may have been trained with another CLIP.

@@ -15,7 +15,7 @@ from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
 from dalle_jax.cli import bench
 from dalle_jax.data.builders import shapes
-from dalle_jax.models import build, dvae, prior_diffusion, unet_plan
+from dalle_jax.models import build, dvae, prior_diffusion, unet
 from dalle_jax.models import clip as clip_model
 from dalle_jax.pages.bench import MARKS
 from dalle_jax.stages import by_shape
@@ -172,7 +172,7 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     made = build.unet(cases.config_of("unet_train"), 256).config
     assert (made.width, made.channel_mults, made.num_blocks) == (64, (1, 2, 4), 2)
     assert made.clip_tokens == 4 and not made.text_layers and made.patch_px == 1
-    assert clip_model.flops(clip.model.config) < 0.01 * unet_plan.flops(made, 32)
+    assert clip_model.flops(clip.model.config) < 0.01 * unet.flops(made, 32)
 
 
 def test_json_of_a_network(tiny, capsys):

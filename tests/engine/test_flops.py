@@ -1,4 +1,4 @@
-"""FLOPs and kept bytes, counted in the jaxpr, against arithmetic by hand."""
+"""FLOPs and saved bytes, counted in the jaxpr, against arithmetic by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -83,15 +83,15 @@ def test_a_shard_map_is_the_work_of_all_its_devices():
 
 
 def test_recomputation_keeps_a_layers_input_only():
-    """Without it the layer's output is kept too: tanh's gradient needs it."""
+    """Without it the layer's output is saved too: tanh's gradient needs it."""
     params, x = shape(L, D, D), shape(B, D)
     layer = B * D * 4
 
-    def kept(wrap):
+    def saved(wrap):
         return flops.kept_bytes(lambda p, x: stack(p, x, wrap), params, x)
 
-    assert kept(jax.checkpoint) == L * layer
-    assert L * layer < kept(lambda f: f) <= 3 * L * layer
+    assert saved(jax.checkpoint) == L * layer
+    assert L * layer < saved(lambda f: f) <= 3 * L * layer
 
 
 def test_arguments_are_not_kept_twice():

@@ -11,14 +11,20 @@ import weights
 
 from dalle_jax import config as cfg
 from dalle_jax.models import build, clip
+from dalle_jax.nn import conv
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.types import UsageError
 
 EOS = clip.SENTENCEPIECE_EOS
 TINY = clip.ClipConfig(
-    image_px=16, text_len=10, vocab_size=40, patch_px=8,
-    image_width=16, image_layers=2, image_heads=2,
-    text_width=12, text_layers=2, text_heads=3, joint_width=8,
-)  # fmt: skip
+    image_px=16,
+    text_len=10,
+    vocab_size=40,
+    patch_px=8,
+    image=TransformerConfig(width=16, num_layers=2, num_heads=2),
+    text=TransformerConfig(width=12, num_layers=2, num_heads=3),
+    joint_width=8,
+)
 
 
 def init(config, seed=0):
@@ -56,7 +62,7 @@ def test_released_sizes_have_the_released_parameter_counts(root, size, count):
     images = jax.ShapeDtypeStruct((1, c.image_px, c.image_px, 3), jnp.float32)
     text = jax.ShapeDtypeStruct((1, c.text_len), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), images, text)["params"]
-    assert clip.num_params(params) == count
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
     # No bias where the released model has none.
     assert set(params["image"]) == {
         "class_embed", "norm_post", "norm_pre", "patch_embed", "positions", "projection",
@@ -70,8 +76,8 @@ def test_patch_matmul_is_the_strided_convolution(rng):
     expected = jax.lax.conv_general_dilated(
         x, kernel, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    got = clip.patches(x, 4) @ kernel.reshape(-1, 5)
-    np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=1e-4)
+    got = conv.to_patches(x, 4) @ kernel.reshape(-1, 5)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_normalise_maps_the_mean_pixel_to_zero_and_one_deviation_to_one():
@@ -150,7 +156,9 @@ def test_embeddings_have_unit_length_and_scale_starts_at_the_papers(tiny, rng):
 
 def test_scan_is_the_unrolled_stack(tiny, rng):
     model, params = tiny
-    scanned = clip.Clip(dataclasses.replace(TINY, scan_layers=True, remat="full"))
+    towers = {"image": TINY.image, "text": TINY.text}
+    towers = {k: dataclasses.replace(v, scan_layers=True, remat="full") for k, v in towers.items()}
+    scanned = clip.Clip(dataclasses.replace(TINY, **towers))
     images = rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     text = captions(rng, [4, 8])
     for a, b in zip(
@@ -162,15 +170,40 @@ def test_scan_is_the_unrolled_stack(tiny, rng):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "says"),
+    ("field", "value", "message"),
     [
         ("patch_px", 7, "image_px=14"),
         ("eos_id", 40, "vocabulary of 40"),
         ("text_len", 2, "text_len 2"),
-        ("image_heads", 3, "num_heads 3"),
-        ("remat", "some", "remat='some'"),
     ],
 )
-def test_bad_sizes_are_refused_with_a_cure(field, value, says):
-    with pytest.raises(UsageError, match=says):
+def test_bad_sizes_are_refused_with_a_cure(field, value, message):
+    with pytest.raises(UsageError, match=message):
         dataclasses.replace(TINY, **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("image_heads", 5, "num_heads 5"),
+        ("remat", "some", "remat='some'"),
+        ("image_layers", 0, "num_layers=0"),
+    ],
+)
+def test_bad_sizes_of_a_flat_config_are_refused(root, field, value, message):
+    config = cfg.load(f"{root}/configs/clip.py:size=smoke")
+    with pytest.raises(UsageError, match=message):
+        build.clip(cfg.override(config, {f"model.{field}": value}))
+
+
+def test_the_flat_section_fills_both_towers(root):
+    """Keys are those of a config file; absent ones have their default, unknown ones are refused."""
+    config = cfg.load(f"{root}/configs/clip.py:size=smoke")
+    model = dict(image_width=24, image_layers=3, image_heads=6, text_layers=4, remat="dots")
+    config = cfg.ConfigDict(config.to_dict() | {"model": model | dict(patch_px=8)})
+    c = build.clip(config).config
+    assert c.image == TransformerConfig(width=24, num_layers=3, num_heads=6, remat="dots")
+    assert c.text == TransformerConfig(width=512, num_layers=4, num_heads=8, remat="dots")
+    config.model.image_widht = 3
+    with pytest.raises(UsageError, match="model.image_widht is unknown; .*image_width"):
+        build.clip(config)

@@ -13,6 +13,7 @@ import weights
 from dalle_jax import config as cfg
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import build, dalle
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.types import DtypePolicy, UsageError
 
 CONFIG = dalle.DalleConfig(
@@ -20,13 +21,17 @@ CONFIG = dalle.DalleConfig(
     vocab_size=12,
     num_codes=16,
     grid=3,
-    width=16,
-    num_layers=3,
-    num_heads=2,
+    transformer=TransformerConfig(width=16, num_layers=3, num_heads=2),
     attention=("row", "column"),
 )
 TEXT = np.array([[3, 4, 5, 0], [7, 0, 0, 0]], np.int32)
 CODES = np.arange(18, dtype=np.int32).reshape(2, 9) % 16
+
+
+def changed(stack=None, **fields) -> dalle.DalleConfig:
+    """CONFIG with other fields, and other fields of its stack."""
+    stack = dataclasses.replace(CONFIG.transformer, **(stack or {}))
+    return dataclasses.replace(CONFIG, transformer=stack, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +140,7 @@ def test_eight_examples_are_learnt_by_heart():
     rng = np.random.default_rng(0)
     text = rng.integers(1, 12, (8, 4)).astype(np.int32)
     codes = rng.integers(0, 16, (8, 9)).astype(np.int32)
-    model = dalle.Dalle(dataclasses.replace(CONFIG, width=32, embed_std=0.5))
+    model = dalle.Dalle(changed(dict(width=32), embed_std=0.5))
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), text, codes))
     tx = optax.adam(3e-3)
 
@@ -163,7 +168,7 @@ def test_eight_examples_are_learnt_by_heart():
 )
 def test_sharded_loss_and_gradients_are_those_of_one_device(table, sizes):
     """With the layers scanned and recomputed, as a pod runs them."""
-    config = dataclasses.replace(CONFIG, num_layers=5, scan_layers=True, remat="full")
+    config = changed(dict(num_layers=5, scan_layers=True, remat="full"))
     model = dalle.Dalle(config)
     text, codes = np.tile(TEXT, (4, 1)), np.tile(CODES, (4, 1))
     boxed = weights.init(model, text, codes)
@@ -216,7 +221,7 @@ def test_the_papers_model_has_12_292_808_448_parameters(root):
 
 def test_flops_count_allowed_keys_only():
     """By hand for one layer: projections 8 TD^2, mlp 16 TD^2, attention 4 D a pair, two heads."""
-    config = dataclasses.replace(CONFIG, num_layers=1, last_attention="row")
+    config = changed(dict(num_layers=1), last_attention="row")
     pairs = 4 * 5 // 2 + 9 * 4 + (1 + 2 + 3 + 6 * 4)
     expected = 13 * 24 * 16**2 + 4 * 16 * pairs + 2 * 16 * (3 * 12 + 9 * 16)
     assert dalle.flops(config) == expected
@@ -228,6 +233,6 @@ def test_bad_values_are_refused(network):
     with pytest.raises(UsageError, match="grid=0"):
         dataclasses.replace(CONFIG, grid=0)
     with pytest.raises(UsageError, match="width 17 is not a multiple"):
-        dataclasses.replace(CONFIG, width=17)
+        changed(dict(width=17))
     with pytest.raises(ValueError, match=r"expected \[B, 4\]"):
         network[0].apply(network[1], TEXT[:, :3], CODES)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from dalle_jax.engine import flops
 from dalle_jax.models import dvae, vqvae
 from dalle_jax.nn import codec_bodies, quantize
 from dalle_jax.types import DtypePolicy, UsageError
@@ -42,11 +43,11 @@ def _init(c, key, cls=dvae.Dvae):
     model = cls(c)
     image = jnp.zeros((1, c.image_px, c.image_px, 3))
     variables = nn.meta.unbox(jax.eval_shape(model.init, key, image))
-    draw = np.random.default_rng(1).normal
+    normal = np.random.default_rng(1).normal
 
     def fill(leaf):
         fan_in = max(1, np.prod(leaf.shape[:-1]))
-        return jnp.asarray(draw(size=leaf.shape) / fan_in**0.5, leaf.dtype)
+        return jnp.asarray(normal(size=leaf.shape) / fan_in**0.5, leaf.dtype)
 
     params = jax.tree.map(fill, variables.pop("params"))
     return model, params, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)
@@ -242,32 +243,16 @@ def test_a_dvae_made_from_a_vqvae_has_its_codes_and_pictures(key, rng, trunk):
     codes = _apply(model, variables, images, method="encode")
     assert len(np.unique(codes)) > 8
 
-    made = dvae.from_vqvae(jax.device_get(params), np.asarray(extra["codebook"]["vectors"]))
+    ours = dvae.from_vqvae(jax.device_get(params), np.asarray(extra["codebook"]["vectors"]))
     soft = dvae.Dvae(dvae.DvaeConfig(**size))
     expected = nn.meta.unbox(jax.eval_shape(soft.init, key, images))["params"]
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, expected)
-    np.testing.assert_array_equal(_apply(soft, {"params": made}, images, method="encode"), codes)
+    assert jax.tree.map(jnp.shape, ours) == jax.tree.map(jnp.shape, expected)
+    np.testing.assert_array_equal(_apply(soft, {"params": ours}, images, method="encode"), codes)
     np.testing.assert_allclose(
-        _apply(soft, {"params": made}, codes, method="decode_codes"),
+        _apply(soft, {"params": ours}, codes, method="decode_codes"),
         _apply(model, variables, codes, method="decode_codes"),
         atol=1e-5,
     )
-
-
-def _macs(jaxpr):
-    """Multiply-adds of all products and convolutions in a jaxpr."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval.shape if eqn.outvars else ()
-        if eqn.primitive.name == "dot_general":
-            (contract, _), _ = eqn.params["dimension_numbers"]
-            lhs = eqn.invars[0].aval.shape
-            total += np.prod(out) * np.prod([lhs[i] for i in contract])
-        elif eqn.primitive.name == "conv_general_dilated":
-            total += np.prod(out) * np.prod(eqn.invars[1].aval.shape[:3])
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            total += _macs(inner)
-    return total
 
 
 @pytest.mark.parametrize("c", [TINY, TINY_PYRAMID, PAPER], ids=["patch", "pyramid", "paper"])
@@ -280,7 +265,7 @@ def test_macs_are_those_of_the_traced_forward_pass(key, c):
         logits = model.apply(params, image, method="logits")
         return model.apply(params, jax.nn.softmax(logits), method="decode_soft")
 
-    assert _macs(jax.make_jaxpr(forward)(params, image).jaxpr) == dvae.forward_macs(c)
+    assert flops.hardware(forward, params, image) == 2 * dvae.forward_macs(c)
 
 
 @pytest.mark.parametrize(

@@ -1,30 +1,39 @@
 """The U-Net: sizes of the released and the paper's models, what it does before and without."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax import config as cfg
 from dalle_jax.engine import flops
-from dalle_jax.models import unet, unet_plan
+from dalle_jax.models import build, unet
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.types import UsageError
 
 PX = 8
 
 
-def config(**changes) -> unet_plan.UnetConfig:
+def config(**changes) -> unet.UnetConfig:
     sizes = dict(
         image_px=PX, width=16, channel_mults=(1, 2), num_blocks=1, attention_px=(4,), head_width=8,
-        text_len=4, vocab_size=16, text_width=16, text_layers=1, text_heads=2, clip_width=8,
+        text_len=4, vocab_size=16, context_width=16, text_encoder=text_encoder(16, 1, 2),
+        clip_width=8,
     )  # fmt: skip
-    return unet_plan.UnetConfig(**(sizes | changes))
+    return unet.UnetConfig(**(sizes | changes))
+
+
+def text_encoder(width, num_layers, num_heads) -> TransformerConfig:
+    return TransformerConfig(width, num_layers, num_heads, activation="gelu")
 
 
 def inputs(c, rng, batch=3, px=PX):
     """x, t and conditions, none of them special."""
     cond = {}
-    for name, spec in unet_plan.cond_spec(c, batch, px).items():
+    for name, spec in unet.cond_spec(c, batch, px).items():
         if spec.dtype == jnp.bool_:
             cond[name] = rng.random(spec.shape) < 0.5
         elif spec.dtype == jnp.int32:
@@ -39,7 +48,7 @@ def shapes(c, px=PX):
     x = jax.ShapeDtypeStruct((1, px, px, 3), jnp.float32)
     t = jax.ShapeDtypeStruct((1,), jnp.int32)
     key = jax.eval_shape(jax.random.key, 0)
-    variables = jax.eval_shape(unet.Unet(c).init, key, x, t, unet_plan.cond_spec(c, 1, px))
+    variables = jax.eval_shape(unet.Unet(c).init, key, x, t, unet.cond_spec(c, 1, px))
     return nn.meta.unbox(variables["params"])
 
 
@@ -53,11 +62,11 @@ def count(tree) -> int:
 
 
 _GLIDE = dict(
-    width=192, text_len=128, vocab_size=50257, text_width=512, text_layers=16, text_heads=8,
-    attention_px=(32, 16, 8), head_width=64, clip_width=0,
+    width=192, text_len=128, vocab_size=50257, context_width=512,
+    text_encoder=text_encoder(512, 16, 8), attention_px=(32, 16, 8), head_width=64, clip_width=0,
 )  # fmt: skip
 _LOW = dict(low_res=True)
-_PLAIN = dict(_LOW, text_width=0, text_layers=0, clip_width=0, attention_px=())
+_PLAIN = dict(_LOW, context_width=0, text_encoder=None, clip_width=0, attention_px=())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +98,7 @@ def test_released_and_stated_sizes(changes, expected):
 def test_the_paper_decoder_has_three_and_a_half_billion():
     sizes = dict(
         _GLIDE, image_px=64, width=512, channel_mults=(1, 2, 3, 4), num_blocks=3, text_len=256,
-        text_width=2048, text_layers=24, text_heads=32, clip_width=1024,
+        context_width=2048, text_encoder=text_encoder(2048, 24, 32), clip_width=1024,
     )  # fmt: skip
     params = shapes(config(**sizes), px=32)
     text = count(params["condition"]["text"])
@@ -99,19 +108,19 @@ def test_the_paper_decoder_has_three_and_a_half_billion():
 
 
 @pytest.fixture(scope="module")
-def made():
+def decoder():
     """(module, parameters without zeros) of the tiny decoder."""
     c = config()
     return unet.Unet(c), random_params(c, np.random.default_rng(1))
 
 
 @pytest.fixture(scope="module")
-def apply(made):
-    return jax.jit(lambda params, *xs: made[0].apply({"params": params}, *xs))
+def apply(decoder):
+    return jax.jit(lambda params, *xs: decoder[0].apply({"params": params}, *xs))
 
 
-def test_at_the_start_it_says_nothing(made, apply, rng, key):
-    model, params = made
+def test_the_output_is_zero_at_the_start(decoder, apply, rng, key):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     fresh = nn.meta.unbox(jax.jit(model.init)(key, x, t, cond)["params"])
     assert jax.tree.map(np.shape, fresh) == jax.tree.map(np.shape, params)
@@ -120,8 +129,8 @@ def test_at_the_start_it_says_nothing(made, apply, rng, key):
     np.testing.assert_array_equal(out, 0)
 
 
-def test_conditions_count_and_dropped_ones_do_not(made, apply, rng):
-    model, params = made
+def test_conditions_count_and_dropped_ones_do_not(decoder, apply, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     cond["has_clip"] = np.ones(3, bool)
     out = apply(params, x, t, cond)
@@ -137,8 +146,8 @@ def test_conditions_count_and_dropped_ones_do_not(made, apply, rng):
     np.testing.assert_array_equal(without, apply(params, x, t, other))
 
 
-def test_encoded_once_is_encoded_each_time(made, apply, rng):
-    model, params = made
+def test_encoded_once_is_encoded_each_time(decoder, apply, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng)
     encoded = model.apply({"params": params}, cond, method="encode")
     assert encoded["context"].shape == (3, 4 + 4, 16)
@@ -147,8 +156,8 @@ def test_encoded_once_is_encoded_each_time(made, apply, rng):
     )
 
 
-def test_an_inpainting_network_starts_as_the_plain_one(made, apply, rng):
-    model, params = made
+def test_an_inpainting_network_starts_as_the_plain_one(decoder, apply, rng):
+    model, params = decoder
     wide = config(inpaint=True)
     widened = unet.widen(params, shapes(wide))
     assert jax.tree.map(np.shape, widened) == jax.tree.map(jnp.shape, shapes(wide))
@@ -183,7 +192,7 @@ def test_an_upsampler_of_crops_takes_whole_pictures(rng):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (dict(image_px=9), "8 or 10"),
         (dict(image_px=12, patch_px=4), "8 or 16"),
@@ -193,16 +202,29 @@ def test_an_upsampler_of_crops_takes_whole_pictures(rng):
         (dict(channel_mults=()), "channel_mults"),
         (dict(remat="some"), "none, full"),
         (dict(predicts="noise"), "eps, x_0, v"),
-        (dict(text_heads=3), "multiple of num_heads"),
+        (dict(context_width=8), "the width of the text encoder"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(changes, says):
-    with pytest.raises(UsageError, match=says):
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(UsageError, match=message):
         config(**changes)
 
 
-def test_a_picture_of_an_odd_size_is_refused_with_the_cure(made, rng):
-    model, params = made
+def test_the_flat_section_of_a_config_fills_the_text_encoder(root):
+    config = cfg.load(f"{root}/configs/decoder.py:size=smoke")
+    changes = {"model.text_width": 32, "model.text_layers": 3, "model.text_heads": 4}
+    config = cfg.override(config, changes | {"model.remat": "full"})
+    c = build.unet(config, clip_width=8).config
+    assert c.text_encoder == dataclasses.replace(text_encoder(32, 3, 4), remat="full")
+    assert (c.context_width, c.remat, c.text_len) == (32, "full", config.data.text_len)
+    c = build.unet(cfg.override(config, {"model.text_layers": 0}), clip_width=8).config
+    assert c.text_encoder is None and c.context_len == c.clip_tokens
+    with pytest.raises(UsageError, match="width 32 is not a multiple of num_heads 3"):
+        build.unet(cfg.override(config, {"model.text_heads": 3}))
+
+
+def test_a_picture_of_an_odd_size_is_refused_with_the_cure(decoder, rng):
+    model, params = decoder
     x, t, cond = inputs(model.config, rng, px=7)
     with pytest.raises(UsageError, match="7 px.*use 6 or 8"):
         model.apply({"params": params}, x, t, cond)
@@ -215,6 +237,6 @@ def test_a_picture_of_an_odd_size_is_refused_with_the_cure(made, rng):
 def test_flops_are_those_of_the_traced_network(changes):
     c = config(**changes, attention_px=(4 // changes.get("patch_px", 1),))
     x = jax.ShapeDtypeStruct((1, PX, PX, 3), jnp.float32)
-    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), unet_plan.cond_spec(c, 1, PX)
+    t, cond = jax.ShapeDtypeStruct((1,), jnp.int32), unet.cond_spec(c, 1, PX)
     traced = flops.hardware(unet.Unet(c).apply, {"params": shapes(c)}, x, t, cond)
-    np.testing.assert_allclose(unet_plan.flops(c, PX), traced, rtol=1e-6)
+    np.testing.assert_allclose(unet.flops(c, PX), traced, rtol=1e-6)

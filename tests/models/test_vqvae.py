@@ -22,11 +22,11 @@ def _made(c, key):
     model = vqvae.Vqvae(c)
     image = jnp.zeros((1, c.image_px, c.image_px, 3))
     variables = nn.meta.unbox(jax.eval_shape(model.init, key, image))
-    draw = np.random.default_rng(1).normal
+    normal = np.random.default_rng(1).normal
 
     def fill(leaf):
         fan_in = max(1, np.prod(leaf.shape[:-1]))
-        return jnp.asarray(draw(size=leaf.shape) / fan_in**0.5, leaf.dtype)
+        return jnp.asarray(normal(size=leaf.shape) / fan_in**0.5, leaf.dtype)
 
     params = jax.tree.map(fill, variables.pop("params"))
     return model, params, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), variables)

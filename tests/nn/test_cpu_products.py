@@ -17,14 +17,14 @@ MATMULS = [  # x, F; the last has few rows and a large matrix
 CONVS = [(3, 16, 8), (3, 8, 16), (1, 16, 16), (5, 16, 4), (3, 32, 64)]  # k, C, F
 
 
-def draw(*shapes, dtype=np.float32):
+def normal(*shapes, dtype=np.float32):
     rng = np.random.default_rng(0)
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def check(made, plain, x, w, g, tolerance=1e-5):
-    """Values and both gradients of `made` are those of `plain`."""
-    got, back = jax.vjp(jax.jit(made), x, w)
+def check(product, plain, x, w, g, tolerance=1e-5):
+    """Values and both gradients of `product` are those of `plain`."""
+    got, back = jax.vjp(jax.jit(product), x, w)
     want, plain_back = jax.vjp(plain, x, w)
     for a, b in zip((got, *back(g)), (want, *plain_back(g)), strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -42,12 +42,12 @@ def plain_conv(x, kernel):
 @pytest.mark.parametrize(("shape", "features"), MATMULS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_matmul(shape, features, dtype):
-    x, w, g = draw(shape, (shape[-1], features), (*shape[:-1], features), dtype=dtype)
+    x, w, g = normal(shape, (shape[-1], features), (*shape[:-1], features), dtype=dtype)
     check(cpu_products.matmul, jnp.matmul, x, w, g, 1e-5 if dtype == "float32" else 2e-2)
 
 
 def test_a_wider_result_is_asked_for():
-    x, w = draw((4, 8), (8, 6), dtype="bfloat16")
+    x, w = normal((4, 8), (8, 6), dtype="bfloat16")
     y = cpu_products.matmul(x, w, jnp.float32)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, np.float32(x) @ np.float32(w), rtol=1e-5, atol=1e-5)
@@ -57,7 +57,7 @@ def test_a_wider_result_is_asked_for():
 @pytest.mark.parametrize("size", [(6, 6), (4, 7), (1, 3)])
 def test_conv(k, channels, features, size):
     shapes = (3, *size, channels), (k, k, channels, features), (3, *size, features)
-    check(cpu_products.conv, plain_conv, *draw(*shapes))
+    check(cpu_products.conv, plain_conv, *normal(*shapes))
 
 
 EINSUMS = [
@@ -72,7 +72,7 @@ EINSUMS = [
 def test_einsum(subscripts, on_cpu):
     sides = dict(B=2, H=3, N=4, Q=5, S=6, K=7)
     terms = subscripts.replace("->", ",").split(",")
-    x, y, g = draw(*([sides[letter] for letter in term] for term in terms))
+    x, y, g = normal(*([sides[letter] for letter in term] for term in terms))
     check(
         lambda x, y: cpu_products.einsum(subscripts, x, y, on_cpu=on_cpu),
         lambda x, y: jnp.einsum(subscripts, x, y), x, y, g,
@@ -86,16 +86,16 @@ def test_einsum(subscripts, on_cpu):
 def test_split_over_devices_it_is_the_same():
     mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
-    x, w, g = draw((16, 5, 5, 16), (3, 3, 16, 8), (16, 5, 5, 8))
+    x, w, g = normal((16, 5, 5, 16), (3, 3, 16, 8), (16, 5, 5, 8))
     check(cpu_products.conv, plain_conv, jax.device_put(x, split), w, jax.device_put(g, split))
-    x, w, g = draw((16, 5, 16), (16, 8), (16, 5, 8))
+    x, w, g = normal((16, 5, 16), (16, 8), (16, 5, 8))
     check(cpu_products.matmul, jnp.matmul, jax.device_put(x, split), w, jax.device_put(g, split))
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_elsewhere_nothing_differs(platform, monkeypatch):
-    x, w, kernel, image = draw((4, 16), (16, 8), (3, 3, 16, 8), (2, 4, 4, 16))
-    y, z = draw((2, 5, 3, 7), (2, 6, 3, 7))
+    x, w, kernel, image = normal((4, 16), (16, 8), (3, 3, 16, 8), (2, 4, 4, 16))
+    y, z = normal((2, 5, 3, 7), (2, 6, 3, 7))
     subscripts, on_cpu = "BQHK,BSHK->BHQS", "BHQK,BHSK->BHQS"
 
     def text(matmul, conv, einsum):
@@ -114,7 +114,7 @@ def test_elsewhere_nothing_differs(platform, monkeypatch):
 
 
 def test_the_work_is_counted_alike():
-    x, w, image, kernel = draw((4, 6, 8), (8, 32), (2, 8, 8, 16), (3, 3, 16, 32))
+    x, w, image, kernel = normal((4, 6, 8), (8, 32), (2, 8, 8, 16), (3, 3, 16, 32))
 
     def work(matmul, conv):
         def loss(x, w, image, kernel):

@@ -1,4 +1,4 @@
-"""The decoding cache against the whole-stream mask and attention."""
+"""The decoding cache against the full-stream mask and attention."""
 
 import jax
 import jax.numpy as jnp
@@ -54,10 +54,10 @@ def test_cached_step_equals_dense(rng):
     k[:, :, :TEXT], v[:, :, :TEXT] = k[:1, :, :TEXT], v[:1, :, :TEXT]  # the shared text
     flat = [x.reshape(6, *shape[2:]) for x in (k, v)]
     expected = attention.attention(q, *flat, mask)[:, -1]
-    drawn = kv_cache.cached(
+    got = kv_cache.cached(
         q[:, -1].reshape(3, 2, HEADS, HEAD_DIM),
         *(x[0, :, :TEXT].transpose(0, 2, 1, 3) for x in (k, v)),
         *(x[:, TEXT:].transpose(0, 2, 1, 3) for x in flat),
         jnp.ones(n, bool),
     )
-    np.testing.assert_allclose(drawn.reshape(expected.shape), expected, atol=2e-6)
+    np.testing.assert_allclose(got.reshape(expected.shape), expected, atol=2e-6)

@@ -44,7 +44,7 @@ def test_gumbel_softmax_sums_to_one_and_picks_codes_with_their_probability(key, 
     for temperature in (1.0, 1 / 16):
         z = quantize.gumbel_softmax(key, many, temperature)
         np.testing.assert_allclose(z.sum(-1), 1.0, atol=1e-5)
-        # Whatever the temperature, the largest entry is a draw from softmax(logits) (Gumbel-max).
+        # Whatever the temperature, the largest entry is a sample of softmax(logits) (Gumbel-max).
         share = np.bincount(np.asarray(z.argmax(-1)), minlength=8) / len(z)
         np.testing.assert_allclose(share, jax.nn.softmax(logits), atol=0.012)  # > 4 sigma
     # Cold: the sample itself is nearly one-hot, so its mean is the distribution.

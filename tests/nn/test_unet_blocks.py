@@ -1,4 +1,4 @@
-"""Norm, features of a step and resampling of the U-Net against numpy."""
+"""Norm and resampling of the U-Net against numpy."""
 
 import numpy as np
 import pytest
@@ -26,13 +26,6 @@ def test_group_norm_is_numpys(rng, key):
 )
 def test_there_are_32_groups_where_channels_allow(features, groups):
     assert blocks.num_groups(features) == groups
-
-
-def test_step_features_are_cosines_then_sines():
-    got = np.asarray(blocks.step_features(np.array([0, 3, 999]), 8))
-    frequencies = 10_000.0 ** (-np.arange(4) / 4)
-    angles = np.array([0, 3, 999])[:, None] * frequencies
-    np.testing.assert_allclose(got, np.hstack([np.cos(angles), np.sin(angles)]), atol=1e-4)
 
 
 def test_pooling_is_the_mean_of_squares(rng):

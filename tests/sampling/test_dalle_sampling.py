@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import dalle
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.sampling import dalle as sampling
 from dalle_jax.types import UsageError
 
@@ -21,9 +22,7 @@ CONFIG = dalle.DalleConfig(
     vocab_size=12,
     num_codes=16,
     grid=3,
-    width=16,
-    num_layers=3,
-    num_heads=2,
+    transformer=TransformerConfig(width=16, num_layers=3, num_heads=2),
     attention=("row", "column"),
     last_attention="conv",
     embed_std=0.5,
@@ -40,7 +39,7 @@ def network():
     return model, {**params, "image_head": params["image_head"] * 3}
 
 
-def draw(network, **options):
+def sample(network, **options):
     options = dict(num_candidates=3, key=jax.random.key(5)) | options
     return np.asarray(sampling.sample(*network, options.pop("text", TEXT), **options))
 
@@ -56,62 +55,63 @@ def draw(network, **options):
     ids=["plain", "guided", "filtered", "completion"],
 )
 def test_cached_equals_uncached_token_for_token(network, options):
-    codes = draw(network, **options)
+    codes = sample(network, **options)
     assert codes.shape == (2, 3, 9) and codes.dtype == np.int32
     assert len(np.unique(codes.reshape(6, 9), axis=0)) > 1
-    np.testing.assert_array_equal(codes, draw(network, use_cache=False, **options))
+    np.testing.assert_array_equal(codes, sample(network, use_cache=False, **options))
 
 
 def test_every_mask_kind_decodes_like_it_trains(network):
     """A full layer and a column first, on top of the patterns above."""
     config = dataclasses.replace(CONFIG, attention=("full", "column", "row"), last_attention="")
     other = (dalle.Dalle(config), network[1])
-    np.testing.assert_array_equal(draw(other), draw(other, use_cache=False))
+    np.testing.assert_array_equal(sample(other), sample(other, use_cache=False))
 
 
 def test_drawn_codes_follow_the_logits(network):
     """Greedy decoding: every code is the argmax of the training-time logits before it."""
     model, params = network
-    codes = draw(network, temperature=0.0, num_candidates=1)[:, 0]
+    codes = sample(network, temperature=0.0, num_candidates=1)[:, 0]
     _, logits = model.apply({"params": params}, TEXT, codes)
     np.testing.assert_array_equal(codes, np.argmax(logits, axis=-1))
 
 
 def test_guidance_one_is_unguided_and_zero_ignores_the_text(network):
-    np.testing.assert_array_equal(draw(network, guidance=1.0), draw(network))
-    empty = draw(network, text=np.zeros_like(TEXT))
-    np.testing.assert_array_equal(draw(network, guidance=0.0), empty)
+    np.testing.assert_array_equal(sample(network, guidance=1.0), sample(network))
+    empty = sample(network, text=np.zeros_like(TEXT))
+    np.testing.assert_array_equal(sample(network, guidance=0.0), empty)
 
 
 def test_completion_keeps_its_prefix(network):
     prefix = np.array([[1, 2, 3], [9, 8, 7]], np.int32)
-    codes = draw(network, prefix=prefix)
+    codes = sample(network, prefix=prefix)
     np.testing.assert_array_equal(codes[:, :, :3], np.repeat(prefix[:, None], 3, axis=1))
 
 
 def test_a_candidate_depends_on_its_index_alone(network):
-    """Chunks, a later start and a prompt drawn alone give the codes of the whole draw."""
-    whole = draw(network, num_candidates=5)
+    """Chunks, a later start and a prompt alone give the codes of one call."""
+    codes = sample(network, num_candidates=5)
     chunks = list(
         sampling.sample_batches(*network, TEXT, num_candidates=5, chunk=2, key=jax.random.key(5))
     )
     assert [start for start, _ in chunks] == [0, 2, 4]
-    np.testing.assert_array_equal(np.concatenate([c for _, c in chunks], axis=1), whole)
-    np.testing.assert_array_equal(draw(network, num_candidates=2, first_candidate=3), whole[:, 3:])
-    alone = draw(network, text=TEXT[1:], first_prompt=1, num_candidates=5)
-    np.testing.assert_array_equal(alone, whole[1:])
-    assert not np.array_equal(draw(network, key=jax.random.key(6), num_candidates=5), whole)
+    np.testing.assert_array_equal(np.concatenate([c for _, c in chunks], axis=1), codes)
+    later = sample(network, num_candidates=2, first_candidate=3)
+    np.testing.assert_array_equal(later, codes[:, 3:])
+    alone = sample(network, text=TEXT[1:], first_prompt=1, num_candidates=5)
+    np.testing.assert_array_equal(alone, codes[1:])
+    assert not np.array_equal(sample(network, key=jax.random.key(6), num_candidates=5), codes)
 
 
 def leaves_the_device(jaxpr) -> list[str]:
     """Primitives, at any depth, that ask the host for something or tell it."""
-    found = []
+    names = []
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        found += [name] * any(part in name for part in ("callback", "infeed", "outfeed", "print"))
+        names += [name] * any(part in name for part in ("callback", "infeed", "outfeed", "print"))
         for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            found += leaves_the_device(inner)
-    return found
+            names += leaves_the_device(inner)
+    return names
 
 
 def test_all_codes_are_drawn_by_one_program_that_never_asks_the_host(network, caplog):
@@ -121,14 +121,14 @@ def test_all_codes_are_drawn_by_one_program_that_never_asks_the_host(network, ca
     with jax.log_compiles():
         for i in range(3):
             options = dict(temperature=1.0 + i / 10, first_candidate=7 * i, key=jax.random.key(i))
-            draw((model, params), text=TEXT + i, num_candidates=7, **options)
-    told = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.msg]
-    assert sum("jit(_sample)" in text for text in told) == 1
+            sample((model, params), text=TEXT + i, num_candidates=7, **options)
+    compilations = [r.getMessage() for r in caplog.records if "Finished XLA compilation" in r.msg]
+    assert sum("jit(_sample)" in text for text in compilations) == 1
 
-    def whole(params, text, key):
+    def run(params, text, key):
         return sampling.sample(model, params, text, num_candidates=2, key=key)
 
-    jaxpr = jax.make_jaxpr(whole)(params, TEXT, jax.random.key(0)).jaxpr
+    jaxpr = jax.make_jaxpr(run)(params, TEXT, jax.random.key(0)).jaxpr
     assert leaves_the_device(jaxpr) == []
 
     def chatty(x):
@@ -141,7 +141,7 @@ def test_eight_devices_give_the_codes_of_one(network):
     """Five candidates on eight devices: rounded up, cut off, and really spread."""
     mesh = meshes.make_mesh(ConfigDict(dict(data=4, fsdp=2, tensor=1)))
     np.testing.assert_array_equal(
-        draw(network, num_candidates=5, mesh=mesh), draw(network, num_candidates=5)
+        sample(network, num_candidates=5, mesh=mesh), sample(network, num_candidates=5)
     )
     spread = sampling._sample.lower(
         *network,
@@ -158,22 +158,22 @@ def test_eight_devices_give_the_codes_of_one(network):
 
 
 def test_training_rules_in_force_do_not_disturb(network):
-    """A preview draws inside the trainer's mesh; 6 rows do not divide by 8 devices."""
+    """A preview samples inside the trainer's mesh; 6 rows do not divide by 8 devices."""
     mesh_config = ConfigDict(dict(data=8, fsdp=1, tensor=1, rules="dp"))
     mesh = meshes.make_mesh(mesh_config)
     with sharding.use(mesh, sharding.rules(mesh_config)):
-        inside = draw(network)
-    np.testing.assert_array_equal(inside, draw(network))
+        inside = sample(network)
+    np.testing.assert_array_equal(inside, sample(network))
 
 
 def test_bad_options_are_refused(network):
     with pytest.raises(UsageError, match="num_candidates=0"):
-        draw(network, num_candidates=0)
-    with pytest.raises(UsageError, match="holds 9 of 9 codes"):
-        draw(network, prefix=np.zeros((2, 9), np.int32))
+        sample(network, num_candidates=0)
+    with pytest.raises(UsageError, match="has 9 of 9 codes"):
+        sample(network, prefix=np.zeros((2, 9), np.int32))
     with pytest.raises(ValueError, match=r"expected \[P, 4\]"):
-        draw(network, text=TEXT[:, :3])
+        sample(network, text=TEXT[:, :3])
     with pytest.raises(UsageError, match="top_k=17"):
-        draw(network, top_k=17)
+        sample(network, top_k=17)
     with pytest.raises(UsageError, match="chunk=0"):
         next(sampling.sample_batches(*network, TEXT, num_candidates=1, chunk=0, key=None))

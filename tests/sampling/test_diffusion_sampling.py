@@ -9,7 +9,7 @@ import pytest
 from dalle_jax import config as cfg
 from dalle_jax.diffusion import schedules
 from dalle_jax.engine import meshes
-from dalle_jax.models import unet, unet_plan
+from dalle_jax.models import unet
 from dalle_jax.sampling import diffusion
 from dalle_jax.types import UsageError
 
@@ -20,7 +20,7 @@ STEPS = schedules.respace(schedules.make("cosine"), 3)
 @pytest.fixture(scope="module")
 def drawer():
     """(draw with a tiny decoder of random weights, its conditions)."""
-    c = unet_plan.UnetConfig(
+    c = unet.UnetConfig(
         PX, width=16, channel_mults=(1,), num_blocks=1, attention_px=(8,), head_width=16,
         text_width=8, clip_width=4,
     )  # fmt: skip

@@ -8,14 +8,14 @@ import pytest
 from dalle_jax.diffusion import samplers, schedules
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import prior_ar, prior_diffusion
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.sampling import prior
 from dalle_jax.stages import pca
 from dalle_jax.types import UsageError
 
 B, E, K, V = 8, 6, 5, 7
-SIZES = dict(
-    text_len=4, vocab_size=12, joint_width=E, width=16, num_layers=2, num_heads=2, embed_std=0.5
-)
+STACK = TransformerConfig(width=16, num_layers=2, num_heads=2, activation="gelu")
+SIZES = dict(text_len=4, vocab_size=12, joint_width=E, transformer=STACK, embed_std=0.5)
 KEY = jax.random.key(5)
 
 
@@ -57,13 +57,13 @@ def draw_ar(ar, text=TEXT, z_t=Z_T, **options):
 
 
 def draw_diffusion(diffusion, text=TEXT, z_t=Z_T, **options):
-    options = dict(steps=3, num_draws=2) | options
+    options = dict(steps=3, num_samples=2) | options
     return np.asarray(prior.sample_diffusion(*diffusion, text, z_t, key=KEY, **options))
 
 
 # Everything at once; few combinations, because each is a program to compile.
-FULL = dict(num_draws=2, temperature=0.7, top_k=5, top_p=0.9)
-ONE_STEP = dict(steps=1, sampler="ddim", num_draws=1)
+FULL = dict(num_samples=2, temperature=0.7, top_k=5, top_p=0.9)
+ONE_STEP = dict(steps=1, sampler="ddim", num_samples=1)
 
 
 def test_cached_ar_equals_uncached(ar):
@@ -84,7 +84,7 @@ def test_greedy_ar_follows_the_logits(ar):
 
 
 def _nearest(tables, z, k):
-    """The levels behind a unit vector: its length before normalisation is found by the mean."""
+    """The levels behind a unit vector: its length before normalisation follows from the mean."""
     along = (z[:, None, :] * _length(tables, z)[:, None, None] - tables["mean"]) @ tables[
         "components"
     ][k]
@@ -115,18 +115,18 @@ def test_diffusion_runs_the_whole_network_with_a_shared_stem(diffusion):
 
 
 def test_guidance_one_is_unguided_and_zero_ignores_the_text(ar, diffusion):
-    """For the diffusion prior the test above says the first already."""
+    """The test above covers guidance 1 for the diffusion prior."""
     plain = draw_ar(ar)
     np.testing.assert_array_equal(draw_ar(ar, guidance_scale=1.0), plain)
     assert np.abs(draw_ar(ar, text=TEXT[::-1]) - plain).max() > 1e-3
-    # Of several draws the text embedding would choose: one draw, or the same for all.
+    # The text embedding chooses among several samples, so it is the same in all rows.
     z_t = np.broadcast_to(Z_T[:1], Z_T.shape)
-    for draw, network, options in (
+    for sample, network, options in (
         (draw_ar, ar, FULL),
         (draw_diffusion, diffusion, ONE_STEP),
     ):
         texts = [
-            draw(network, text=text, z_t=z_t, guidance_scale=0.0, **options)
+            sample(network, text=text, z_t=z_t, guidance_scale=0.0, **options)
             for text in (TEXT, TEXT[::-1])
         ]
         np.testing.assert_allclose(*texts, atol=1e-6)
@@ -158,25 +158,25 @@ def test_the_draw_nearest_to_the_text_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"sampler": "euler"}, "sampler 'euler' is unknown"),
         ({"eta": 2.0}, "eta=2.0"),
-        ({"num_draws": 0}, "num_draws=0"),
+        ({"num_samples": 0}, "num_samples=0"),
         ({"guidance_scale": -1.0}, "guidance_scale=-1.0"),
         ({"steps": 2000}, "asks for 2000"),
     ],
 )
-def test_options_out_of_range_are_refused(diffusion, options, says):
-    with pytest.raises(UsageError, match=says):
+def test_options_out_of_range_are_refused(diffusion, options, message):
+    with pytest.raises(UsageError, match=message):
         draw_diffusion(diffusion, **options)
 
 
 def test_ar_options_out_of_range_are_refused(ar):
-    for options, says in (
+    for options, message in (
         ({"top_k": V + 1}, "top_k"),
         ({"dot_range": (0.8, 0.2)}, "dot_range"),
         ({"temperature": -1.0}, "temperature"),
     ):
-        with pytest.raises(UsageError, match=says):
+        with pytest.raises(UsageError, match=message):
             draw_ar(ar, **options)

@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors
 from dalle_jax import config as cfg
 from dalle_jax.data import tokenizers
 from dalle_jax.engine import checkpoint
-from dalle_jax.models import build, unet_plan
+from dalle_jax.models import build, unet
 from dalle_jax.stages import pca, run
 from dalle_jax.stages import prior as prior_stage
 from dalle_jax.stages.clip import ClipStage
@@ -124,7 +124,7 @@ def write_unet(folder: pathlib.Path, clip: str = "", seed: int = 0, **overrides)
     made = config(name, **{"data.image_px": px} | small | overrides)
     loaded = ClipStage.load(clip) if clip else None
     model = build.unet(made, loaded.model.config.joint_width if clip else 0)
-    spec = unet_plan.cond_spec(model.config, 1, px)
+    spec = unet.cond_spec(model.config, 1, px)
     cond = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
     x, t = jnp.zeros((1, px, px, 3)), jnp.zeros(1, jnp.int32)
     params = nn.meta.unbox(weights.init(model, x, t, cond, seed=seed))["params"]

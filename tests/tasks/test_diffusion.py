@@ -12,7 +12,7 @@ import pytest
 from dalle_jax import config as cfg
 from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import meshes, sharding
-from dalle_jax.models import unet_plan
+from dalle_jax.models import unet
 from dalle_jax.sampling import diffusion as sampling
 from dalle_jax.stages import by_shape
 from dalle_jax.tasks import conditions, diffusion
@@ -82,7 +82,7 @@ def test_the_sharded_loss_is_the_loss_of_one_device(root, clip, rng, key):
 
 def test_the_variance_learns_without_moving_eps(rng):
     """The gradient of the variational term reaches the last layer's variance channels only."""
-    p = sampling.parameterisation(unet_plan.UnetConfig(PX, learned_variance=True))
+    p = sampling.parameterisation(unet.UnetConfig(PX, learned_variance=True))
     schedule = schedules.make("cosine")
     x_0, eps = rng.normal(size=(2, 2, PX, PX, 3)).astype(np.float32).clip(-1, 1)
     t = np.array([0, 500], np.int32)
@@ -95,7 +95,7 @@ def test_the_variance_learns_without_moving_eps(rng):
     assert not gradient[:, :3].any() and np.abs(gradient[:, 3:]).min() > 0
 
 
-@pytest.mark.parametrize("predicts", unet_plan.PREDICTS)
+@pytest.mark.parametrize("predicts", unet.PREDICTS)
 def test_saying_nothing_costs_what_the_config_predicts(root, rng, key, predicts):
     """An output of zeros misses eps and v by 1 a pixel, x_0 by the picture's own mean square."""
     overrides = {"model.predicts": predicts, "data.batch": 64, "loss.crop": 1.0}

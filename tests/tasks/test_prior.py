@@ -14,6 +14,7 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import sharding
 from dalle_jax.engine.program import Program
 from dalle_jax.models import clip as clip_model
+from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.sampling import prior as sampling
 from dalle_jax.stages import pca
 from dalle_jax.stages import prior as prior_stage
@@ -24,14 +25,15 @@ from dalle_jax.types import UsageError
 
 PX, T, VOCAB, E, B = 4, 5, 16, 8, 16
 KEY = jax.random.key(1)
+TOWER = TransformerConfig(width=16, num_layers=1, num_heads=1)
 
 
 @pytest.fixture(scope="module")
 def clip():
     """An untrained CLIP."""
     config = clip_model.ClipConfig(
-        image_px=PX, text_len=T, vocab_size=VOCAB, patch_px=2, image_width=16, image_layers=1,
-        image_heads=1, text_width=16, text_layers=1, text_heads=1, joint_width=E, pixel_norm=False,
+        image_px=PX, text_len=T, vocab_size=VOCAB, patch_px=2, image=TOWER, text=TOWER,
+        joint_width=E, pixel_norm=False,
     )  # fmt: skip
     model = clip_model.Clip(config)
     pictures, text = jnp.zeros((1, PX, PX, 3)), jnp.zeros((1, T), jnp.int32)
