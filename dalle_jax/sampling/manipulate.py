@@ -12,12 +12,12 @@ Source: Ramesh et al. 2022 (arXiv:2204.06125) §3 and §4.
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.diffusion import samplers, schedules
+from dalle_jax.nn import conv
 from dalle_jax.sampling import inversion, latents, unclip
 from dalle_jax.stages import pca
 from dalle_jax.stages.unclip import Unclip
@@ -54,7 +54,7 @@ def invert(
       settings: how they will be sampled.
       corrections: see `samplers.ddim_invert`; each costs as much as sampling.
     """
-    decoder, small = stages.decoder, _resized(pictures, stages.decoder.image_px)
+    decoder, small = stages.decoder, _resized(pictures, stages)
     # As in training, where the embedding is that of the decoder's own small picture.
     z = stages.clip.embed_images(small)
     schedule = schedules.respace(decoder.schedule, settings.steps)
@@ -205,7 +205,7 @@ def truncate(
             "these stages have no PCA of the CLIP's embeddings; give --pca=FILE, which `python -m "
             "dalle_jax pca` makes, or an AR prior, which has one."
         )
-    z = stages.clip.embed_images(_resized(pictures, stages.decoder.image_px))
+    z = stages.clip.embed_images(_resized(pictures, stages))
     cut = np.stack([np.asarray(pca.truncate(stages.pca, z, d)) for d in dims], axis=1)  # [B, D, E]
     x_t = fixed_noise(stages, cut.shape[0] * cut.shape[1], key=key)
     cosines = np.einsum("BDE,BE->BD", cut, z)
@@ -227,9 +227,6 @@ def _thetas(thetas: Sequence[float]) -> np.ndarray:
     return array
 
 
-def _resized(pictures: Array, px: int) -> np.ndarray:
-    pictures = np.asarray(pictures, np.float32)
-    if pictures.shape[1:3] == (px, px):
-        return pictures
-    shape = (len(pictures), px, px, 3)
-    return np.asarray(jnp.clip(jax.image.resize(pictures, shape, "cubic", antialias=True), -1, 1))
+def _resized(pictures: Array, stages: Unclip) -> np.ndarray:
+    """Pictures at the decoder's size, float32 on the host."""
+    return np.asarray(conv.resize(np.asarray(pictures, np.float32), stages.decoder.image_px))

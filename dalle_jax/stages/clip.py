@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax import chunks
@@ -12,6 +11,7 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
 from dalle_jax.models import build
 from dalle_jax.models.clip import Clip
+from dalle_jax.nn import conv
 from dalle_jax.stages import run
 from dalle_jax.stages.run import Run, Stage
 from dalle_jax.types import Array, Params, UsageError
@@ -140,10 +140,7 @@ def encode_image(model: Clip, params: Params, images: Array) -> Array:
 
     Images of another size than the network's are resized (bicubic, antialiased) and clipped.
     """
-    px = model.config.image_px
-    if images.shape[1:3] != (px, px):
-        shape = (len(images), px, px, 3)
-        images = jnp.clip(jax.image.resize(images, shape, "cubic", antialias=True), -1, 1)
+    images = conv.resize(images, model.config.image_px)
     return model.apply({"params": params}, images, method="encode_image")
 
 

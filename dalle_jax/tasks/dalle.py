@@ -80,7 +80,7 @@ def assemble(config: cfg.ConfigDict, codec: Codec, tokenizer=None) -> Task:
 
     def loss(params, extra, frozen, batch, key, step):
         del step
-        total, metrics = losses(params, frozen, batch, key if c.dropout else None)
+        total, metrics = losses(params, frozen, batch, key if c.transformer.dropout else None)
         return total, Output(metrics, extra)
 
     def evaluate(params, extra, frozen, batch, key):
