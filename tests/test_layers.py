@@ -26,7 +26,7 @@ STOREYS = {
     "evaluation": {"nn", "models", "sampling", "data.scenes"},
     "importers": {"nn", "models"},
     "planning": {"nn", "models", "engine", "stages", "tasks"},
-    "pages": set(),
+    "pages": {"engine.metrics", "evaluation"},
     "sweeps": {"engine", "pages"},
     "benchmarks": {"nn", "data", "engine", "models", "stages", "sampling", "tasks", "planning"},
     "cli": {

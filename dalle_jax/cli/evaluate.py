@@ -214,9 +214,9 @@ def _report(args, result, write_pictures) -> None:
         (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
         write_pictures(out, result)
         _to_stderr(f"written: {out / 'metrics.json'}, {out / 'index.html'}")
-    from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import evaluation
 
-    print(json.dumps(result, indent=2) if args.json else evaluate_page.as_text(result))
+    print(json.dumps(result, indent=2) if args.json else evaluation.as_text(result))
 
 
 def _folders(args) -> dict[str, str]:
@@ -309,15 +309,15 @@ def _shapes(args, folders):
         max_pictures=args.batch,
         report=_to_stderr,
     )
-    from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import evaluation
 
-    return result, lambda out, full: evaluate_page.write_shapes(out, full, examples)
+    return result, lambda out, full: evaluation.write_shapes(out, full, examples)
 
 
 def _recon(args, folders):
     from dalle_jax import images
-    from dalle_jax.cli import evaluate_page
     from dalle_jax.evaluation import shapes
+    from dalle_jax.pages import evaluation
 
     codec = _codec(folders)
     encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
@@ -330,15 +330,15 @@ def _recon(args, folders):
         _to_stderr,
     )
     result["split"] = split
-    return result, lambda out, full: evaluate_page.write_recon(out, full, pairs)
+    return result, lambda out, full: evaluation.write_recon(out, full, pairs)
 
 
 def _retrieval(args, folders):
     import jax
 
     from dalle_jax import images
-    from dalle_jax.cli import evaluate_page
     from dalle_jax.evaluation import shapes
+    from dalle_jax.pages import evaluation
     from dalle_jax.stages.clip import ClipStage
 
     clip = ClipStage.load(folders["clip"])
@@ -358,7 +358,7 @@ def _retrieval(args, folders):
         report=_to_stderr,
     )
     result["split"] = split
-    return result, evaluate_page.write_retrieval
+    return result, evaluation.write_retrieval
 
 
 def _shared(generate):

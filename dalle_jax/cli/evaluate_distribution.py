@@ -93,8 +93,8 @@ def _measure(args, config, own, clip, ways, report):
       ways: (settings that name a run, (ids, N, first) -> pictures).
       report: takes lines of progress.
     """
-    from dalle_jax.cli import evaluate_page
     from dalle_jax.evaluation import distribution
+    from dalle_jax.pages import evaluation
 
     name = args.features or "clip"
     embed = FEATURES[name](clip)
@@ -102,7 +102,7 @@ def _measure(args, config, own, clip, ways, report):
     real = distribution.Real(((x["image"], x["text"]) for x in batches), embed, report)
     runs, drawn = [], {}
     for settings, draw in ways:
-        title = evaluate_page.run_title(settings)
+        title = evaluation.run_title(settings)
         report(title)
         options = dict(candidates=args.candidates, seed=args.seed, max_pictures=args.batch)
         figures, shown = distribution.suite(real, draw, embed, name, **options, report=report)
@@ -115,8 +115,7 @@ def _measure(args, config, own, clip, ways, report):
 
 def _write(out: pathlib.Path, result: dict, real, drawn: dict, captions: list[str]) -> None:
     """sheet.png and index.html: a table of the runs, and real pictures above drawn ones."""
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.pages import html
+    from dalle_jax.pages import evaluation, html
 
     runs, name = result["runs"], result["features"]
     page = html.Page(
@@ -135,5 +134,5 @@ def _write(out: pathlib.Path, result: dict, real, drawn: dict, captions: list[st
     )
     rows = [("real", real, captions), *((title, x, captions) for title, x in drawn.items())]
     text = "The first of the split, and what was drawn for their captions."
-    evaluate_page.pictures(page, out, rows, text)
+    evaluation.pictures(page, out, rows, text)
     page.section("Command").command(result["command"]).write(out / "index.html")

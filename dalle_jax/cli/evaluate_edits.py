@@ -18,8 +18,8 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
       found: stage -> folder.
       report: takes lines of progress.
     """
-    from dalle_jax.cli import evaluate_page
     from dalle_jax.evaluation import edits, shapes
+    from dalle_jax.pages import evaluation
 
     drawer = evaluate_unclip.prepare(args, found)
     stages = drawer.stages
@@ -30,7 +30,7 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
         still, latents = drawer.drawing(scale, eta=0.0), {}  # inverted once for all etas
         for eta in evaluate_unclip.etas(args):
             settings = {"guidance": scale, "eta": eta}
-            title = evaluate_page.run_title(settings)
+            title = evaluation.run_title(settings)
             report(title)
 
             num = args.candidates if eta else 1  # without noise all are one
@@ -49,8 +49,8 @@ def variations(args: argparse.Namespace, found: dict[str, str], *, report):
 
 def inpainting(args: argparse.Namespace, found: dict[str, str], *, report):
     """The figures of inpainting in each way and at each guidance; as `variations`."""
-    from dalle_jax.cli import evaluate_page
     from dalle_jax.evaluation import edits, shapes
+    from dalle_jax.pages import evaluation
 
     drawer = evaluate_unclip.prepare(args, found)
     stages = drawer.stages
@@ -59,7 +59,7 @@ def inpainting(args: argparse.Namespace, found: dict[str, str], *, report):
     for scale in evaluate_unclip.scales(args):
         for way in drawer.ways:
             settings = {"prior": way, "guidance": scale}
-            title = evaluate_page.run_title(settings)
+            title = evaluation.run_title(settings)
             report(title)
 
             figures, shown[title] = edits.inpainting(
@@ -115,8 +115,7 @@ def _inpaint(drawer, way: str, drawing, picture, known, caption: str, num: int, 
 
 
 def _write_variations(out: pathlib.Path, result: dict, shown: dict) -> None:
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.pages import html
+    from dalle_jax.pages import evaluation, html
 
     page = html.Page(
         "Variations, judged",
@@ -124,7 +123,7 @@ def _write_variations(out: pathlib.Path, result: dict, shown: dict) -> None:
         "number, colours, shapes, pairs and background.",
     )
     for run in result["runs"]:
-        page.section(evaluate_page.run_title(run)).table(
+        page.section(evaluation.run_title(run)).table(
             [
                 {
                     "kind": kind,
@@ -145,8 +144,7 @@ def _write_variations(out: pathlib.Path, result: dict, shown: dict) -> None:
 
 
 def _write_inpainting(out: pathlib.Path, result: dict, shown: dict) -> None:
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.pages import html
+    from dalle_jax.pages import evaluation, html
 
     page = html.Page(
         "Inpainting, judged",
@@ -155,7 +153,7 @@ def _write_inpainting(out: pathlib.Path, result: dict, shown: dict) -> None:
     page.section("Success").table(
         [
             {
-                "run": evaluate_page.run_title(run),
+                "run": evaluation.run_title(run),
                 "task": task,
                 "right": figures["right"],
                 "CLIP's choice": figures["chosen"],
@@ -174,12 +172,12 @@ def _write_inpainting(out: pathlib.Path, result: dict, shown: dict) -> None:
 
 def _write_pictures(page, out: pathlib.Path, result: dict, shown: dict) -> None:
     """sheet.png and the page's end; shown: a run's title -> `unclip_suites.Shown`s."""
-    from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import evaluation
 
     rows = [
         (f"{item.title}: {title}", item.images, item.labels)
         for some in zip(*shown.values(), strict=True)
         for title, item in zip(shown, some, strict=True)
     ]
-    evaluate_page.pictures(page, out, rows, "Each with its verdict.")
+    evaluation.pictures(page, out, rows, "Each with its verdict.")
     page.section("Command").command(result["command"]).write(out / "index.html")

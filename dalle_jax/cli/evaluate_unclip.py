@@ -294,8 +294,7 @@ def measure(args: argparse.Namespace, found: dict[str, str], *, dalle, shared, r
 
 def write(out: pathlib.Path, result: dict, examples: dict) -> None:
     """sheet.png and index.html: a table of all runs, curves of the sweep, pictures side by side."""
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.pages import html
+    from dalle_jax.pages import evaluation, html
 
     runs = result["runs"]
     models = "DALL-E 1 and 2" if any(run["prior"] == DALLE for run in runs) else "DALL-E 2"
@@ -312,20 +311,20 @@ def write(out: pathlib.Path, result: dict, examples: dict) -> None:
         for labels in [example.labels]
     ]
     if rows:
-        evaluate_page.pictures(page, out, rows, evaluate_page.RANKED)
+        evaluation.pictures(page, out, rows, evaluation.RANKED)
     page.section("Command").command(result["command"]).write(out / "index.html")
 
 
 def table(page, runs: Sequence[dict]) -> None:
     """A row per run: its skills, their mean, the curve of reranking and the ceiling."""
-    from dalle_jax.cli import evaluate_page
+    from dalle_jax.pages import evaluation
 
     page.table(
         [
             {"prior": run["prior"], "guidance": run["guidance"]}
             | {kind: round(skill["seen"], 3) for kind, skill in run["skills"].items()}
             | {"mean": round(run["mean"]["seen"], 3)}
-            | {k: v for k, v in evaluate_page.row("", run["mean"]).items() if k != "skill"}
+            | {k: v for k, v in evaluation.row("", run["mean"]).items() if k != "skill"}
             for run in runs
         ],
         "Share of right pictures: one drawn of each kind of prompt, then the mean of the four. The "

@@ -15,8 +15,9 @@ import pathlib
 import sys
 from typing import Any
 
-from dalle_jax.cli import demo_files, report_unclip
-from dalle_jax.cli import report_parts as parts
+from dalle_jax.cli import report_unclip
+from dalle_jax.pages import demo as parts
+from dalle_jax.pages import workdirs
 
 SUMMARY = "one page of everything a demo made"
 
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def gather(demo: pathlib.Path) -> dict[str, Any]:
     """Everything that has a number: stages, evaluation, samples, commands, seconds, events."""
-    completion = [demo_files.read_json(path) for path in demo_files.scores(demo / "completion")]
+    completion = [workdirs.read_json(path) for path in workdirs.scores(demo / "completion")]
     return parts.gather(demo, STAGES) | {"completion": completion}
 
 
@@ -143,7 +144,7 @@ def _completion(page, demo, found) -> None:
     )
     for result in found["completion"]:
         given = ((result or {}).get("settings") or {}).get("image")
-        given = demo_files.beside(demo / "samples", given) if given else None
+        given = workdirs.beside(demo / "samples", given) if given else None
         if given is not None:
             rows = result["settings"].get("keep_rows")
             page.gallery([(given.read_bytes(), f"given: {rows} rows of codes are kept")])
@@ -183,11 +184,11 @@ def _reconstructions(page, demo, found) -> None:
         "Reconstructions",
         "Held-out pictures, and under each what the discrete VAE keeps of it in its codes.",
     )
-    name = next((n for n in ("dvae", "vqvae") if demo_files.preview(demo / n) is not None), None)
+    name = next((n for n in ("dvae", "vqvae") if workdirs.preview(demo / n) is not None), None)
     if name is None:
         page.note("No reconstructions yet.")
         return
     page.figure(
-        demo_files.preview(demo / name).read_bytes(), pixelated=False, alt="originals and copies"
+        workdirs.preview(demo / name).read_bytes(), pixelated=False, alt="originals and copies"
     )
     parts.command(page, found, name)

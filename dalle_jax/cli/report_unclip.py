@@ -15,8 +15,9 @@ enough for the judge.
 import pathlib
 from typing import Any
 
-from dalle_jax.cli import demo_files, evaluate_unclip
-from dalle_jax.cli import report_parts as parts
+from dalle_jax.cli import evaluate_unclip
+from dalle_jax.pages import demo as parts
+from dalle_jax.pages import workdirs
 
 # In the order of training; what each is, for the table of steps.
 STAGES = {
@@ -103,7 +104,7 @@ def gather(demo: pathlib.Path) -> dict[str, Any]:
                 if kept.get(kind):
                     kept[name] = _judged(result["prompt"], _file(demo, "samples", kept[kind]))
     for name in MANIPULATIONS:
-        written = demo_files.read_json(demo / name / "results.json") or {}
+        written = workdirs.read_json(demo / name / "results.json") or {}
         found[name] = written.get("results", [])
         for result in found[name]:
             asked = result.get("to") or result.get("prompt")
@@ -222,7 +223,7 @@ def _previews(page, demo, found) -> None:
     )
     shown = 0
     for stage, what in STAGES.items():
-        grid = demo_files.preview(demo / stage, "*")
+        grid = workdirs.preview(demo / stage, "*")
         if grid is not None:
             words, _, step = grid.stem.rpartition("-")
             caption = f"{words.replace('_', ' ')}; step {int(step):,}"
@@ -252,7 +253,7 @@ def _file(demo: pathlib.Path, name: str, file: str | None) -> pathlib.Path | Non
     """A picture below DEMO/NAME, whether it lies there or a folder deeper."""
     if not file:
         return None
-    return demo_files.beside(demo, file) or demo_files.beside(demo / name, file)
+    return workdirs.beside(demo, file) or workdirs.beside(demo / name, file)
 
 
 def _px(png: bytes) -> int:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from dalle_jax.cli import demo_files
+from dalle_jax.pages import evaluation, workdirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ def gather(demo: pathlib.Path, stages: Iterable[str]) -> dict[str, Any]:
     from dalle_jax.engine import metrics
 
     events = {name: metrics.read(str(demo / name)) for name in stages}
-    commands, seconds = demo_files.notes(demo / "logs")
+    commands, seconds = workdirs.notes(demo / "logs")
     return {
         "stages": {
             name: {
@@ -48,8 +48,8 @@ def gather(demo: pathlib.Path, stages: Iterable[str]) -> dict[str, Any]:
             for name, lines in events.items()
             if lines
         },
-        "evaluation": demo_files.read_json(demo / "evaluation" / "metrics.json"),
-        "samples": [demo_files.read_json(path) for path in demo_files.scores(demo / "samples")],
+        "evaluation": workdirs.read_json(demo / "evaluation" / "metrics.json"),
+        "samples": [workdirs.read_json(path) for path in workdirs.scores(demo / "samples")],
         "commands": commands,
         "seconds": seconds,
         "events": events,
@@ -109,7 +109,7 @@ def drawn(page, result: Any, folder: pathlib.Path) -> bool:
         return False
     items = []
     for kept in result["kept"]:
-        file = demo_files.beside(folder, kept.get("file") or "")
+        file = workdirs.beside(folder, kept.get("file") or "")
         if file is not None:
             score = "" if kept.get("score") is None else f" · {kept['score']:.3f}"
             items.append((file.read_bytes(), f"{kept['rank']}{score}{verdict(kept.get('right'))}"))
@@ -133,27 +133,25 @@ def judged(page, found: dict, tables: Callable | None) -> None:
       tables: adds the judge's tables of (page, evaluation); None = the evaluation has none, and
         becomes a table as it is.
     """
-    from dalle_jax.cli import evaluate_page
-
     page.section("Judged")
-    evaluation = found["evaluation"]
-    if not evaluation:
+    result = found["evaluation"]
+    if not result:
         page.note("There is no evaluation yet.")
-    elif evaluation.get("suite") == "retrieval":
+    elif result.get("suite") == "retrieval":
         page.text("How often CLIP finds the caption of a picture it has not seen, and the reverse.")
         page.table(
-            evaluate_page.retrieval_rows(evaluation),
-            f"{evaluation['n']} pictures of the {evaluation['split']} split",
+            evaluation.retrieval_rows(result),
+            f"{result['n']} pictures of the {result['split']} split",
         )
     elif tables is None:
-        page.table([{"what": k, "value": v} for k, v in flat(evaluation).items()])
+        page.table([{"what": k, "value": v} for k, v in flat(result).items()])
     else:
-        first = (evaluation.get("runs") or [evaluation])[0]
+        first = (result.get("runs") or [result])[0]
         accuracy = (first.get("judge") or {}).get("oracle_accuracy")
         words = "An exact judge finds the scene that explains a picture; no network is asked."
         if accuracy is not None:
             words += f" On true pictures it is right in {100 * accuracy:.1f} %."
-        tables(page.text(words), evaluation)
+        tables(page.text(words), result)
     command(page, found, "evaluate")
 
 
