@@ -15,9 +15,9 @@ enough for the judge.
 import pathlib
 from typing import Any
 
-from dalle_jax.cli import evaluate_unclip
+from dalle_jax.evaluation import results
 from dalle_jax.pages import demo as parts
-from dalle_jax.pages import workdirs
+from dalle_jax.pages import evaluation, workdirs
 
 # In the order of training; what each is, for the table of steps.
 STAGES = {
@@ -207,10 +207,9 @@ def _manipulated(page, demo, found, name) -> None:
     parts.command(page, found, name)
 
 
-def _tables(page, evaluation) -> None:
-    runs, best = evaluation["runs"], _best({"evaluation": evaluation})
-    evaluate_unclip.table(page, runs)
-    evaluate_unclip.guidance_chart(page, runs)
+def _tables(page, figures) -> None:
+    best = _best({"evaluation": figures})
+    evaluation.add_runs(page, figures["runs"])
     page.text(f"More of the best way, {_way(best)}:")
     parts.rerank_curves(page, best)
 
@@ -234,14 +233,14 @@ def _previews(page, demo, found) -> None:
 
 
 def _runs(found) -> list[dict]:
-    evaluation = found["evaluation"]
-    return (evaluation.get("runs") or []) if isinstance(evaluation, dict) else []
+    figures = found["evaluation"]
+    return (figures.get("runs") or []) if isinstance(figures, dict) else []
 
 
 def _best(found) -> dict | None:
     """The run that is right most often, of DALL·E 2 where it was measured; None without any."""
     runs = _runs(found)
-    runs = [run for run in runs if run["prior"] != evaluate_unclip.DALLE] or runs
+    runs = [run for run in runs if run["prior"] != results.DALLE] or runs
     return max(runs, key=lambda run: run["mean"]["seen"], default=None)
 
 

@@ -1,176 +1,286 @@
-"""What `evaluate` shows: lines on a terminal, contact sheets and pages of --out=DIR."""
+"""What `evaluate` shows: lines for a terminal; contact sheet and page for --out=DIR."""
 
 import json
 import pathlib
 from collections.abc import Sequence
 
-import numpy as np
-
 from dalle_jax import images
+from dalle_jax.evaluation import results
+from dalle_jax.evaluation.results import Row
 from dalle_jax.pages import html
 
-SETTINGS = ("prior", "guidance", "eta", "temperature")  # of a run, where it has them
 PICTURE_PX = 96  # pictures are enlarged to at least this
-RANKED = "Best first by CLIP, each with its verdict and score."
+_RANKED = "Best first by CLIP, each with its verdict and score."
+_PICTURES = {  # suite -> what the labels under its pictures are
+    "shapes": _RANKED,
+    "recon": "Each reconstruction with its PSNR.",
+    "distribution": "The first pictures of the split, and those generated for their captions.",
+    "variations": "Each with its verdict.",
+    "inpainting": "Each with its verdict.",
+}
+_FEATURES = {
+    "clip": "Fréchet distance on this CLIP's features",
+    "pixels": "Fréchet distance on pixels",
+}
 
 
-def write_shapes(out: pathlib.Path, result: dict, examples) -> None:
-    """sheet.png and index.html of the shapes suite; examples: `evaluation.shapes.Example`s."""
-    page = html.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
-    judge = result["judge"]
-    page.section("Success").facts(
-        [
-            ("judge on ground truth", f"{judge['oracle_accuracy']:.1%}", f"{judge['n']} scenes"),
-            *(
-                (name, f"{_headline(skill):.0%}", f"{skill['n']} prompts")
-                for name, skill in result["skills"].items()
-            ),
-        ]
-    )
-    page.table([row(n, s) for n, s in {**result["skills"], "mean": result["mean"]}.items()])
-    if "best_of" in result["mean"]:
-        curves = {
-            "CLIP's choice, seen": "best_of",
-            "any right (oracle), seen": "oracle",
-            "CLIP's choice, held out": "held_out_best_of",
-            "any right (oracle), held out": "held_out_oracle",
-        }
-        page.section("Reranking").chart(
-            {title: _series(result["mean"][field]) for title, field in curves.items()},
-            "Right pictures against candidates, mean of the four skills",
-            "candidates",
-            "share right",
-            x_log=True,
-            y_min=0,
-            y_max=1,
-        )
-        page.chart(
-            {"seconds": _series(result["seconds_per_picture"])},
-            "Seconds per picture that is kept",
-            "candidates",
-            "seconds",
-            x_log=True,
-            y_log=True,
-        )
-    if examples:
-        rows = [
-            (f"{example.prompt.scene.caption} ({_half(example)})", example.images, example.labels)
-            for example in examples
-        ]
-        pictures(page, out, rows, RANKED)
-    page.section("Command").command(result["command"]).write(out / "index.html")
-
-
-def pictures(page, out: pathlib.Path, rows: Sequence[tuple], text: str) -> None:
-    """sheet.png, and the same pictures as a section of the page.
+def write(out: pathlib.Path, figures: dict, rows: Sequence[Row]) -> None:
+    """metrics.json, index.html and, with pictures, sheet.png.
 
     Args:
-      page: `pages.Page`.
-      out: folder of sheet.png.
-      rows: (title, uint8 [n, h, w, 3], n labels) each, at least one.
-      text: what the labels are.
+      out: a folder, created if it is absent.
+      figures: of `evaluation.suites.measure`, and `command`, the command line.
+      rows: the pictures.
     """
-    sheet = images.contact_sheet(rows, scale=_scale(rows[0][1]))
-    (out / "sheet.png").write_bytes(images.png_bytes(sheet))
-    page.section("Pictures", text)
-    for title, shown, labels in rows:
-        page.heading(title).gallery(list(zip(shown, labels, strict=True)), PICTURE_PX)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n")
+    suite = figures["suite"]
+    page = _PAGES[suite](figures)
+    if rows:
+        scale = max(1, PICTURE_PX // rows[0].images.shape[1])
+        (out / "sheet.png").write_bytes(images.png_bytes(images.contact_sheet(rows, scale=scale)))
+        page.section("Pictures", _PICTURES[suite])
+    for title, pictures, labels in rows:
+        page.heading(title).gallery(list(zip(pictures, labels, strict=True)), PICTURE_PX)
+    page.section("Command").command(figures["command"]).write(out / "index.html")
 
 
-def write_recon(out: pathlib.Path, result: dict, pairs: np.ndarray) -> None:
-    """sheet.png and index.html of the recon suite; pairs [2n, h, w, 3], originals first."""
-    half = len(pairs) // 2
-    sheet = images.grid(pairs, columns=half, scale=_scale(pairs))
-    (out / "sheet.png").write_bytes(images.png_bytes(sheet))
-    codebook = result["codebook"]
-    page = html.Page("Reconstruction", f"{result['n']:,} pictures of the {result['split']} split")
-    page.section("Figures").facts(
-        [
-            ("PSNR", f"{result['psnr']:.2f} dB", "mean over pictures"),
-            ("SSIM", f"{result['ssim']:.4f}", "mean over pictures"),
-            ("codes used", f"{codebook['used']}", f"of {codebook['codes']}"),
-            ("perplexity", f"{codebook['perplexity']:.0f}", "of the code histogram"),
-        ]
-    )
-    page.figure(sheet, "Above the pictures, below what the codec gives back.")
-    page.section("Command").command(result["command"]).write(out / "index.html")
+def as_text(figures: dict) -> str:
+    """The figures as lines; a table for the skills."""
+    if "runs" in figures:
+        return "\n".join(f"{results.run_title(run)}\n{as_text(run)}" for run in figures["runs"])
+    if "skills" not in figures:
+        shown = {k: v for k, v in figures.items() if k not in ("networks", "command")}
+        return json.dumps(shown, indent=2)
+    lines = ["judge on ground truth: {oracle_accuracy:.2%} of {n}".format(**figures["judge"])]
+    for name, skill in {**figures["skills"], "mean": figures["mean"]}.items():
+        parts = [f"reconstruction {skill['reconstruction']:.1%}"]
+        if "best_of" in skill:
+            for field in ("best_of", "oracle"):
+                curve = " ".join(f"{k}: {v:.1%}" for k, v in skill[field].items())
+                parts.append(f"{field.replace('_', '-')} {curve}")
+            parts.append(f"held-out {skill['held_out']:.1%}")
+        lines.append(f"{name:9} {' | '.join(parts)}")
+    seconds = figures["seconds_per_picture"]
+    if seconds:
+        lines.append("seconds   " + " ".join(f"{k}: {v:.3g}" for k, v in seconds.items()))
+    return "\n".join(lines)
 
 
-def write_retrieval(out: pathlib.Path, result: dict) -> None:
-    """index.html of the retrieval suite."""
-    page = html.Page("Retrieval", f"{result['n']:,} pictures of the {result['split']} split")
-    page.section("Figures").table(
-        retrieval_rows(result), f"{result['captions']:,} distinct captions"
-    )
-    page.section("Command").command(result["command"]).write(out / "index.html")
-
-
-def retrieval_rows(result: dict) -> list[dict]:
-    """A table of recall at each k in both directions, beside what chance would give."""
+def retrieval_rows(figures: dict) -> list[dict]:
+    """A table of recall at each k in both directions, beside the level of random guessing."""
     return [
         {"direction": f"{name.replace('_', ' ')}{extra}"}
         | {f"recall@{k}": round(v, 4) for k, v in values[name].items()}
         for name in ("image_to_text", "text_to_image")
-        for extra, values in (("", result), (" (chance)", result["chance"]))
+        for extra, values in (("", figures), (" (chance)", figures["chance"]))
     ]
 
 
-def as_text(result: dict) -> str:
-    """The figures as indented lines; a table for the skills."""
-    lines = []
-    if "runs" in result:
-        return "\n".join(f"{run_title(run)}\n{as_text(run)}" for run in result["runs"])
-    if "skills" in result:
-        lines.append(
-            "judge on ground truth: {oracle_accuracy:.2%} of {n}".format(**result["judge"])
+def add_runs(page: html.Page, runs: Sequence[dict]) -> None:
+    """A table of the runs of suite shapes: skills, their mean, the rerank curve and the ceiling.
+
+    Several guidances become a chart: success against guidance, a line for each prior. DALL-E 1,
+    which has a guidance of its own, is a constant there.
+    """
+    page.table(
+        [
+            {"prior": run["prior"], "guidance": run["guidance"]}
+            | {kind: round(skill["seen"], 3) for kind, skill in run["skills"].items()}
+            | {"mean": round(run["mean"]["seen"], 3), **_skill_row(run["mean"])}
+            for run in runs
+        ],
+        "Share of right pictures: of single samples for each kind of prompt, then the mean of the "
+        "skills. `reconstruction` is the ceiling: the share of scenes that are right after the "
+        "decoder has sampled them from their own embedding.",
+    )
+    for run in runs:
+        if run["prior"] == results.DALLE:
+            page.text(
+                "Prior `dalle` is a DALL-E 1, which has neither prior nor decoder, at temperature "
+                f"{run['temperature']:g}, top_k {run['top_k']}, top_p {run['top_p']:g} and its own "
+                "guidance; its ceiling is that of its codec. One CLIP ranks the pictures of both."
+            )
+    scales = sorted({run["guidance"] for run in runs if run["prior"] != results.DALLE})
+    if len(scales) < 2:
+        return
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for run in runs:
+        x, y = curves.setdefault(run["prior"], ([], []))
+        at = [scales[0], scales[-1]] if run["prior"] == results.DALLE else [run["guidance"]]
+        x += at
+        y += [run["mean"]["seen"]] * len(at)
+    title = "Guidance: right pictures, mean of the skills"
+    page.chart(curves, title, "guidance", "share", y_min=0)
+
+
+def _shapes(figures: dict) -> html.Page:
+    if "runs" in figures:
+        return _shapes_runs(figures["runs"])
+    page = html.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
+    judge = figures["judge"]
+    skills = figures["skills"]
+    page.section("Success").facts(
+        [
+            ("judge on ground truth", f"{judge['oracle_accuracy']:.1%}", f"{judge['n']} scenes"),
+            *(
+                (
+                    name,
+                    f"{skill.get('seen', skill['reconstruction']):.0%}",
+                    f"{skill['n']} prompts",
+                )
+                for name, skill in skills.items()
+            ),
+        ]
+    )
+    rows = {**skills, "mean": figures["mean"]}.items()
+    page.table([{"skill": name, **_skill_row(skill)} for name, skill in rows])
+    if "best_of" not in figures["mean"]:
+        return page
+    curves = {
+        "CLIP's choice, seen": "best_of",
+        "any right (oracle), seen": "oracle",
+        "CLIP's choice, held out": "held_out_best_of",
+        "any right (oracle), held out": "held_out_oracle",
+    }
+    page.section("Reranking").chart(
+        {title: _series(figures["mean"][field]) for title, field in curves.items()},
+        "Right pictures against candidates, mean of the skills",
+        "candidates",
+        "share right",
+        x_log=True,
+        y_min=0,
+        y_max=1,
+    )
+    return page.chart(
+        {"seconds": _series(figures["seconds_per_picture"])},
+        "Seconds per prompt",
+        "candidates",
+        "seconds",
+        x_log=True,
+        y_log=True,
+    )
+
+
+def _shapes_runs(runs: Sequence[dict]) -> html.Page:
+    models = "DALL-E 1 and 2" if any(run["prior"] == results.DALLE for run in runs) else "DALL-E 2"
+    page = html.Page(
+        f"Shapes by {models}, judged",
+        "The same prompts for every prior and guidance; a near miss is a miss.",
+    )
+    add_runs(page.section("Success"), runs)
+    return page
+
+
+def _recon(figures: dict) -> html.Page:
+    codebook = figures["codebook"]
+    page = html.Page("Reconstruction", f"{figures['n']:,} pictures of the {figures['split']} split")
+    return page.section("Figures").facts(
+        [
+            ("PSNR", f"{figures['psnr']:.2f} dB", "mean over pictures"),
+            ("SSIM", f"{figures['ssim']:.4f}", "mean over pictures"),
+            ("codes used", f"{codebook['used']}", f"of {codebook['codes']}"),
+            ("perplexity", f"{codebook['perplexity']:.0f}", "of the code histogram"),
+        ]
+    )
+
+
+def _retrieval(figures: dict) -> html.Page:
+    page = html.Page("Retrieval", f"{figures['n']:,} pictures of the {figures['split']} split")
+    caption = f"{figures['captions']:,} distinct captions"
+    return page.section("Figures").table(retrieval_rows(figures), caption)
+
+
+def _distribution(figures: dict) -> html.Page:
+    runs = figures["runs"]
+    page = html.Page(
+        "Generated against real pictures",
+        f"{runs[0]['n']:,} pictures of the {figures['split']} split and as many generated for "
+        "their captions, compared as sets.",
+    )
+    page.section("Figures").table(
+        runs,
+        f"{_FEATURES[figures['features']]}: `halves` and `floor` compare generated and real "
+        "pictures with real ones, half as many of each, so that the two are comparable.",
+    )
+    return page.note(
+        "The distance is above 0 for any finite sample and depends on these features: it compares "
+        "runs with equally many pictures, and no published FID."
+    )
+
+
+def _variations(figures: dict) -> html.Page:
+    page = html.Page(
+        "Variations, judged",
+        f"Whether variations of {figures['runs'][0]['n']} rendered scenes still show number, "
+        "colours, shapes, pairs and background.",
+    )
+    for run in figures["runs"]:
+        page.section(results.run_title(run)).table(
+            [
+                {
+                    "kind": kind,
+                    "right": row["right"],
+                    "by chance": row["chance"]["right"],
+                    **row["conditions"],
+                    "moved": row["moved"],
+                    "pixel change": row["pixel_change"],
+                }
+                for kind, row in {**run["kinds"], "mean": run["mean"]}.items()
+            ],
+            "By chance: another scene of the kind judges the same pictures. Moved: in sides of the "
+            "picture, where all objects are there.",
+            ["kind", "right", "by chance", *run["kinds"]["relation"]["conditions"]]
+            + ["moved", "pixel change"],
         )
-        for name, skill in {**result["skills"], "mean": result["mean"]}.items():
-            parts = [f"reconstruction {skill['reconstruction']:.1%}"]
-            if "best_of" in skill:
-                for field in ("best_of", "oracle"):
-                    curve = " ".join(f"{k}: {v:.1%}" for k, v in skill[field].items())
-                    parts.append(f"{field.replace('_', '-')} {curve}")
-                parts.append(f"held-out {skill['held_out']:.1%}")
-            lines.append(f"{name:9} {' | '.join(parts)}")
-        seconds = result["seconds_per_picture"]
-        if seconds:
-            lines.append("seconds   " + " ".join(f"{k}: {v:.3g}" for k, v in seconds.items()))
-    else:
-        shown = {k: v for k, v in result.items() if k not in ("networks", "command")}
-        lines.append(json.dumps(shown, indent=2))
-    return "\n".join(lines)
+    return page
 
 
-def run_title(run: dict) -> str:
-    """The settings that tell a run from the others: `prior none, guidance 2`."""
-    named = {name: run[name] for name in SETTINGS if name in run}
-    return ", ".join(f"{k} {v if isinstance(v, str) else f'{v:g}'}" for k, v in named.items())
+def _inpainting(figures: dict) -> html.Page:
+    page = html.Page(
+        "Inpainting, judged",
+        f"Another object in a masked rectangle, or one more, by the {figures['by']}.",
+    )
+    return page.section("Success").table(
+        [
+            {
+                "run": results.run_title(run),
+                "task": task,
+                "right": row["right"],
+                "CLIP's choice": row["chosen"],
+                "right with the old prompt": row["baseline"]["right"],
+                "old scene restored": row["baseline"]["restored"],
+                "masked": row["drawn_anew"],
+                "untouched": run["untouched"],
+            }
+            for run in figures["runs"]
+            for task, row in run["tasks"].items()
+        ],
+        "Untouched: share of known pixels that returned bit for bit.",
+    )
 
 
-def _headline(skill: dict) -> float:
-    return skill["seen"] if "seen" in skill else skill["reconstruction"]
+_PAGES = {  # suite -> figures to a page without pictures and command
+    "shapes": _shapes,
+    "recon": _recon,
+    "retrieval": _retrieval,
+    "distribution": _distribution,
+    "variations": _variations,
+    "inpainting": _inpainting,
+}
 
 
-def row(name: str, skill: dict) -> dict:
-    """A skill's figures as a row of a table."""
-    row = {"skill": name}
-    for k, value in skill.get("best_of", {}).items():
-        row[f"best of {k}"] = round(value, 3)
+def _skill_row(skill: dict) -> dict:
+    """A skill's figures as columns of a table."""
+    row = {f"best of {k}": round(value, 3) for k, value in skill.get("best_of", {}).items()}
     for title, field in (("held out", "held_out"), ("reconstruction", "reconstruction")):
         if field in skill:
             row[title] = round(skill[field], 3)
     if "oracle" in skill:
-        row[f"oracle {list(skill['oracle'])[-1]}"] = round(list(skill["oracle"].values())[-1], 3)
+        k, value = list(skill["oracle"].items())[-1]
+        row[f"oracle {k}"] = round(value, 3)
     return row
 
 
-def _series(curve: dict[str, float]):
+def _series(curve: dict[str, float]) -> tuple[list[int], list[float]]:
     return [int(k) for k in curve], list(curve.values())
-
-
-def _half(example) -> str:
-    return example.prompt.half.replace("_", "-")
-
-
-def _scale(pictures: np.ndarray) -> int:
-    return max(1, PICTURE_PX // pictures.shape[1])

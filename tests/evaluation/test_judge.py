@@ -8,7 +8,7 @@ from dalle_jax.evaluation import judge
 from dalle_jax.types import UsageError
 
 
-def scenes(n, kinds=scenes.KINDS):
+def sampled(n, kinds=scenes.KINDS):
     for kind in kinds:
         for index in range(n):
             yield scenes.sample_scene(scenes.example_rng(5, "judge", index), kind, "any")
@@ -21,10 +21,10 @@ def test_oracle_accuracy(image_px, n):
 
 
 def test_reads_place_and_size():
-    for scene in scenes(6):
-        found = judge.parse(scenes.render(scene, 64)).objects
+    for scene in sampled(6):
+        pieces = judge.parse(scenes.render(scene, 64)).objects
         for item in scene.objects:
-            near = min(found, key=lambda f: np.hypot(f.x - item.x, f.y - item.y))  # noqa: B023
+            near = min(pieces, key=lambda f: np.hypot(f.x - item.x, f.y - item.y))  # noqa: B023
             assert (near.color, near.shape) == (item.color, item.shape)
             assert np.hypot(near.x - item.x, near.y - item.y) < 0.02
             assert near.radius == pytest.approx(item.radius, rel=0.08)
@@ -35,7 +35,7 @@ def test_reads_place_and_size():
 def test_forgives_what_a_decoder_does(degrade):
     rng = np.random.default_rng(0)
     right = []
-    for scene in scenes(10):
+    for scene in sampled(10):
         image = scenes.render(scene, 32).astype(np.float32)
         if degrade == "noise":
             image += rng.normal(0, 13, image.shape)
@@ -51,17 +51,17 @@ def test_forgives_what_a_decoder_does(degrade):
 
 def test_wrong_captions_are_never_accepted():
     rng = np.random.default_rng(0)
-    for scene in scenes(8):
+    for scene in sampled(8):
         reading = judge.parse(scenes.render(scene, 32))
         assert judge.compare(scene, reading)["all"]
         for caption in scenes.hard_negatives(scene, rng, 12):
             assert not judge.compare(scenes.parse_caption(caption), reading)["all"], caption
 
 
-def test_conditions_are_told_apart():
+def test_conditions_are_independent():
     scene = next(
         scene
-        for scene in scenes(20, ["relation"])
+        for scene in sampled(20, ["relation"])
         if len({item.color for item in scene.objects} | {i.shape for i in scene.objects}) == 4
     )
     a, b = scene.objects
@@ -93,7 +93,7 @@ def test_pictures_of_nothing_show_nothing(seed):
     stripes = np.tile(rng.integers(0, 256, (32, 1, 3), dtype=np.uint8), (1, 32, 1))
     full = np.full((32, 32, 3), scenes.COLORS["red"], np.uint8)
     for image in (noise, stripes, full, np.zeros_like(full)):
-        for scene in scenes(3):
+        for scene in sampled(3):
             assert not judge.judge(scene, image)["all"]
     assert judge.parse(full).background is None
     assert judge.parse(np.zeros_like(full)) == judge.Reading("black", ())
@@ -102,8 +102,8 @@ def test_pictures_of_nothing_show_nothing(seed):
 def test_smear_is_no_shape():
     image = np.full((32, 32, 3), 255, np.uint8)
     image[6:9, 4:28] = scenes.COLORS["red"]
-    (found,) = judge.parse(image).objects
-    assert found.color == "red" and found.shape is None
+    (piece,) = judge.parse(image).objects
+    assert piece.color == "red" and piece.shape is None
 
 
 def test_largest_and_larger_pictures():
@@ -114,7 +114,7 @@ def test_largest_and_larger_pictures():
 
 
 def test_is_deterministic():
-    scene = next(scenes(1, ["count"]))
+    scene = next(sampled(1, ["count"]))
     image = scenes.render(scene, 32)
     assert judge.parse(image) == judge.parse(image.copy())
 
