@@ -4,7 +4,7 @@
 
 Reads the workdirs vqvae, dvae, clip and dalle of the folder, what `evaluate` and `sample` wrote
 there, and the commands and times that launch/demo.sh noted under logs/. A folder with a workdir
-decoder instead of dalle is a demo of DALL·E 2: report_unclip.py tells what is read there. A part
+decoder instead of dalle is a demo of DALL·E 2: pages/unclip_tour.py tells what is read there. A part
 that is missing is left out with a sentence. The page stands alone: it opens from a mail or a
 bucket.
 """
@@ -15,9 +15,8 @@ import pathlib
 import sys
 from typing import Any
 
-from dalle_jax.cli import report_unclip
 from dalle_jax.pages import demo as parts
-from dalle_jax.pages import workdirs
+from dalle_jax.pages import unclip_tour, workdirs
 
 SUMMARY = "one page of everything a demo made"
 
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if not demo.is_dir():
         raise UsageError(f"--demo={demo} is no folder; make one with: bash launch/demo.sh")
     is_unclip = (demo / "decoder").is_dir() and not (demo / "dalle").is_dir()
-    model = report_unclip if is_unclip else sys.modules[__name__]
+    model = unclip_tour if is_unclip else sys.modules[__name__]
     found = model.gather(demo)
     out = pathlib.Path(args.out) if args.out else demo / "index.html"
     model.build(demo, found).write(out)
