@@ -114,52 +114,48 @@ def add_runs(page: html.Page, runs: Sequence[dict]) -> None:
     page.chart(curves, title, "guidance", "share", y_min=0)
 
 
+def add_reranking(page: html.Page, figures: dict) -> None:
+    """Charts of success against the number of candidates, and of their cost.
+
+    Args:
+      page: to add to.
+      figures: of suite shapes, or of one of its runs.
+    """
+    mean, skills = figures.get("mean") or {}, figures["skills"]
+    axes = dict(x_label="candidates per prompt", x_log=True)
+    share = dict(y_label="share right", y_min=0, y_max=1)
+    lines = {
+        "CLIP's choice": mean.get("best_of"),
+        "any right (oracle)": mean.get("oracle"),
+        "CLIP's choice, held out": mean.get("held_out_best_of"),
+        "any right, held out": mean.get("held_out_oracle"),
+    }
+    series = {name: _series(curve) for name, curve in lines.items() if curve}
+    if series and mean.get("reconstruction") is not None:
+        x, _ = next(iter(series.values()))
+        series["ceiling"] = ([x[0], x[-1]], [mean["reconstruction"]] * 2)
+    page.chart(series, "Right pictures, mean of the skills", **axes, **share)
+    each = {name: _series(s["best_of"]) for name, s in skills.items() if s.get("best_of")}
+    page.chart(each, "CLIP's choice, skill by skill", **axes, **share)
+    if seconds := figures.get("seconds_per_picture"):
+        page.chart({"seconds": _series(seconds)}, "Cost", y_label="seconds per prompt", **axes)
+
+
 def _shapes(figures: dict) -> html.Page:
     if "runs" in figures:
         return _shapes_runs(figures["runs"])
     page = html.Page("Shapes, judged", "Every picture is judged exactly; a near miss is a miss.")
-    judge = figures["judge"]
-    skills = figures["skills"]
-    page.section("Success").facts(
-        [
-            ("judge on ground truth", f"{judge['oracle_accuracy']:.1%}", f"{judge['n']} scenes"),
-            *(
-                (
-                    name,
-                    f"{skill.get('seen', skill['reconstruction']):.0%}",
-                    f"{skill['n']} prompts",
-                )
-                for name, skill in skills.items()
-            ),
-        ]
-    )
+    judge, skills = figures["judge"], figures["skills"]
+    facts = [("judge on ground truth", f"{judge['oracle_accuracy']:.1%}", f"{judge['n']} scenes")]
+    for name, skill in skills.items():
+        share = skill.get("seen", skill["reconstruction"])
+        facts.append((name, f"{share:.0%}", f"{skill['n']} prompts"))
+    page.section("Success").facts(facts)
     rows = {**skills, "mean": figures["mean"]}.items()
     page.table([{"skill": name, **_skill_row(skill)} for name, skill in rows])
-    if "best_of" not in figures["mean"]:
-        return page
-    curves = {
-        "CLIP's choice, seen": "best_of",
-        "any right (oracle), seen": "oracle",
-        "CLIP's choice, held out": "held_out_best_of",
-        "any right (oracle), held out": "held_out_oracle",
-    }
-    page.section("Reranking").chart(
-        {title: _series(figures["mean"][field]) for title, field in curves.items()},
-        "Right pictures against candidates, mean of the skills",
-        "candidates",
-        "share right",
-        x_log=True,
-        y_min=0,
-        y_max=1,
-    )
-    return page.chart(
-        {"seconds": _series(figures["seconds_per_picture"])},
-        "Seconds per prompt",
-        "candidates",
-        "seconds",
-        x_log=True,
-        y_log=True,
-    )
+    if "best_of" in figures["mean"]:
+        add_reranking(page.section("Reranking"), figures)
+    return page
 
 
 def _shapes_runs(runs: Sequence[dict]) -> html.Page:
@@ -283,4 +279,5 @@ def _skill_row(skill: dict) -> dict:
 
 
 def _series(curve: dict[str, float]) -> tuple[list[int], list[float]]:
-    return [int(k) for k in curve], list(curve.values())
+    counts = sorted(curve, key=int)
+    return [int(k) for k in counts], [curve[k] for k in counts]
