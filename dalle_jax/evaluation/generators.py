@@ -1,7 +1,7 @@
 """How trained stages generate pictures for the suites: uint8 in, uint8 out, in chunks.
 
-Both generators have `network`, the stage of their pictures (its `image_px`, its prepared set);
-`reader`, the stage that reads the captions; and `clip`, which ranks candidates and gives features.
+Both generators have `network`, the stage of their pictures (its size, its prepared set), and
+`reader`, the stage that reads the captions.
 """
 
 import dataclasses
@@ -19,7 +19,6 @@ from dalle_jax.sampling import categorical, dalle, manipulate, rerank, unclip
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
 from dalle_jax.stages.dalle import DalleStage
-from dalle_jax.stages.run import Stage
 from dalle_jax.stages.unclip import Unclip
 
 CHUNK = 64  # pictures at a time through a codec
@@ -60,13 +59,11 @@ class DalleGenerator:
 
     Attributes:
       stage: the network with its codec.
-      clip: ranks the candidates and gives the features; None without.
       settings: how it samples; checked at once.
       seed: of all noise.
     """
 
     stage: DalleStage
-    clip: ClipStage | None = None
     settings: DalleSettings = DalleSettings()
     seed: int = 0
 
@@ -75,15 +72,7 @@ class DalleGenerator:
         num_codes = self.stage.codec.num_codes
         categorical.check(s.temperature, s.top_k, s.top_p, s.guidance, num_codes)
 
-    @property
-    def network(self) -> Stage:
-        """DALL-E itself."""
-        return self.stage
-
-    @property
-    def reader(self) -> Stage:
-        """DALL-E itself."""
-        return self.stage
+    network = reader = property(lambda self: self.stage)
 
     def generate(self, ids: np.ndarray, num_candidates: int, first_prompt: int) -> np.ndarray:
         """uint8 [P, N, h, h, 3] for ids [P, T]; the first one is prompt number first_prompt."""
@@ -112,6 +101,8 @@ class DalleGenerator:
 class UnclipGenerator:
     """DALL-E 2 at one prior, guidance and eta; `at` gives the others.
 
+    All suites but inpainting measure the decoder's own small pictures.
+
     Attributes:
       stages: the stages.
       settings: of all runs.
@@ -128,18 +119,8 @@ class UnclipGenerator:
     sampling: unclip.Settings = unclip.Settings()
     cache: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
-    @classmethod
-    def load(
-        cls, folders: Mapping[str, str], settings: UnclipSettings, seed: int
-    ) -> "UnclipGenerator":
-        """The stages in these folders.
-
-        Raises:
-          UsageError: for folders, priors or steps that do not fit, before anything compiles.
-        """
-        generator = cls(Unclip.load(folders), settings, seed)
-        generator.check()
-        return generator
+    network = property(lambda self: self.stages.decoder)
+    reader = clip = property(lambda self: self.stages.clip)
 
     def check(self) -> None:
         """Raises UsageError for priors or steps that these stages do not support."""
@@ -155,18 +136,6 @@ class UnclipGenerator:
             return [*self.stages.priors, "none", *own]
         return [prior for prior in self.settings.priors if prior != results.DALLE]
 
-    @property
-    def network(self) -> Stage:
-        """The decoder: the suites but inpainting measure its small pictures."""
-        return self.stages.decoder
-
-    @property
-    def reader(self) -> Stage:
-        """The CLIP of all stages."""
-        return self.stages.clip
-
-    clip = reader
-
     def at(
         self, guidance: float, prior: str = "none", eta: float | None = None
     ) -> "UnclipGenerator":
@@ -176,8 +145,16 @@ class UnclipGenerator:
         sampling = dataclasses.replace(sampling, guidance=guidance, eta=eta)
         return dataclasses.replace(self, prior=prior, sampling=sampling)
 
+    def runs(self) -> list[tuple[dict[str, Any], "UnclipGenerator"]]:
+        """(its settings, its generator) for each guidance and prior."""
+        return [
+            ({"prior": prior, "guidance": guidance}, self.at(guidance, prior))
+            for guidance in self.settings.guidances
+            for prior in self.priors
+        ]
+
     def generate(self, ids: np.ndarray, num_candidates: int, first_prompt: int) -> np.ndarray:
-        """uint8 [P, N, h, h, 3] for ids [P, T]; the first one is prompt number first_prompt."""
+        """As `DalleGenerator.generate`, by the decoder."""
         text = ids.repeat(num_candidates, axis=0)
         common = self._common(first_prompt, len(ids), num_candidates)
         z, has_clip = unclip.image_embeddings(

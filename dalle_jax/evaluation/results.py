@@ -33,22 +33,23 @@ def run_title(settings: dict) -> str:
 
 
 def measure_runs(
-    runs: Iterable[tuple[dict, Callable[[], Result]]], report: progress.Report
+    runs: Iterable[tuple[dict, Any]], measure: Callable[[Any], Result], report: progress.Report
 ) -> Result:
     """One suite under several settings.
 
     Args:
-      runs: the settings and a function that measures under them.
+      runs: the settings that name a run, and its generator.
+      measure: generator -> what the suite measures.
       report: called with the title of each run.
 
     Returns:
       `{"runs": [settings and figures]}`, and the rows of all runs, those of equal content together.
     """
     figures, rows = [], []
-    for settings, measure in runs:
+    for settings, generator in runs:
         title = run_title(settings)
         report(title)
-        result = measure()
+        result = measure(generator)
         figures.append({**settings, **result.figures})
         rows.append(
             [row._replace(title=f"{row.title}: {title}".removeprefix(": ")) for row in result.rows]

@@ -8,7 +8,6 @@ Several processes share the prompts of suite shapes; each of the other suites ru
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from dalle_jax.evaluation.settings import Settings
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
 from dalle_jax.stages.dalle import DalleStage
+from dalle_jax.stages.unclip import Unclip
 from dalle_jax.types import UsageError
 
 BATCH = 64  # real pictures at a time
@@ -40,18 +40,57 @@ _FLAGS = {"dalle": "--workdir=DIR", "dvae": "--dvae=DIR", "clip": "--clip=DIR"}
 
 
 @dataclasses.dataclass(frozen=True)
+class Stages:
+    """The stages in some folders, each opened when a suite asks for it.
+
+    Attributes:
+      folders: stage -> workdir or exported folder.
+      settings: how the generators sample.
+    """
+
+    folders: Mapping[str, str]
+    settings: Settings
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """The codec, or that of the DALL-E."""
+        if "dvae" in self.folders:
+            return Codec.load(self.folders["dvae"])
+        return self.dalle.stage.codec
+
+    @functools.cached_property
+    def clip(self) -> ClipStage | None:
+        """The CLIP."""
+        return ClipStage.load(self.folders["clip"]) if "clip" in self.folders else None
+
+    @functools.cached_property
+    def dalle(self) -> DalleGenerator | None:
+        """DALL-E 1."""
+        if "dalle" not in self.folders:
+            return None
+        stage = DalleStage.load(self.folders["dalle"], codec=self.folders.get("dvae", ""))
+        return DalleGenerator(stage, self.settings.dalle, self.settings.seed)
+
+    @functools.cached_property
+    def unclip(self) -> UnclipGenerator:
+        """DALL-E 2, checked."""
+        own = {name: x for name, x in self.folders.items() if name not in ("dalle", "dvae")}
+        generator = UnclipGenerator(Unclip.load(own), self.settings.unclip, self.settings.seed)
+        generator.check()
+        return generator
+
+
+@dataclasses.dataclass(frozen=True)
 class Suite:
     """A suite of one pipeline.
 
     Attributes:
-      open: (folders, settings) -> what `measure` takes.
-      measure: (what `open` returns, settings, report) -> Result.
+      measure: (stages, settings, report) -> Result.
       stages: names of those that it uses, where there are folders for them.
-      needs: names of which one must have a folder; () = `open` refuses what is missing.
+      needs: names of which one must have a folder; () = loading refuses what is missing.
     """
 
-    open: Callable[[Mapping[str, str], Settings], Any]
-    measure: Callable[[Any, Settings, progress.Report], Result]
+    measure: Callable[[Stages, Settings, progress.Report], Result]
     stages: tuple[str, ...]
     needs: tuple[str, ...] = ()
 
@@ -84,7 +123,7 @@ def measure(
     if suite == "distribution":
         distribution.check_count(settings.examples.num)
     used = networks(pipeline, suite, folders, settings)
-    figures, rows = entry.measure(entry.open(used, settings), settings, report)
+    figures, rows = entry.measure(Stages(used, settings), settings, report)
     return Result(results.rounded({"suite": suite, **figures, "networks": used}), rows)
 
 
@@ -133,123 +172,107 @@ def networks(
     return {name: folder for name, folder in folders.items() if name in stages}
 
 
-def shapes_by_dalle(
-    opened: DalleGenerator | Codec, settings: Settings, report: progress.Report
-) -> Result:
+def shapes_by_dalle(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Suite shapes for DALL-E 1, or its ceiling for a codec alone."""
-    if not isinstance(opened, Codec):
-        return _shapes(opened, opened.clip, settings, report)
-    reconstruct = generators.round_trip(opened)
-    options = dict(reconstruct=reconstruct, settings=settings, report=report)
-    return shapes.suite(image_px=opened.image_px, **options)
+    if stages.dalle is not None:
+        return _shapes(stages.dalle, stages.clip, settings, report)
+    reconstruct, image_px = generators.round_trip(stages.codec), stages.codec.image_px
+    return shapes.suite(
+        image_px=image_px, reconstruct=reconstruct, settings=settings, report=report
+    )
 
 
-def shapes_by_unclip(
-    opened: tuple[UnclipGenerator, DalleGenerator | None],
-    settings: Settings,
-    report: progress.Report,
-) -> Result:
-    """Suite shapes for each prior and guidance of DALL-E 2, and for a DALL-E 1 beside them."""
-    generator, other = opened
-    runs = _sweep(generator)
+def shapes_by_unclip(stages: Stages, settings: Settings, report: progress.Report) -> Result:
+    """Suite shapes for each prior and guidance of DALL-E 2, and for a DALL-E 1 beside them.
+
+    Raises:
+      UsageError: if the two generate pictures of different sizes.
+    """
+    clip, other, px = stages.unclip.clip, stages.dalle, stages.unclip.network.image_px
+    runs = stages.unclip.runs()
     if other is not None:
+        if other.network.image_px != px:
+            raise UsageError(
+                f"the DALL-E 1 {stages.folders['dalle']!r} draws {other.network.image_px} px, but "
+                f"the decoder {stages.folders['decoder']!r} {px} px: the judge sees more on larger "
+                "pictures; compare networks of one size, or measure each by itself."
+            )
         runs.append(({"prior": results.DALLE, **dataclasses.asdict(other.settings)}, other))
-    measured = [
-        (names, functools.partial(_shapes, run, generator.clip, settings, report))
-        for names, run in runs
-    ]
-    return results.measure_runs(measured, report)
+    return results.measure_runs(runs, lambda run: _shapes(run, clip, settings, report), report)
 
 
-def recon(opened: Codec, settings: Settings, report: progress.Report) -> Result:
+def recon(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """PSNR, SSIM and codebook usage of a codec."""
-    encode = chunks.mapped(opened.encode, generators.CHUNK)
-    decode = chunks.mapped(opened.decode, generators.CHUNK)
-    split, batches = _examples(opened.config, settings, {"image"})
+    own = stages.codec
+    encode = chunks.mapped(own.encode, generators.CHUNK)
+    decode = chunks.mapped(own.decode, generators.CHUNK)
+    split, batches = _examples(own.config, settings, "image")
     figures, rows = codec.suite(
-        (batch["image"] for batch in batches),
+        (pictures for (pictures,) in batches),
         lambda pictures: encode(images.to_float(pictures)),
         lambda codes: images.to_uint8(decode(codes)),
-        opened.num_codes,
+        own.num_codes,
         report,
     )
     return Result({**figures, "split": split}, rows)
 
 
-def retrieve(opened: ClipStage, settings: Settings, report: progress.Report) -> Result:
+def retrieve(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Recall of a CLIP from pictures to captions and the reverse."""
-    split, batches = _examples(opened.config, settings, {"image", "text"}, opened.tokenizer)
-    figures, _ = retrieval.suite(
-        ((batch["image"], batch["text"]) for batch in batches),
-        lambda pictures: opened.embed_images(images.to_float(pictures)),
-        opened.embed_texts,
-        report=report,
-    )
+    clip = stages.clip
+    split, batches = _examples(clip.config, settings, "image", "text", tokenizer=clip.tokenizer)
+    embed = distribution.clip_features(clip)
+    figures, _ = retrieval.suite(batches, embed, clip.embed_texts, report=report)
     return Result({**figures, "split": split})
 
 
-def distribution_by_dalle(
-    opened: DalleGenerator, settings: Settings, report: progress.Report
-) -> Result:
+def distribution_by_dalle(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Suite distribution for DALL-E 1."""
-    own = opened.settings
-    names = {"guidance": own.guidance, "temperature": own.temperature}
-    return _distribution(opened, [(names, opened)], settings, report)
+    own = stages.dalle.settings
+    runs = [({"guidance": own.guidance, "temperature": own.temperature}, stages.dalle)]
+    return _distribution(stages.dalle, stages.clip, runs, settings, report)
 
 
-def distribution_by_unclip(
-    opened: UnclipGenerator, settings: Settings, report: progress.Report
-) -> Result:
+def distribution_by_unclip(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Suite distribution for each prior and guidance of DALL-E 2."""
-    return _distribution(opened, _sweep(opened), settings, report)
+    own = stages.unclip
+    return _distribution(own, own.clip, own.runs(), settings, report)
 
 
-def variations(opened: UnclipGenerator, settings: Settings, report: progress.Report) -> Result:
+def variations(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Suite variations for each guidance and eta."""
-    image_px = opened.network.image_px
+    own = stages.unclip
+    image_px = own.network.image_px
     accuracy = judge.check_accuracy(image_px, report)
     # Without noise all variations are one; the chunks hold the same scenes.
     one = dataclasses.replace(
         settings, candidates=1, batch=max(1, settings.batch // settings.candidates)
     )
     runs = [
-        (
-            {"guidance": guidance, "eta": eta},
-            functools.partial(
-                edits.variations,
-                opened.at(guidance, eta=eta).vary,
-                image_px,
-                settings if eta else one,
-                report,
-            ),
-        )
-        for guidance in opened.settings.guidances
-        for eta in opened.settings.etas
+        ({"guidance": guidance, "eta": eta}, own.at(guidance, eta=eta))
+        for guidance in own.settings.guidances
+        for eta in own.settings.etas
     ]
-    figures, rows = results.measure_runs(runs, report)
+
+    def measure(run):
+        return edits.variations(run.vary, image_px, settings if run.sampling.eta else one, report)
+
+    figures, rows = results.measure_runs(runs, measure, report)
     return Result({"judge": accuracy, **figures}, rows)
 
 
-def inpainting(opened: UnclipGenerator, settings: Settings, report: progress.Report) -> Result:
+def inpainting(stages: Stages, settings: Settings, report: progress.Report) -> Result:
     """Suite inpainting for each prior and guidance, at the finished size."""
-    image_px = opened.stages.image_px
+    own = stages.unclip
+    image_px = own.stages.image_px
     accuracy = judge.check_accuracy(image_px, report)
-    runs = [
-        (names, functools.partial(edits.inpainting, run.inpaint, image_px, settings, report))
-        for names, run in _sweep(opened)
-    ]
-    figures, rows = results.measure_runs(runs, report)
-    by = "decoder" if opened.stages.inpainter is None else "inpainter"
+
+    def measure(run):
+        return edits.inpainting(run.inpaint, image_px, settings, report)
+
+    figures, rows = results.measure_runs(own.runs(), measure, report)
+    by = "decoder" if own.stages.inpainter is None else "inpainter"
     return Result({"judge": accuracy, "by": by, **figures}, rows)
-
-
-def _sweep(generator: UnclipGenerator) -> list[tuple[dict, Any]]:
-    """(its settings, its generator) for each run over guidances and priors."""
-    return [
-        ({"prior": prior, "guidance": guidance}, generator.at(guidance, prior))
-        for guidance in generator.settings.guidances
-        for prior in generator.priors
-    ]
 
 
 def _shapes(generator, clip: ClipStage | None, settings, report) -> Result:
@@ -264,36 +287,29 @@ def _shapes(generator, clip: ClipStage | None, settings, report) -> Result:
     )
 
 
-def _distribution(generator, runs, settings, report) -> Result:
+def _distribution(generator, clip: ClipStage | None, runs, settings, report) -> Result:
     """Runs (settings, generator) against the same real pictures."""
-    embed = distribution.FEATURES[settings.features](generator.clip)
-    own = generator.reader.tokenizer
-    split, batches = _examples(generator.network.config, settings, {"image", "text"}, own)
-    pairs = ((batch["image"], batch["text"]) for batch in batches)
-    real = distribution.Real(pairs, embed, own.decode, report)
-    measured = [
-        (
-            names,
-            functools.partial(distribution.suite, real, run.generate, embed, settings, report),
-        )
-        for names, run in runs
-    ]
-    figures, rows = results.measure_runs(measured, report)
+    embed, own = distribution.FEATURES[settings.features](clip), generator.reader.tokenizer
+    config = generator.network.config
+    split, batches = _examples(config, settings, "image", "text", tokenizer=own)
+    real = distribution.Real(batches, embed, own.decode, report)
+
+    def measure(run):
+        return distribution.suite(real, run.generate, embed, settings, report)
+
+    figures, rows = results.measure_runs(runs, measure, report)
     return Result({"split": split, "features": settings.features, **figures}, [real.row, *rows])
 
 
 def _examples(
-    config: cfg.ConfigDict,
-    settings: Settings,
-    fields: set[str],
-    tokenizer: Tokenizer | None = None,
-) -> tuple[str, Iterator[Mapping[str, np.ndarray]]]:
-    """The name of the split, and batches of its first examples in order.
+    config: cfg.ConfigDict, settings: Settings, *fields: str, tokenizer: Tokenizer | None = None
+) -> tuple[str, Iterator[tuple[np.ndarray, ...]]]:
+    """The name of the split, and its first examples in order, in batches.
 
     Args:
       config: of a trained network; `settings.examples` takes precedence over its data section.
       settings: examples and seed.
-      fields: of the batches, see `data.pipeline.make`.
+      *fields: what a batch holds, see `data.pipeline.make`.
       tokenizer: see there.
     """
     chosen = settings.examples
@@ -301,68 +317,28 @@ def _examples(
     data.source, data.data_dir = chosen.source or data.source, chosen.data_dir or data.data_dir
     split = chosen.split or data.eval_split
     size = min(BATCH, chosen.num)
-    options = dict(wanted=fields, tokenizer=tokenizer, training=False, batch=size)
+    options = dict(wanted=set(fields), tokenizer=tokenizer, training=False, batch=size)
     batch_of = pipeline.make(data, settings.seed, split=split, **options)
     num = min(chosen.num, batch_of.num_examples)
 
     def batches():
         for step in range(-(-num // size)):
-            yield {name: rows[: num - step * size] for name, rows in batch_of(step).items()}
+            batch = batch_of(step)
+            yield tuple(batch[name][: num - step * size] for name in fields)
 
     return split, batches()
 
 
-def _open_dalle(folders: Mapping[str, str], settings: Settings) -> DalleGenerator | Codec:
-    """DALL-E 1 with its CLIP, or a codec alone."""
-    if "dalle" not in folders:
-        return Codec.load(folders["dvae"])
-    stage = DalleStage.load(folders["dalle"], codec=folders.get("dvae", ""))
-    clip = ClipStage.load(folders["clip"]) if "clip" in folders else None
-    return DalleGenerator(stage, clip, settings.dalle, settings.seed)
-
-
-def _open_codec(folders: Mapping[str, str], settings: Settings) -> Codec:
-    if "dvae" in folders:
-        return Codec.load(folders["dvae"])
-    return DalleStage.load(folders["dalle"]).codec
-
-
-def _open_clip(folders: Mapping[str, str], settings: Settings) -> ClipStage:
-    return ClipStage.load(folders["clip"])
-
-
-def _open_unclip(folders: Mapping[str, str], settings: Settings) -> UnclipGenerator:
-    return UnclipGenerator.load(folders, settings.unclip, settings.seed)
-
-
-def _open_both(
-    folders: Mapping[str, str], settings: Settings
-) -> tuple[UnclipGenerator, DalleGenerator | None]:
-    """DALL-E 2, and a DALL-E 1 whose pictures have the same size."""
-    two = {name: folder for name, folder in folders.items() if name not in ("dalle", "dvae")}
-    one = {name: folder for name, folder in folders.items() if name in ("dalle", "dvae")}
-    generator = _open_unclip(two, settings)
-    other = _open_dalle(one, settings) if "dalle" in one else None
-    if other is not None and other.network.image_px != generator.network.image_px:
-        raise UsageError(
-            f"the DALL-E 1 {folders['dalle']!r} draws {other.network.image_px} px, but the decoder "
-            f"{folders['decoder']!r} {generator.network.image_px} px: the judge sees more on "
-            "larger pictures; compare networks of one size, or measure each by itself."
-        )
-    return generator, other
-
-
 _PRIORS = ("clip", "decoder", "prior", "prior_ar")
 _DALLE = ("dalle", "dvae", "clip")
+_INPAINT = ("inpaint", "upsampler_1", "upsampler_2")
 SUITES = {
-    ("dalle", "shapes"): Suite(_open_dalle, shapes_by_dalle, _DALLE, ("dalle", "dvae")),
-    ("dalle", "recon"): Suite(_open_codec, recon, ("dvae", "dalle"), ("dvae", "dalle")),
-    ("dalle", "retrieval"): Suite(_open_clip, retrieve, ("clip",), ("clip",)),
-    ("dalle", "distribution"): Suite(_open_dalle, distribution_by_dalle, _DALLE, ("dalle",)),
-    ("unclip", "shapes"): Suite(_open_both, shapes_by_unclip, (*_PRIORS, "dalle", "dvae")),
-    ("unclip", "distribution"): Suite(_open_unclip, distribution_by_unclip, _PRIORS),
-    ("unclip", "variations"): Suite(_open_unclip, variations, ("clip", "decoder")),
-    ("unclip", "inpainting"): Suite(
-        _open_unclip, inpainting, (*_PRIORS, "inpaint", "upsampler_1", "upsampler_2")
-    ),
+    ("dalle", "shapes"): Suite(shapes_by_dalle, _DALLE, ("dalle", "dvae")),
+    ("dalle", "recon"): Suite(recon, ("dvae", "dalle"), ("dvae", "dalle")),
+    ("dalle", "retrieval"): Suite(retrieve, ("clip",), ("clip",)),
+    ("dalle", "distribution"): Suite(distribution_by_dalle, _DALLE, ("dalle",)),
+    ("unclip", "shapes"): Suite(shapes_by_unclip, (*_PRIORS, "dalle", "dvae")),
+    ("unclip", "distribution"): Suite(distribution_by_unclip, _PRIORS),
+    ("unclip", "variations"): Suite(variations, ("clip", "decoder")),
+    ("unclip", "inpainting"): Suite(inpainting, (*_PRIORS, *_INPAINT)),
 }

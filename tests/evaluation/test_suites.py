@@ -71,7 +71,7 @@ def loaded(tmp_path_factory) -> generators.UnclipGenerator:
     tiny_stages.write_unet(root / "upsampler_1")
     names = ("clip", "decoder", "inpaint", "upsampler_1")
     folders = {name: str(root / name) for name in names}
-    return generators.UnclipGenerator.load(folders, UnclipSettings(), seed=0)
+    return suites.Stages(folders, Settings()).unclip
 
 
 @pytest.fixture
@@ -102,17 +102,17 @@ def by_index(monkeypatch, exact_judge):
     monkeypatch.setattr(judge, "parse", lambda image: judge.Reading("white", ()))
 
 
-def at(loaded, **options):
-    """(generator, its settings) with two steps."""
+def at(loaded, **options) -> types.SimpleNamespace:
+    """The stages of a generator with these settings and two steps."""
     own = UnclipSettings(sampling=unclip.Settings(steps="2", upsample_steps=("2",)), **options)
-    return dataclasses.replace(loaded, settings=own), own
+    return types.SimpleNamespace(unclip=dataclasses.replace(loaded, settings=own))
 
 
 def test_distributions_of_each_prior_against_the_same_real_pictures(data_dir, loaded, by_index):
-    generator, own = at(loaded, priors=("none", "caption"), guidances=(1.0,))
+    stages = at(loaded, priors=("none", "caption"), guidances=(1.0,))
     examples = Examples("pictures", str(data_dir), "held_out")
-    settings = Settings(candidates=2, batch=6, examples=examples, unclip=own)
-    result, rows = suites.distribution_by_unclip(generator, settings, progress.silent)
+    settings = Settings(candidates=2, batch=6, examples=examples)
+    result, rows = suites.distribution_by_unclip(stages, settings, progress.silent)
     assert result["split"] == "held_out" and result["features"] == "clip"
     assert [(run["prior"], run["guidance"]) for run in result["runs"]] == [
         ("none", 1), ("caption", 1),
@@ -140,12 +140,12 @@ def test_distribution_of_dalle(data_dir):
         tokenizer=tokenizers.Tokenizer(tiny_stages.tokenizer_bytes()),
     )
     generator = types.SimpleNamespace(
-        network=reader, reader=reader, clip=None, generate=generate,
-        settings=DalleSettings(),
-    )  # fmt: skip
+        network=reader, reader=reader, generate=generate, settings=DalleSettings()
+    )
+    stages = types.SimpleNamespace(dalle=generator, clip=None)
     examples = Examples("pictures", str(data_dir), "held_out", num=9)
     settings = Settings(candidates=2, batch=8, examples=examples, features="pixels")
-    result, _ = suites.distribution_by_dalle(generator, settings, progress.silent)
+    result, _ = suites.distribution_by_dalle(stages, settings, progress.silent)
     run = result["runs"][0]
     assert run["n"] == 9 and run["temperature"] == 1 and "frechet_pixels" in run
     assert run["diversity"] == pytest.approx(0, abs=1e-6)  # both candidates are one
@@ -153,9 +153,9 @@ def test_distribution_of_dalle(data_dir):
 
 
 def test_variations_at_each_eta(loaded, by_index):
-    generator, own = at(loaded, guidances=(1.0,))
-    settings = Settings(prompts_per_skill=1, candidates=2, batch=4, unclip=own)
-    result, rows = suites.variations(generator, settings, progress.silent)
+    stages = at(loaded, guidances=(1.0,))
+    settings = Settings(prompts_per_skill=1, candidates=2, batch=4)
+    result, rows = suites.variations(stages, settings, progress.silent)
     assert [(run["guidance"], run["eta"]) for run in result["runs"]] == [(1, 0), (1, 1)]
     assert [run["variations"] for run in result["runs"]] == [1, 2]
     for run in result["runs"]:
@@ -169,12 +169,12 @@ def test_variations_at_each_eta(loaded, by_index):
 
 @pytest.mark.parametrize("is_finished", [True, False])
 def test_inpainting_preserves_what_is_known(loaded, by_index, is_finished):
-    generator, own = at(loaded, priors=("none",), guidances=(1.0,))
     if not is_finished:
-        stages = dataclasses.replace(loaded.stages, upsamplers=())
-        generator = dataclasses.replace(generator, stages=stages)
-    settings = Settings(prompts_per_skill=1, candidates=2, unclip=own)
-    result, _ = suites.inpainting(generator, settings, progress.silent)
+        small = dataclasses.replace(loaded.stages, upsamplers=())
+        loaded = dataclasses.replace(loaded, stages=small)
+    stages = at(loaded, priors=("none",), guidances=(1.0,))
+    settings = Settings(prompts_per_skill=1, candidates=2)
+    result, _ = suites.inpainting(stages, settings, progress.silent)
     assert result["by"] == "inpainter"
     assert result["judge"]["image_px"] == (16 if is_finished else 8)
     run = result["runs"][0]
@@ -186,9 +186,9 @@ def test_inpainting_preserves_what_is_known(loaded, by_index, is_finished):
 
 def test_the_priors_of_a_generator(loaded):
     assert loaded.priors == ["none", "caption"]  # no prior network, but a text encoder
-    assert at(loaded, priors=("dalle", "none"))[0].priors == ["none"]
+    assert at(loaded, priors=("dalle", "none")).unclip.priors == ["none"]
     with pytest.raises(UsageError, match="there is no ar prior"):
-        at(loaded, priors=("ar",))[0].check()
+        at(loaded, priors=("ar",)).unclip.check()
     bad = UnclipSettings(sampling=unclip.Settings(steps="x"))
     with pytest.raises(UsageError, match="spacing 'x'"):
         dataclasses.replace(loaded, settings=bad).check()
@@ -222,17 +222,17 @@ def test_shapes_of_dalle_ranked_by_its_clip(exact_judge, monkeypatch):
         rerank, "score", lambda clip, pictures, ids: np.abs(pictures + 1).mean(axis=(1, 2, 3))
     )
     generator = types.SimpleNamespace(
-        network=reader, reader=reader, clip=reader, generate=generate, reconstruct=lambda x: x
+        network=reader, reader=reader, generate=generate, reconstruct=lambda x: x
     )
+    stages = types.SimpleNamespace(dalle=generator, clip=reader)
     settings = Settings(prompts_per_skill=1, candidates=4)
-    result, _ = suites.shapes_by_dalle(generator, settings, progress.silent)
+    result, _ = suites.shapes_by_dalle(stages, settings, progress.silent)
     assert result["mean"]["best_of"] == pytest.approx({"1": 0.5, "2": 5 / 6, "4": 1.0})
 
 
 def test_shapes_of_a_codec_alone_are_its_ceiling(exact_judge):
-    result, rows = suites.shapes_by_dalle(
-        Lossless(None, None), Settings(prompts_per_skill=1), progress.silent
-    )
+    stages = types.SimpleNamespace(dalle=None, codec=Lossless(None, None))
+    result, rows = suites.shapes_by_dalle(stages, Settings(prompts_per_skill=1), progress.silent)
     assert result["mean"]["reconstruction"] == 1 and "seen" not in result["mean"] and not rows
 
 
