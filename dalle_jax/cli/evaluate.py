@@ -228,17 +228,12 @@ def _check(args: argparse.Namespace) -> None:
     known = (*_unclip.WAYS, _DALLE) if args.suite == "shapes" else _unclip.WAYS
     if set(priors) - set(known):
         raise UsageError(f"--ways={args.ways}; expected some of {', '.join(known)}.")
-    for name in ("workdir", "dvae"):
-        if getattr(args, name) and _DALLE not in priors:
+    for name, default in (("workdir", None), ("dvae", None), ("guidance", 1)):
+        if getattr(args, name) != default and _DALLE not in priors:
             raise UsageError(
                 f"--{name} belongs to DALL-E 1, which suite shapes measures with {_DALLE!r} among "
-                "--ways; give --decoder=DIR for DALL-E 2."
+                "--ways; DALL-E 2 takes --decoder=DIR and --guidances=G,G,…"
             )
-    if args.guidance != 1 and _DALLE not in priors:
-        raise UsageError(
-            f"--guidance={args.guidance:g} belongs to DALL-E 1; give DALL-E 2's decoder "
-            f"--guidances={args.guidance:g}, or several to compare them."
-        )
     if args.suite == "variations" and args.ways:
         raise UsageError("--ways chooses priors for captions; variations have no caption.")
     if args.suite == "variations" and (args.eta or args.sampler != "ddim"):

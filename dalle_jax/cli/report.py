@@ -4,7 +4,7 @@
 
 Reads the workdirs vqvae, dvae, clip and dalle of the folder, the results of `evaluate` and `sample`
 there, and the commands and times that launch/demo.sh noted under logs/. A folder with a workdir
-decoder instead of dalle is a demo of DALL·E 2; pages/unclip_tour.py lists what is read then. A
+decoder instead of dalle is a demo of DALL·E 2; pages/unclip_tour.py lists its files. A
 sentence replaces a part that is missing. The page is one file that loads nothing: it opens from a
 mail or a bucket.
 """

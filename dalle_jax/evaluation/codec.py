@@ -13,7 +13,7 @@ from dalle_jax.evaluation import progress
 from dalle_jax.evaluation.results import Result, Row
 from dalle_jax.types import UsageError
 
-_PERFECT_DB = 100.0  # what equal pictures count as, so that a mean stays finite
+_PERFECT_DB = 100.0  # of equal pictures, so that a mean stays finite
 _SIGMA, _RADIUS = 1.5, 5  # SSIM's 11 x 11 window
 _K1, _K2 = 0.01, 0.03
 _SHOWN = 8

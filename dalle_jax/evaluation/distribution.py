@@ -175,23 +175,18 @@ class Real:
             texts.append(np.asarray(tokens))
             shown += list(pictures[: _SHOWN - len(shown)])
             timer.add(len(pictures))
-        num = sum(map(len, features))
-        if num < MIN_PICTURES:
-            raise UsageError(
-                f"there are {num} real pictures; at least {MIN_PICTURES} are needed to compare "
-                "sets, and hundreds for figures that mean something: give a larger split."
-            )
+        check_count(sum(map(len, features)), "real pictures")
         self.features, self.texts = np.concatenate(features), np.concatenate(texts)
         captions = [decode(row) for row in self.texts[: len(shown)]]
         self.row = Row("real", np.stack(shown), captions)
 
 
-def check_count(num: int) -> None:
+def check_count(num: int, name: str) -> None:
     """Raises UsageError if so few pictures cannot be compared as sets."""
     if num < MIN_PICTURES:
         raise UsageError(
-            f"num_examples={num} is too few to compare sets; expected {MIN_PICTURES} at least, and "
-            "hundreds for figures that mean something."
+            f"{num} {name} are too few to compare sets; expected {MIN_PICTURES} at least, and "
+            "hundreds for figures that mean something: give a larger split or --num_examples."
         )
 
 

@@ -213,32 +213,32 @@ def _row(prompt: Prompt, images, scores, verdicts) -> Row:
 
 
 def _skill(of_half: dict[str, list[int]], rebuilt: np.ndarray, judged: _Judged | None) -> dict:
-    seen, held_out = of_half["seen"], of_half["held_out"]
-    result = {"n": len(seen)}
+    figures = {"n": len(of_half["seen"])}
+    prefixes = {"seen": "", "held_out": "held_out_"}
     if judged is not None:
-        num = judged.right.shape[1]
-        result["seen"] = float(judged.right[seen].mean())
-        result["held_out"] = float(judged.right[held_out].mean())
-        for prefix, indices in (("", seen), ("held_out_", held_out)):
-            ranked = powers(num) if judged.scores is not None else [1]
-            scores = judged.scores if judged.scores is not None else np.zeros(judged.right.shape)
-            result[f"{prefix}best_of"] = {
-                str(k): float(np.mean([best_of(judged.right[i], scores[i], k) for i in indices]))
-                for k in ranked
+        figures |= {half: float(judged.right[i].mean()) for half, i in of_half.items()}
+        ks = powers(judged.right.shape[1])
+        for half, indices in of_half.items():
+            right = judged.right[indices]
+            scores = np.zeros(right.shape) if judged.scores is None else judged.scores[indices]
+            figures[f"{prefixes[half]}best_of"] = {
+                str(k): float(
+                    np.mean([best_of(*pair, k) for pair in zip(right, scores, strict=True)])
+                )
+                for k in (ks if judged.scores is not None else [1])
             }
-            result[f"{prefix}oracle"] = {
-                str(k): float(np.mean([any_of(judged.right[i], k) for i in indices]))
-                for k in powers(num)
+            figures[f"{prefixes[half]}oracle"] = {
+                str(k): float(np.mean([any_of(row, k) for row in right])) for k in ks
             }
-        first = judged.verdicts[seen[0]][0]
-        result["conditions"] = {
-            name: float(np.mean([v[name] for i in seen for v in judged.verdicts[i]]))
-            for name in first
+        verdicts = [v for i in of_half["seen"] for v in judged.verdicts[i]]
+        figures["conditions"] = {
+            name: float(np.mean([v[name] for v in verdicts]))
+            for name in verdicts[0]
             if name != "all"
         }
-    result["reconstruction"] = float(rebuilt[seen].mean())
-    result["held_out_reconstruction"] = float(rebuilt[held_out].mean())
-    return result
+    for half, indices in of_half.items():
+        figures[f"{prefixes[half]}reconstruction"] = float(rebuilt[indices].mean())
+    return figures
 
 
 def _mean(skills: list[dict]) -> dict:

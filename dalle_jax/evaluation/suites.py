@@ -121,7 +121,7 @@ def measure(
     """
     entry = find(pipeline, suite)
     if suite == "distribution":
-        distribution.check_count(settings.examples.num)
+        distribution.check_count(settings.examples.num, "examples")
     used = networks(pipeline, suite, folders, settings)
     figures, rows = entry.measure(Stages(used, settings), settings, report)
     return Result(results.rounded({"suite": suite, **figures, "networks": used}), rows)
@@ -193,9 +193,9 @@ def shapes_by_unclip(stages: Stages, settings: Settings, report: progress.Report
     if other is not None:
         if other.network.image_px != px:
             raise UsageError(
-                f"the DALL-E 1 {stages.folders['dalle']!r} draws {other.network.image_px} px, but "
-                f"the decoder {stages.folders['decoder']!r} {px} px: the judge sees more on larger "
-                "pictures; compare networks of one size, or measure each by itself."
+                f"the DALL-E 1 {stages.folders['dalle']!r} samples {other.network.image_px} px, "
+                f"but the decoder {stages.folders['decoder']!r} {px} px: the judge sees more on "
+                "larger pictures; compare networks of one size, or measure each by itself."
             )
         runs.append(({"prior": results.DALLE, **dataclasses.asdict(other.settings)}, other))
     return results.measure_runs(runs, lambda run: _shapes(run, clip, settings, report), report)

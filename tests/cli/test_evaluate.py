@@ -167,7 +167,7 @@ def test_every_suite_has_its_page(monkeypatch, tmp_path, capsys, suite):
         (["--suite=shapes", "--skills=single,triple"], "single, count, binding, relation"),
         (["--suite=variations", "--skills=single"], "--skills belongs to --suite=shapes"),
         (["--suite=variations"], "or another --pipeline"),
-        (["--suite=distribution", "--num_examples=3"], "num_examples=3 is too few"),
+        (["--suite=distribution", "--num_examples=3"], "3 examples are too few"),
         (["--suite=distribution", "--workdir=x"], "give --clip=DIR, or --features=pixels"),
         (["--suite=shapes", "--features=clip"], "--features belongs to --suite=distribution"),
         (["--suite=shapes", "--no_upsample"], "--no_upsample belongs to --suite=inpainting"),
@@ -175,7 +175,7 @@ def test_every_suite_has_its_page(monkeypatch, tmp_path, capsys, suite):
         (["--suite=variations", "--pipeline=unclip", "--etas=0,2"], "--etas=0,2; expected"),
         (["--suite=variations", "--pipeline=unclip", "--ways=none"], "have no caption"),
         (["--suite=variations", "--pipeline=unclip", "--eta=1"], "leave --eta and --sampler"),
-        (["--suite=shapes", "--pipeline=unclip", "--guidance=3"], "--guidances=3, or several"),
+        (["--suite=shapes", "--pipeline=unclip", "--guidance=3"], "--guidance belongs to DALL-E 1"),
     ],
 )
 def test_bad_input_exits_2_before_anything_is_sampled(flags, text, capsys):

@@ -211,7 +211,7 @@ def test_evaluate_puts_a_dalle_beside_them(root, dalle, drawn, tmp_path, capsys)
         (["--dvae=runs/dvae", "--ways=none,caption"], "with 'dalle' among --ways"),
         (["--ways=none,dalle"], "there is no DALL-E 1: give --workdir"),
         (["--ways=dalle", "--workdir=nowhere"], "'nowhere' does not exist"),
-        (["--ways=dalle", "--workdir={dalle}"], "draws 16 px, but the decoder"),
+        (["--ways=dalle", "--workdir={dalle}"], "samples 16 px, but the decoder"),
         (["--ways=dalle", "--workdir={dalle}", "--top_p=2"], "top_p"),
         (["--ways=dalle,zen"], "expected some of diffusion, ar, none, caption, dalle"),
     ],

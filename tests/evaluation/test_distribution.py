@@ -103,7 +103,7 @@ def test_diversity_equals_all_pairs(rng):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "text"),
     [
         (lambda x: distribution.frechet(x[:1], x), "at least 2"),
         (lambda x: distribution.frechet(x, x[:, :2]), "3 and 2 numbers"),
@@ -115,8 +115,8 @@ def test_diversity_equals_all_pairs(rng):
         (lambda x: distribution.diversity(x, np.zeros(2)), "one of 6 rows"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(rng, call, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_cannot_be_compared_is_refused(rng, call, text):
+    with pytest.raises(ValueError, match=text):
         call(rng.normal(size=(6, 3)))
 
 
@@ -132,14 +132,14 @@ def batches(rng, *sizes):
         start += size
 
 
-def text(ids):
+def caption(ids):
     return f"caption {ids[0]}"
 
 
 def test_suite_of_a_perfect_and_of_a_poor_painter(rng):
     given = list(batches(rng, 16, 16, 8))
     pictures = np.concatenate([part for part, _ in given])
-    real, calls = distribution.Real(given, embed, text), []
+    real, calls = distribution.Real(given, embed, caption), []
     assert real.row.labels[7] == "caption 7"
 
     def perfect(ids, num, first):
@@ -169,8 +169,8 @@ def test_suite_of_a_perfect_and_of_a_poor_painter(rng):
 
 
 def test_suite_needs_pictures(rng):
-    with pytest.raises(UsageError, match="7 real pictures; at least 8"):
-        distribution.Real(batches(rng, 7), embed, text)
+    with pytest.raises(UsageError, match="7 real pictures are too few .* 8 at least"):
+        distribution.Real(batches(rng, 7), embed, caption)
 
 
 def test_pixel_features_are_means_of_blocks(rng):
