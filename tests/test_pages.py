@@ -67,8 +67,8 @@ def test_pages_are_balanced_self_contained_and_escaped(rng):
     assert "script" not in reader.tags and "link" not in reader.tags
     assert not re.search(r"url\(|@import|https?://", text)
     words = "".join(reader.words)
-    for said in ("Title <b>", "subtitle & more", "code <i>", "<script>alert(1)</script>", "a<b"):
-        assert said in words
+    for part in ("Title <b>", "subtitle & more", "code <i>", "<script>alert(1)</script>", "a<b"):
+        assert part in words
 
 
 def test_every_image_has_words_for_who_cannot_see_it(rng):

@@ -9,63 +9,68 @@
   python -m dalle_jax evaluate --suite=variations --pipeline=unclip --decoder=runs/decoder
   python -m dalle_jax evaluate --suite=inpainting --pipeline=unclip --decoder=runs/decoder
 
---suite=shapes draws prompts of the shapes grammar and judges every picture exactly: it counts as
-right only if number, colours, shapes, their pairing, background and relation are what the caption
-says. First comes the judge's own accuracy on rendered scenes (below 99.5 % nothing is measured).
-With --dvae alone it measures judge and codec. Fields of the JSON:
+--suite=shapes samples pictures for prompts of the shapes grammar and judges each exactly: a picture
+is right only if number, colours, shapes, their pairing, background and relation match the caption.
+First comes the judge's own accuracy on rendered scenes; below 99.5 % nothing is measured. With
+--dvae alone the suite measures judge and codec. Fields of the JSON:
 
   judge.oracle_accuracy   the judge on ground truth
   skills.KIND             one of single, count, binding, relation; `mean` is the mean of the four
     n                     prompts of seen combinations, and as many with held-out ones
-    seen, held_out        share of right pictures among all drawn: best-of-1
+    seen, held_out        share of right pictures among all samples: best-of-1
     best_of.K, oracle.K   seen prompts: the picture that CLIP ranks first of K is right; at least
-                          one of K is right (what a perfect ranking would reach)
+                          one of K is right (the limit of a perfect ranking)
     held_out_best_of, held_out_oracle   the same for held-out prompts
-    conditions            share of drawn pictures of seen prompts with each condition met
-    reconstruction        rendered scenes still right after the codec: the ceiling; and
+    conditions            share of samples for seen prompts that meet each condition
+    reconstruction        rendered scenes that are still right after the codec: the ceiling; and
                           held_out_reconstruction
-  seconds_per_picture.K   seconds to draw and rank K candidates, compilation left out
+  seconds_per_picture.K   seconds to sample and rank K candidates, without compilation
 
---suite=distribution draws for the captions of a split and compares the drawn with the real pictures
-as sets: the Fréchet distance on this CLIP's features (`frechet_clip`; or of plain pixels,
---features) beside its floor, precision, recall and diversity; the fields are explained in
-evaluation/distribution.py. It is no FID: features are not Inception's.
+--suite=distribution samples pictures for the captions of a split and compares them with the real
+pictures as sets: the Fréchet distance on this CLIP's features (`frechet_clip`; or on plain pixels,
+--features) beside its floor, precision, recall and diversity. evaluation/distribution.py explains
+the fields. The distance is no FID: its features are not Inception's.
 
---pipeline=unclip measures DALL-E 2 for each way from a caption to the decoder (--ways) and each
-guidance scale (--guidances): `runs` is a list of such figures, each with its `prior` and
-`guidance`, over the same prompts. `reconstruction` is then of pictures that the decoder draws from
-the embedding of the rendered scene itself: what any prior could reach without the caption. The way
+--pipeline=unclip measures DALL-E 2 for each prior (--ways) and each guidance scale (--guidances):
+`runs` is a list of such figures, each with its `prior` and `guidance`, over the same prompts.
+`reconstruction` is then the share of scenes that are right after the decoder has sampled them from
+the embedding of the rendered scene itself: the limit of any prior without the caption. The prior
 `dalle` measures a DALL-E 1 beside them: as without --pipeline, but ranked by DALL-E 2's CLIP. Suite
-distribution has such `runs` too, and with this pipeline only there are:
+distribution has such `runs` too. Two suites exist with this pipeline only:
 
---suite=variations renders scenes, draws variations as the command `vary` does, at each of --etas
-and --guidances, and judges what must stay (`right`, `conditions`), beside the verdict of another
-scene (`chance`), and how much has changed (`moved`, `pixel_change`).
---suite=inpainting masks a rectangle of rendered scenes and asks for another object in it (task
-`replace`) or one more (`add`): `right`, and `baseline` with the old prompt; `untouched` must be 1.
-Drawn with --inpainter where there is one and finished by the upsamplers, unless --no_upsample; the
-other suites judge the decoder's own small pictures. Fields: evaluation/edits.py.
+--suite=variations renders scenes, samples variations as the command `vary` does, at each of --etas
+and --guidances, and judges what must be preserved (`right`, `conditions`), beside the verdict of
+another scene (`chance`), and how much has changed (`moved`, `pixel_change`).
+--suite=inpainting masks a rectangle of rendered scenes and asks for another object there (task
+`replace`) or for one more (`add`): `right`, and `baseline` with the old prompt; `untouched` must be
+1. It uses --inpainter where there is one, and the upsamplers unless --no_upsample; the other suites
+judge the decoder's own small pictures. evaluation/edits.py explains the fields.
 
 Figures at K are means over all subsets of K of a prompt's N candidates, not over the first K.
 
-Several processes (--distributed) share the prompts of --suite=shapes; the other suites are measured
-by process 0, while the others wait.
+Several processes (--distributed) share the prompts of --suite=shapes; process 0 measures the other
+suites, while the others wait.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import sys
+from typing import TYPE_CHECKING
 
-from dalle_jax.cli import _flags, _prompts, evaluate_distribution, evaluate_edits, evaluate_unclip
-from dalle_jax.cli import evaluate_parts as parts
+from dalle_jax.cli import _flags, _prompts, _unclip
+
+if TYPE_CHECKING:
+    from dalle_jax.evaluation.settings import Settings
 
 SUMMARY = "measure a model: judged pictures and edits, reconstructions, retrieval, distributions"
 
+# Repeated here so that --help imports nothing heavy; a test compares them with `suites.SUITES`.
 SUITES = ("shapes", "recon", "retrieval", "distribution", "variations", "inpainting")
+FEATURES = ("clip", "pixels")
+_DALLE = "dalle"  # among --ways: a DALL-E 1
 _CANDIDATES = {"shapes": 64, "distribution": 2, "variations": 4, "inpainting": 4}
-_ONLY = {  # flag -> the suite that it is for
+_ONLY = {  # flag -> the suite that it belongs to
     "skills": "shapes",
     "features": "distribution",
     "etas": "variations",
@@ -89,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained", metavar="NAME", help="a set that ships with the package, instead of DIRs"
     )
-    group = parser.add_argument_group("drawing")
+    group = parser.add_argument_group("sampling")
     group.add_argument(
         "--prompts_per_skill",
         type=int,
@@ -99,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "variations: scenes of each; inpainting: pictures of each task (default: %(default)s)",
     )
     group.add_argument(
-        "--skills", metavar="S,S,…", help="suite shapes: which of single, count, binding, relation"
+        "--skills", metavar="S,S,…", help="suite shapes: some of single, count, binding, relation"
     )
     defaults = ", ".join(f"{suite} {n}" for suite, n in _CANDIDATES.items())
     group.add_argument(
@@ -109,25 +114,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top_k", type=int, default=0, help="likeliest codes only; 0 = all")
     group.add_argument("--top_p", type=float, default=1.0, help="nucleus mass; 1 = all")
     group.add_argument(
-        "--guidance", type=float, default=1.0, help="of pipeline dalle, classifier-free; 1 = off"
+        "--guidance",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance of DALL-E 1; 1 = off",
     )
     group.add_argument(
         "--batch",
         type=int,
         default=256,
-        help="pictures drawn at a time; bounds the memory (default: %(default)s)",
+        help="pictures sampled at a time; bounds the memory (default: %(default)s)",
     )
-    evaluate_unclip.add_arguments(parser)
+    group = parser.add_argument_group(
+        "pipeline unclip (DALL-E 2)",
+        "--inpainter, --upsampler, --upsample_steps and --no_upsample belong to suite inpainting",
+    )
+    _unclip.add_stages(group, "prior_diffusion", "prior_ar", "inpainter")
+    group.add_argument(
+        "--ways",
+        metavar="W,W,…",
+        help="priors to measure, some of diffusion, ar, none (the text embedding replaces the "
+        "image embedding), caption (no embedding); suite shapes also dalle (a DALL-E 1: of "
+        "--pretrained, or --workdir, with its --guidance, --temperature, --top_k and --top_p) "
+        "(default: all that the stages support, without dalle)",
+    )
+    group.add_argument(
+        "--guidances",
+        metavar="G,G,…",
+        help="guidance scales of the decoder, each measured (default: 2; suite variations 1)",
+    )
+    group.add_argument(
+        "--etas",
+        metavar="E,E,…",
+        help="suite variations: shares of fresh noise in each step, each measured (default: 0,1)",
+    )
+    _unclip.add_prior_settings(group)
+    group.add_argument(
+        "--sampler",
+        choices=("ddim", "ddpm", "dpmpp"),
+        default="ddim",
+        help="of the decoder; dpmpp (DPM-Solver++) for few steps (default: ddim)",
+    )
+    _unclip.add_sampling(group)
     group = parser.add_argument_group("suites recon, retrieval and distribution")
-    group.add_argument("--source", help="prepared set (default: what the network was trained on)")
-    group.add_argument("--data_dir", help="where prepared sets live (default: as in training)")
+    group.add_argument("--source", help="prepared set (default: that of the network's training)")
+    group.add_argument("--data_dir", help="folder of prepared sets (default: as in training)")
     group.add_argument("--split", help="default: the eval split of the network's config")
     group.add_argument(
         "--num_examples", type=int, default=1000, metavar="n", help="at most (default: %(default)s)"
     )
     group.add_argument(
         "--features",
-        choices=evaluate_distribution.FEATURES,
+        choices=FEATURES,
         help="suite distribution: embeddings of this CLIP, or pixels at 8 x 8 (default: clip)",
     )
     group = parser.add_argument_group("output")
@@ -140,255 +178,120 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and reports."""
-    from dalle_jax.types import UsageError
-
-    for name, suite in _ONLY.items():
-        if getattr(args, name) and args.suite != suite:
-            raise UsageError(f"--{name} is of --suite={suite}, not of --suite={args.suite}.")
-    if args.pipeline == "dalle" and args.suite in ("variations", "inpainting"):
-        raise UsageError(f"--suite={args.suite} is of DALL-E 2; add --pipeline=unclip.")
+    _check(args)
     if args.candidates is None:
         args.candidates = _CANDIDATES.get(args.suite)
-    least = dict(prompts_per_skill=1, candidates=1, batch=1, num_examples=1, seed=0)
-    for name, lowest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise UsageError(f"--{name} is {value}; expected at least {lowest}.")
-    parts.skills(args)
-    if args.out and pathlib.Path(args.out).is_file():
-        raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
-    if args.suite == "distribution":
-        evaluate_distribution.check(args)
-    if args.pipeline == "unclip":
-        evaluate_unclip.check(args)
+    settings = _settings(args)
     _flags.use_cache(args)
     with _flags.job(args):
-        return _run(args)
+        return _run(args, settings)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, settings: "Settings") -> int:
     import jax
 
     from dalle_jax.engine import distributed
+    from dalle_jax.evaluation import suites
+    from dalle_jax.pages import evaluation
 
-    distributed.agree({"the command": _prompts.command("evaluate", add_arguments, args)})
-    is_unclip = args.pipeline == "unclip"
-    folders = evaluate_unclip.folders(args) if is_unclip else _folders(args)
-    if jax.process_index() == 0 or args.suite == "shapes":
-        result, write_pictures = _measure(args, folders)
-    if jax.process_index() == 0:
-        _report(args, result, write_pictures)
+    command = _prompts.command("evaluate", add_arguments, args)
+    distributed.agree({"the command": command})
+    folders, is_first = _folders(args), jax.process_index() == 0
+    if is_first or args.suite == "shapes":
+        report = _to_stderr if is_first else (lambda line: None)
+        figures, rows = suites.measure(args.pipeline, args.suite, folders, settings, report)
+        figures["command"] = command
+    if is_first:
+        if args.out:
+            out = pathlib.Path(args.out)
+            evaluation.write(out, figures, rows)
+            _to_stderr(f"written: {out / 'metrics.json'}, {out / 'index.html'}")
+        print(json.dumps(figures, indent=2) if args.json else evaluation.as_text(figures))
     distributed.wait_for_all("measured")
     return 0
 
 
-def _measure(args, folders):
-    """(the figures, a function of (folder, figures) that writes pictures and page)."""
-    told = dict(report=_to_stderr)
-    suite = {
-        ("dalle", "shapes"): _shapes,
-        ("dalle", "recon"): _recon,
-        ("dalle", "retrieval"): _retrieval,
-        ("dalle", "distribution"): functools.partial(evaluate_distribution.of_dalle, **told),
-        ("unclip", "distribution"): functools.partial(evaluate_distribution.of_unclip, **told),
-        ("unclip", "shapes"): functools.partial(
-            evaluate_unclip.measure, dalle=_dalle, shared=_shared, **told
-        ),
-        ("unclip", "variations"): functools.partial(evaluate_edits.variations, **told),
-        ("unclip", "inpainting"): functools.partial(evaluate_edits.inpainting, **told),
-    }[args.pipeline, args.suite]
-    result, write_pictures = suite(args, folders)
-    result = {
-        "suite": args.suite,
-        **result,
-        "networks": folders,
-        "command": _prompts.command("evaluate", add_arguments, args),
-    }
-    return _rounded(result), write_pictures
-
-
-def _report(args, result, write_pictures) -> None:
-    if args.out:
-        out = pathlib.Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-        write_pictures(out, result)
-        _to_stderr(f"written: {out / 'metrics.json'}, {out / 'index.html'}")
-    from dalle_jax.cli import evaluate_page
-
-    print(json.dumps(result, indent=2) if args.json else evaluate_page.as_text(result))
-
-
-def _folders(args) -> dict[str, str]:
-    """Stage name -> folder, for the stages that the suite uses."""
-    from dalle_jax.stages import pretrained
+def _check(args: argparse.Namespace) -> None:
+    """Refuses flags that do not belong together."""
+    from dalle_jax.evaluation import suites
     from dalle_jax.types import UsageError
 
-    found = pretrained.folders(args.pretrained) if args.pretrained else {}
-    given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
-    found |= {name: folder for name, folder in given.items() if folder}
-    needed = {
-        "shapes": ("dalle", "dvae"),
-        "recon": ("dvae", "dalle"),
-        "retrieval": ("clip",),
-        "distribution": ("dalle",),
-    }[args.suite]
-    if not any(name in found for name in needed):
-        flag = {"dalle": "--workdir=DIR", "dvae": "--dvae=DIR", "clip": "--clip=DIR"}
+    for name, suite in _ONLY.items():
+        if getattr(args, name) and args.suite != suite:
+            raise UsageError(f"--{name} belongs to --suite={suite}, not to --suite={args.suite}.")
+    suites.find(args.pipeline, args.suite)
+    if args.out and pathlib.Path(args.out).is_file():
+        raise UsageError(f"--out={args.out} is a file; expected a folder, new or old.")
+    if args.pipeline != "unclip":
+        return
+    priors = _names(args.ways)
+    known = (*_unclip.PRIORS, _DALLE) if args.suite == "shapes" else _unclip.PRIORS
+    if set(priors) - set(known):
+        raise UsageError(f"--ways={args.ways}; expected some of {', '.join(known)}.")
+    for name, default in (("workdir", None), ("dvae", None), ("guidance", 1)):
+        if getattr(args, name) != default and _DALLE not in priors:
+            raise UsageError(
+                f"--{name} belongs to DALL-E 1, which suite shapes measures with {_DALLE!r} among "
+                "--ways; DALL-E 2 takes --decoder=DIR and --guidances=G,G,…"
+            )
+    if args.suite == "variations" and args.ways:
+        raise UsageError("--ways chooses priors for captions; variations have no caption.")
+    if args.suite == "variations" and (args.eta or args.sampler != "ddim"):
         raise UsageError(
-            f"--suite={args.suite} needs {' or '.join(flag[name] for name in needed)}, "
-            f"or --pretrained=NAME."
+            "variations are sampled by ddim with each eta of --etas; leave --eta and --sampler out."
         )
-    if args.suite == "distribution" and args.features != "pixels" and "clip" not in found:
-        raise UsageError(
-            "--suite=distribution compares pictures by CLIP's features; give --clip=DIR, or "
-            "--features=pixels."
-        )
-    draws = args.suite in ("shapes", "distribution") and "dalle" in found
-    used = ("dalle", "dvae", "clip") if draws else needed
-    return {name: found[name] for name in used if name in found}
 
 
-def _codec(folders):
-    from dalle_jax.stages.codec import Codec
-    from dalle_jax.stages.dalle import DalleStage
+def _settings(args: argparse.Namespace) -> "Settings":
+    """The flags as the record that the suites take."""
+    from dalle_jax.data import scenes
+    from dalle_jax.evaluation import settings
+    from dalle_jax.sampling import unclip
 
-    if "dvae" in folders:
-        return Codec.load(folders["dvae"])
-    return DalleStage.load(folders["dalle"]).codec
-
-
-def _dalle(args, folders):
-    """(image_px, generate, reconstruct) of a DALL-E, as `shapes_suite` takes them."""
-    from dalle_jax.stages.dalle import DalleStage
-
-    dalle = DalleStage.load(folders["dalle"], codec=folders.get("dvae", ""))
-    draw, tokens = parts.dalle_generator(args, dalle), parts.tokens(dalle)
-
-    def generate(captions, num_candidates, first_prompt):
-        return draw(tokens(captions), num_candidates, first_prompt)
-
-    return dalle.codec.image_px, generate, _there_and_back(dalle.codec)
-
-
-def _there_and_back(codec):
-    from dalle_jax import images
-
-    encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
-    return lambda pictures: images.to_uint8(decode(encode(images.to_float(pictures))))
-
-
-def _shapes(args, folders):
-    from dalle_jax import images
-    from dalle_jax.evaluation import shapes
-    from dalle_jax.sampling import rerank
-    from dalle_jax.stages.clip import ClipStage
-
-    generate = score = None
-    if "dalle" in folders:
-        clip = ClipStage.load(folders["clip"]) if "clip" in folders else None
-        image_px, generate, reconstruct = _dalle(args, folders)
-        if clip is not None:
-            tokens = parts.tokens(clip)
-
-            def score(pictures, captions):
-                return rerank.score(clip, images.to_float(pictures), tokens(captions))
-
-    else:
-        codec = _codec(folders)
-        image_px, reconstruct = codec.image_px, _there_and_back(codec)
-    result, examples = shapes.shapes_suite(
-        image_px=image_px,
-        reconstruct=reconstruct,
-        generate=generate and _shared(generate),
-        score=score,
-        prompts_per_skill=args.prompts_per_skill,
-        skills=parts.skills(args),
-        candidates=args.candidates,
+    guidances = args.guidances or ("1" if args.suite == "variations" else "2")
+    share = dict(is_good=lambda eta: 0 <= eta <= 1, expected="numbers in [0, 1]")
+    scale = dict(is_good=lambda g: g >= 0, expected="scales >= 0")
+    steps = {"upsample_steps": tuple(args.upsample_steps)} if args.upsample_steps else {}
+    return settings.Settings(
         seed=args.seed,
-        max_pictures=args.batch,
-        report=_to_stderr,
+        prompts_per_skill=args.prompts_per_skill,
+        skills=tuple(args.skills.split(",")) if args.skills else scenes.KINDS,
+        candidates=1 if args.candidates is None else args.candidates,
+        batch=args.batch,
+        examples=settings.Examples(
+            args.source or "", args.data_dir or "", args.split or "", args.num_examples
+        ),
+        features=args.features or "clip",
+        dalle=settings.DalleSettings(args.temperature, args.top_k, args.top_p, args.guidance),
+        unclip=settings.UnclipSettings(
+            priors=_names(args.ways) if args.ways else None,
+            guidances=tuple(_unclip.numbers(guidances, "guidances", float, **scale)),
+            etas=tuple(_unclip.numbers(args.etas or "0,1", "etas", float, **share)),
+            sampling=unclip.Settings(steps=args.steps, sampler=args.sampler, eta=args.eta, **steps),
+            prior_options={kind: _unclip.prior_options(args, kind) for kind in ("diffusion", "ar")},
+            upsamples=not args.no_upsample,
+        ),
     )
-    from dalle_jax.cli import evaluate_page
-
-    return result, lambda out, full: evaluate_page.write_shapes(out, full, examples)
 
 
-def _recon(args, folders):
-    from dalle_jax import images
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.evaluation import shapes
+def _folders(args: argparse.Namespace) -> dict[str, str]:
+    """Stage -> folder: of the pretrained set, and of the flags, which take precedence."""
+    from dalle_jax.stages import pretrained
 
-    codec = _codec(folders)
-    encode, decode = parts.batched(codec.encode), parts.batched(codec.decode)
-    split, batches = parts.batches(args, codec.config, {"image"})
-    result, pairs = shapes.recon_suite(
-        (batch["image"] for batch in batches),
-        lambda pictures: encode(images.to_float(pictures)),
-        lambda codes: images.to_uint8(decode(codes)),
-        codec.num_codes,
-        _to_stderr,
-    )
-    result["split"] = split
-    return result, lambda out, full: evaluate_page.write_recon(out, full, pairs)
+    if args.pipeline == "unclip":
+        folders = _unclip.folders(args)
+        if args.workdir:  # its codec is not that of the pretrained set
+            folders.pop("dvae", None)
+    else:
+        folders = pretrained.folders(args.pretrained) if args.pretrained else {}
+    given = {"dalle": args.workdir, "clip": args.clip, "dvae": args.dvae}
+    return folders | {name: folder for name, folder in given.items() if folder}
 
 
-def _retrieval(args, folders):
-    import jax
-
-    from dalle_jax import images
-    from dalle_jax.cli import evaluate_page
-    from dalle_jax.evaluation import shapes
-    from dalle_jax.stages.clip import ClipStage
-
-    clip = ClipStage.load(folders["clip"])
-    params = jax.device_put({"params": clip.params})
-
-    def embed(method):
-        apply = jax.jit(lambda params, x: clip.model.apply(params, x, method=method))
-        return parts.batched(lambda x: apply(params, x))
-
-    embed_image, embed_text = embed("encode_image"), embed("encode_text")
-    own = clip.tokenizer
-    split, batches = parts.batches(args, clip.config, {"image", "text"}, own)
-    result = shapes.retrieval_suite(
-        ((batch["image"], batch["text"]) for batch in batches),
-        lambda pictures: embed_image(images.to_float(pictures)),
-        embed_text,
-        report=_to_stderr,
-    )
-    result["split"] = split
-    return result, evaluate_page.write_retrieval
-
-
-def _shared(generate):
-    """`generate` with the captions divided among the processes; all get all pictures."""
-    import jax
-
-    from dalle_jax.engine import distributed
-
-    def apply(captions, num_candidates, first_prompt):
-        share = -(-len(captions) // jax.process_count())
-        start = jax.process_index() * share
-        mine = list(captions[start : start + share])
-        mine += [captions[0]] * (share - len(mine))  # one shape for all
-        pictures = generate(mine, num_candidates, first_prompt + start)
-        return distributed.gather_rows(pictures)[: len(captions)]
-
-    return apply
-
-
-def _rounded(value):
-    """Floats to five digits: what n prompts can tell, and readable."""
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return round(value, 5) if isinstance(value, float) else value
+def _names(text: str | None) -> tuple[str, ...]:
+    """The names of "a,b"; none for None."""
+    return tuple(name for name in (text or "").split(",") if name)
 
 
 def _to_stderr(line: str) -> None:
-    import jax
-
-    if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)

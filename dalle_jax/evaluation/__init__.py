@@ -1,1 +1,1 @@
-"""Judges and metrics."""
+"""Suites that measure trained networks, and their judges and metrics."""

@@ -1,14 +1,72 @@
-"""How well a codec gives pictures back: PSNR, SSIM, and how much of its codebook it uses.
+"""Suite recon: how well a codec reconstructs pictures, and how much of its codebook it uses.
 
-Numpy and scipy on uint8 pictures, as they would be saved: the numbers that papers compare.
+PSNR and SSIM by numpy and scipy on uint8 pictures, as they would be saved: the numbers that papers
+compare.
 """
+
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from scipy import ndimage
 
-_PERFECT_DB = 100.0  # what equal pictures count as, so that a mean stays finite
+from dalle_jax.evaluation import progress
+from dalle_jax.evaluation.results import Result, Row
+from dalle_jax.types import UsageError
+
+_PERFECT_DB = 100.0  # of equal pictures, so that a mean stays finite
 _SIGMA, _RADIUS = 1.5, 5  # SSIM's 11 x 11 window
 _K1, _K2 = 0.01, 0.03
+_SHOWN = 8
+
+
+def suite(
+    batches: Iterable[np.ndarray],
+    encode: Callable[[np.ndarray], np.ndarray],
+    decode: Callable[[np.ndarray], np.ndarray],
+    num_codes: int,
+    report: progress.Report = progress.silent,
+) -> Result:
+    """PSNR, SSIM and codebook usage of a codec.
+
+    Args:
+      batches: uint8 [B, h, w, 3] each.
+      encode: pictures to codes, int [B, ...].
+      decode: codes to pictures, uint8 [B, h, w, 3].
+      num_codes: V.
+      report: called with lines of progress.
+
+    Returns:
+      `{"n", "psnr", "ssim", "codebook": {"codes", "used", "perplexity"}}`, and the first 8 pictures
+      above their reconstructions.
+
+    Raises:
+      UsageError: without pictures.
+    """
+    counts = np.zeros(num_codes, np.int64)
+    psnrs, ssims, rows = [], [], []
+    timer = progress.Clock("recon", None, report)
+    for images in batches:
+        codes = np.asarray(encode(images))
+        others = np.asarray(decode(codes))
+        counts += np.bincount(codes.ravel(), minlength=num_codes)
+        psnrs.append(psnr(images, others))
+        ssims.append(ssim(images, others))
+        if not rows:
+            shown = slice(_SHOWN)
+            names = [f"picture {i + 1}" for i in range(len(images[shown]))]
+            rows.append(Row("Pictures", images[shown], names))
+            decibels = [f"{x:.1f} dB" for x in psnrs[0][shown]]
+            rows.append(Row("Reconstructions", others[shown], decibels))
+        timer.add(len(images))
+    if not rows:
+        raise UsageError("there are no pictures to reconstruct; give a split that holds some.")
+    figures = {
+        "n": sum(map(len, psnrs)),
+        "psnr": float(np.concatenate(psnrs).mean()),
+        "ssim": float(np.concatenate(ssims).mean()),
+        "codebook": codebook_usage(counts),
+    }
+    return Result(figures, rows)
 
 
 def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -27,8 +85,8 @@ def psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Structural similarity of each pair, at most 1: float64 [B].
 
-    Gaussian window of 11 x 11 with sigma 1.5, only where it lies wholly inside; the mean over
-    pixels and channels.
+    The mean over pixels and channels, of Gaussian windows of 11 x 11 with sigma 1.5 that are
+    completely inside the picture.
 
     Args:
       images: uint8 [B, h, w, C], h and w at least 11.
@@ -55,7 +113,7 @@ def ssim(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def codebook_usage(counts: np.ndarray) -> dict[str, float]:
-    """What a histogram of codes says about the codebook.
+    """How much of a codebook is used, from a histogram of codes.
 
     Args:
       counts: [V] how often each entry was used.
@@ -74,7 +132,7 @@ def codebook_usage(counts: np.ndarray) -> dict[str, float]:
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
-    """[B, h, w, C] to the window's mean where it fits: [B, h - 10, w - 10, C]."""
+    """The mean over each window that fits: [B, h, w, C] -> [B, h - 10, w - 10, C]."""
     blurred = ndimage.gaussian_filter(x, (0, _SIGMA, _SIGMA, 0), truncate=_RADIUS / _SIGMA)
     return blurred[:, _RADIUS:-_RADIUS, _RADIUS:-_RADIUS]
 

@@ -1,25 +1,49 @@
-"""How near drawn pictures are to real ones as sets: Fréchet distance, precision, recall, diversity.
+"""Suite distribution: generated against real pictures as sets.
 
-Numpy and scipy on features of any kind; `suite` takes drawing and features as functions. A figure
-says nothing without its features and its number of pictures: this project's are those of its own
-CLIP, or plain pixels, and not Inception's, so that they compare runs here and no published FID.
+Fréchet distance, precision, recall and diversity by numpy and scipy, on features of any kind. A
+figure means nothing without its features and its number of pictures. The features here are those of
+this project's own CLIP, or plain pixels, and not Inception's: they compare runs of this project and
+no published FID.
 """
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from PIL import Image
 from scipy.spatial import distance
 
+from dalle_jax import chunks, images
 from dalle_jax.evaluation import progress
+from dalle_jax.evaluation.results import Result, Row
+from dalle_jax.evaluation.settings import Settings
+from dalle_jax.stages.clip import ClipStage
 from dalle_jax.types import UsageError
 
 NEIGHBOURS = 3  # k of precision and recall, as in the paper
 MIN_PICTURES = 2 * (NEIGHBOURS + 1)  # below this neighbours and halves mean nothing
-_BLOCK = 1024  # rows of distances at a time
 _SHOWN = 8
+_PIXELS = 8  # side to which pictures are averaged, for plain pixels
 
 Features = Callable[[np.ndarray], np.ndarray]
-Draw = Callable[[np.ndarray, int, int], np.ndarray]
+Generate = Callable[[np.ndarray, int, int], np.ndarray]
+
+
+def clip_features(clip: ClipStage) -> Features:
+    """Unit embeddings [B, E] of uint8 [B, h, h, 3]."""
+    return lambda pictures: clip.embed_images(images.to_float(pictures))
+
+
+def pixel_features(clip: ClipStage | None = None) -> Features:
+    """Pixels in [-1, 1] of uint8 [B, h, h, 3], averaged to 8 x 8: [B, 192]."""
+
+    def small(picture):
+        box = Image.fromarray(picture).resize((_PIXELS, _PIXELS), Image.Resampling.BOX)
+        return np.asarray(box).reshape(-1)
+
+    return lambda pictures: images.to_float(np.stack([small(x) for x in pictures]))
+
+
+FEATURES = {"clip": clip_features, "pixels": pixel_features}
 
 
 def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:
@@ -27,13 +51,12 @@ def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
     |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)), in the square of the features'
     unit. It falls to 0 for equal sets. Few samples bias it upwards, by about a constant over their
-    number: 0 is not what two samples of one distribution give. Compare figures with equally many
-    pictures only, and with the distance of real pictures to real ones.
+    number, so that two samples of one distribution do not give 0. Compare figures of equally many
+    pictures only, and with the distance between two sets of real pictures.
 
     Args:
       features_a: [N, F], N at least 2; any float, taken as float64. Fewer samples than features
-        are allowed: the covariance is then rank-deficient, which this way of computing it does not
-        mind.
+        are allowed: a rank-deficient covariance does no harm here.
       features_b: [M, F], M at least 2.
 
     Raises:
@@ -57,18 +80,19 @@ def frechet(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 def precision_recall(
-    real: np.ndarray, drawn: np.ndarray, k: int = NEIGHBOURS
+    real: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS, block: int = 1024
 ) -> tuple[float, float]:
-    """(share of drawn pictures that are among the real, share of real that are among the drawn).
+    """(share of samples that are among the real pictures, share of real ones among the samples).
 
-    A picture is among a set if it is no further from one of the set's than that one's k-th nearest
-    neighbour in the set. Precision is about quality, recall about variety; both in [0, 1], both 1
-    for equal sets. Both depend on the number of pictures: compare equal numbers only.
+    A picture is among a set if it is no further from a member than that member's k-th nearest
+    neighbour in the set. Precision measures quality, recall variety; both in [0, 1], both 1 for
+    equal sets. Both depend on the number of pictures: compare equal numbers only.
 
     Args:
       real: [N, F], N above k.
-      drawn: [M, F], M above k.
+      samples: [M, F], M above k.
       k: neighbours; a picture is not its own.
+      block: rows of distances at a time, which bounds the memory.
 
     Raises:
       ValueError: for arrays of other shapes, too few rows or numbers that are not finite.
@@ -78,9 +102,9 @@ def precision_recall(
     """
     if k < 1:
         raise ValueError(f"k={k}; expected 1 or more neighbours.")
-    real, drawn = _checked(real, k + 1), _checked(drawn, k + 1)
-    _check_width(real, drawn)
-    return _share_within(drawn, real, k), _share_within(real, drawn, k)
+    real, samples = _checked(real, k + 1), _checked(samples, k + 1)
+    _check_width(real, samples)
+    return _share_within(samples, real, k, block), _share_within(real, samples, k, block)
 
 
 def diversity(features: np.ndarray, groups: np.ndarray) -> float:
@@ -123,20 +147,22 @@ class Real:
     Attributes:
       features: float64 [n, F].
       texts: int32 [n, T], the token ids of their captions.
-      shown: uint8 [up to 8, h, w, 3], the first of them.
+      row: the first 8 pictures with their captions.
     """
 
     def __init__(
         self,
         batches: Iterable[tuple[np.ndarray, np.ndarray]],
         embed: Features,
-        report: Callable[[str], None] = lambda line: None,
+        decode: Callable[[np.ndarray], str],
+        report: progress.Report = progress.silent,
     ):
         """Reads them.
 
         Args:
           batches: (uint8 [B, h, w, 3], token ids int32 [B, T]) each.
           embed: uint8 [B, h, w, 3] to features [B, F].
+          decode: ids [T] to a caption.
           report: called with lines of progress.
 
         Raises:
@@ -149,63 +175,62 @@ class Real:
             texts.append(np.asarray(tokens))
             shown += list(pictures[: _SHOWN - len(shown)])
             timer.add(len(pictures))
-        num = sum(map(len, features))
-        if num < MIN_PICTURES:
-            raise UsageError(
-                f"there are {num} real pictures; at least {MIN_PICTURES} are needed to compare "
-                "sets, and hundreds for figures that mean something: give a larger split."
-            )
+        check_count(sum(map(len, features)), "real pictures")
         self.features, self.texts = np.concatenate(features), np.concatenate(texts)
-        self.shown = np.stack(shown)
+        captions = [decode(row) for row in self.texts[: len(shown)]]
+        self.row = Row("real", np.stack(shown), captions)
+
+
+def check_count(num: int, name: str) -> None:
+    """Raises UsageError if so few pictures cannot be compared as sets."""
+    if num < MIN_PICTURES:
+        raise UsageError(
+            f"{num} {name} are too few to compare sets; expected {MIN_PICTURES} at least, and "
+            "hundreds for figures that mean something: give a larger split or --num_examples."
+        )
 
 
 def suite(
     real: Real,
-    draw: Draw,
+    generate: Generate,
     embed: Features,
-    name: str,
-    *,
-    candidates: int,
-    seed: int = 0,
-    max_pictures: int = 256,
-    report: Callable[[str], None] = lambda line: None,
-) -> tuple[dict, np.ndarray]:
-    """How near pictures drawn for the captions of real ones are to these.
+    settings: Settings,
+    report: progress.Report = progress.silent,
+) -> Result:
+    """How near generated pictures are to real ones with the same captions.
 
     Args:
       real: the real pictures with their captions.
-      draw: (token ids [P, T], N, index of the first caption) -> uint8 [P, N, h, w, 3].
-      embed: uint8 [B, h, w, 3] to features [B, F], as `real` was read with.
-      name: of the features, in the names of figures.
-      candidates: N pictures drawn for each caption.
-      seed: of the halves.
-      max_pictures: drawn at a time.
+      generate: (token ids [P, T], N, index of the first caption) -> uint8 [P, N, h, w, 3].
+      embed: uint8 [B, h, w, 3] to features [B, F], as for `real`.
+      settings: candidates (N for each caption), batch, seed (of the halves), and the name of the
+        features, for the names of figures.
       report: called with lines of progress.
 
     Returns:
-      The figures and the first candidates of the pictures that `real.shown` holds,
-      uint8 [up to 8, h, w, 3].
+      The figures, and the first candidates for the captions of `real.row`.
 
-      n, candidates              real pictures, and drawn for each of their captions
-      frechet_NAME               between n real and n drawn, one for each caption; the mean over
-                                 candidates
-      frechet_NAME_halves        the same between half of the real and the drawn of the other half's
-                                 captions, which can be compared with
+      n, candidates              real pictures, and pictures generated for each of their captions
+      frechet_NAME               between n real and n generated pictures, one for each caption; the
+                                 mean over candidates
+      frechet_NAME_halves        the same between one half of the real pictures and those generated
+                                 for the other half's captions, to be compared with the floor
       frechet_NAME_floor         between the two halves of the real pictures: what a perfect model
-                                 would have there, above 0 for want of pictures
+                                 would reach there, above 0 because the sets are finite
       precision, recall          see `precision_recall`; the mean over candidates
       precision_floor            of one half of the real pictures in the other (recall is alike)
       diversity                  see `diversity`; only with two candidates or more
       diversity_real             cosine distance between any two real pictures, of any caption
     """
-    features, shown = _draw(real, draw, embed, candidates, max_pictures, report)
+    name, candidates = settings.features, settings.candidates
+    features, row = _generate(real, generate, embed, settings, report)
     n = len(real.features)
-    order = np.random.default_rng([seed, 1]).permutation(n)
+    order = np.random.default_rng([settings.seed, 1]).permutation(n)
     one, two = order[: n // 2], order[n // 2 : n // 2 * 2]
     per = range(candidates)
     near = np.mean([precision_recall(real.features, features[:, c]) for c in per], axis=0)
     halves = [frechet(real.features[one], features[two, c]) for c in per]
-    result = {
+    figures = {
         "n": n,
         "candidates": candidates,
         f"frechet_{name}": float(np.mean([frechet(real.features, features[:, c]) for c in per])),
@@ -217,26 +242,23 @@ def suite(
     }
     if candidates > 1:
         flat = features.reshape(-1, features.shape[-1])
-        result["diversity"] = diversity(flat, np.repeat(np.arange(n), candidates))
-    result["diversity_real"] = diversity(real.features, np.zeros(n, int))
-    return result, shown
+        figures["diversity"] = diversity(flat, np.repeat(np.arange(n), candidates))
+    figures["diversity_real"] = diversity(real.features, np.zeros(n, int))
+    return Result(figures, [row])
 
 
-def _draw(real, draw, embed, candidates, max_pictures, report):
-    """Features float64 [n, N, F] of drawn pictures, and some of these."""
-    n = len(real.texts)
-    size = min(n, max(1, max_pictures // candidates))
-    timer = progress.Clock("draw", n * candidates, report)
+def _generate(real, generate, embed, settings, report) -> tuple[np.ndarray, Row]:
+    """Features float64 [n, N, F] of generated pictures, and some of these."""
+    n, num = len(real.texts), settings.candidates
+    timer = progress.Clock("generate", n * num, report)
     features, shown = [], []
-    for start in range(0, n, size):
-        # One shape for all chunks, one compilation: the last one is filled up.
-        rows = np.minimum(np.arange(start, start + size), n - 1)
-        pictures = np.asarray(draw(real.texts[rows], candidates, start))[: n - start]
-        shown += list(pictures[: len(real.shown) - len(shown), 0])
+    for rows, count in chunks.rows(n, min(n, max(1, settings.batch // num))):
+        pictures = np.asarray(generate(real.texts[rows], num, int(rows[0])))[:count]
+        shown += list(pictures[: len(real.row.images) - len(shown), 0])
         flat = np.asarray(embed(pictures.reshape(-1, *pictures.shape[2:])), np.float64)
         features.append(flat.reshape(*pictures.shape[:2], -1))
-        timer.add(len(pictures) * candidates)
-    return np.concatenate(features), np.stack(shown)
+        timer.add(count * num)
+    return np.concatenate(features), Row("", np.stack(shown), real.row.labels)
 
 
 def _principal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -246,18 +268,18 @@ def _principal(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scale / np.sqrt(len(x) - 1), axes
 
 
-def _share_within(points: np.ndarray, among: np.ndarray, k: int) -> float:
+def _share_within(points: np.ndarray, among: np.ndarray, k: int, block: int) -> float:
     """Share of points [M, F] inside the k-nearest-neighbour balls of `among` [N, F]."""
     radii = np.concatenate(
         [
             # The nearest of all is the point itself.
-            np.partition(distance.cdist(among[i : i + _BLOCK], among), k, axis=1)[:, k]
-            for i in range(0, len(among), _BLOCK)
+            np.partition(distance.cdist(among[i : i + block], among), k, axis=1)[:, k]
+            for i in range(0, len(among), block)
         ]
     )
     inside = [
-        (distance.cdist(points[i : i + _BLOCK], among) <= radii).any(axis=1)
-        for i in range(0, len(points), _BLOCK)
+        (distance.cdist(points[i : i + block], among) <= radii).any(axis=1)
+        for i in range(0, len(points), block)
     ]
     return float(np.concatenate(inside).mean())
 

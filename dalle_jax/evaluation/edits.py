@@ -1,9 +1,9 @@
-"""What DALL-E 2 keeps and what it changes, by the exact judge: variations and inpainting.
+"""Suites variations and inpainting: what DALL-E 2 preserves and what it changes, judged exactly.
 
-Plain callables in, plain dictionaries out, as in `evaluation.shapes`: scenes of the shapes set are
-rendered, given to the network as pictures, and what comes back is read by the judge. Each figure
-stands beside its baseline: what the judge would say by chance, or with the prompt that asks for
-nothing new.
+Plain callables in, plain dictionaries out, as in `evaluation.shapes`. Scenes of the shapes set are
+rendered and given to the network as pictures; the judge reads the pictures that it returns. Each
+figure has a baseline: the verdict of an unrelated scene, or the same task with a prompt that asks
+for nothing new.
 """
 
 import collections
@@ -13,38 +13,32 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import optimize
 
+from dalle_jax import chunks
 from dalle_jax.data import polygons, scenes
 from dalle_jax.evaluation import judge, progress, shapes
+from dalle_jax.evaluation.results import Result, Row
+from dalle_jax.evaluation.settings import Settings
 from dalle_jax.types import UsageError
 
 Vary = Callable[[np.ndarray, int, int], np.ndarray]
 Inpaint = Callable[[np.ndarray, np.ndarray, str, int, int], np.ndarray]
 
 TASKS = ("replace", "add")
-STAYS = ("count", "color", "shape", "bind", "background")
+PRESERVED = ("count", "color", "shape", "bind", "background")
 _SHOWN = 2  # scenes of each kind or task
 _ROOM = 0.06  # around an object, in its mask: two pixels of 32, as soft edges need
-_BORDER = 1 / 32  # that always stays known: the judge reads the background there
+_BORDER = 1 / 32  # that is never masked: the judge reads the background there
 _MAX_RADIUS = 0.3  # of an object that is masked: with its room 0.72 of the side
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """A picture given and what was drawn of it, for the sheet: uint8 [n, h, w, 3]."""
-
-    title: str
-    images: np.ndarray
-    labels: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Edit:
-    """A picture of which a part is to be drawn anew.
+    """A picture of which a part is to be replaced.
 
     Attributes:
-      given: what it shows.
-      asked: what it is to show then, laid out where there is room.
-      known: bool [h, h, 1], False in the rectangle that is drawn anew.
+      given: the scene of the picture.
+      asked: the scene that the prompt asks for; its new object is inside the mask.
+      known: bool [h, h, 1], False in the rectangle that is replaced.
     """
 
     given: scenes.Scene
@@ -58,78 +52,57 @@ def varied_scenes(per_kind: int, seed: int) -> list[scenes.Scene]:
 
 
 def variations(
-    vary: Vary,
-    *,
-    image_px: int,
-    num: int,
-    per_kind: int,
-    seed: int = 0,
-    max_pictures: int = 256,
-    report: shapes.Report = lambda line: None,
-) -> tuple[dict, list[Shown]]:
-    """What of a rendered scene its variations keep.
+    vary: Vary, image_px: int, settings: Settings, report: progress.Report = progress.silent
+) -> Result:
+    """What of a rendered scene its variations preserve.
 
     Args:
       vary: (uint8 [P, h, h, 3], N, index of the first picture) -> uint8 [P, N, h, h, 3].
       image_px: side of the pictures, at least 32.
-      num: N of each scene.
-      per_kind: scenes of each of the four kinds.
-      seed: of the scenes.
-      max_pictures: drawn at a time.
+      settings: candidates (N of each scene), prompts_per_skill (scenes of each kind), batch and
+        seed.
       report: called with lines of progress.
 
     Returns:
       `{"n", "variations", "mean", "kinds": {kind: figures}}` and pictures of some scenes. Figures:
 
       right         share of variations with number, colours, shapes, their pairing and background
-                    of the scene (where the objects are is free, so a relation does not count here)
+                    of the scene (positions are free, so a relation does not count here)
       conditions    share with each of these; for kind relation also whether it still holds
-      chance        `right` and `conditions` if the variations are judged by another scene of the
-                    kind: what pictures that know nothing of theirs reach
+      chance        `right` and `conditions` if another scene of the kind judges the variations:
+                    the level of pictures that are independent of theirs
       moved         mean distance that an object has moved, in sides of the picture, over variations
-                    whose objects are all there (`bind`); None if there are none
+                    with all objects (`bind`); None without any
       pixel_change  mean absolute difference of a pixel's channel from the scene's, 0 to 1
     """
-    chosen = varied_scenes(per_kind, seed)
-    size = min(len(chosen), max(1, max_pictures // num))
+    num = settings.candidates
+    chosen = varied_scenes(settings.prompts_per_skill, settings.seed)
     timer = progress.Clock("vary", len(chosen) * num, report)
-    rows, shown = collections.defaultdict(list), []
-    for start in range(0, len(chosen), size):
-        # One shape for all chunks, one compilation: the last one is filled up.
-        part = [chosen[min(i, len(chosen) - 1)] for i in range(start, start + size)]
-        pictures = np.stack([scenes.render(scene, image_px) for scene in part])
-        drawn = np.asarray(vary(pictures, num, start))
-        for i in range(min(size, len(chosen) - start)):
-            index, scene = start + i, part[i]
-            readings = [judge.parse(picture) for picture in drawn[i]]
-            rows[scene.kind].append(
-                [
-                    {
-                        **_stays(scene, reading),
-                        "chance": _stays(_other(chosen, index), reading),
-                        "moved": _moved(scene, reading),
-                        "pixel_change": _change(pictures[i], picture),
-                    }
-                    for reading, picture in zip(readings, drawn[i], strict=True)
-                ]
-            )
-            if len(rows[scene.kind]) <= _SHOWN:
-                verdicts = ["right" if row["right"] else "wrong" for row in rows[scene.kind][-1]]
-                both = np.concatenate([pictures[i : i + 1], drawn[i]])
-                shown.append(Shown(scene.caption, both, ("given", *verdicts)))
-        timer.add(min(size, len(chosen) - start) * num)
-    kinds = {kind: _figures([row for some in rows[kind] for row in some]) for kind in scenes.KINDS}
+    figures, rows = collections.defaultdict(list), []
+    for indices, count in chunks.rows(len(chosen), min(len(chosen), max(1, settings.batch // num))):
+        pictures = np.stack([scenes.render(chosen[i], image_px) for i in indices])
+        varied = np.asarray(vary(pictures, num, int(indices[0])))
+        for index, picture, others in zip(indices[:count], pictures, varied, strict=False):
+            scene = chosen[index]
+            verdicts = [_compare(chosen, index, picture, other) for other in others]
+            figures[scene.kind].append(verdicts)
+            if len(figures[scene.kind]) <= _SHOWN:
+                words = ["right" if x["right"] else "wrong" for x in verdicts]
+                both = np.concatenate([picture[None], others])
+                rows.append(Row(scene.caption, both, ("given", *words)))
+        timer.add(count * num)
+    kinds = {kind: _figures([x for some in figures[kind] for x in some]) for kind in scenes.KINDS}
     mean = _mean(list(kinds.values()))
-    return {"n": len(chosen), "variations": num, "mean": mean, "kinds": kinds}, shown
+    return Result({"n": len(chosen), "variations": num, "mean": mean, "kinds": kinds}, rows)
 
 
 def edits(task: str, num: int, image_px: int, seed: int) -> list[Edit]:
     """Pictures to inpaint, without held-out combinations; the mask never touches the border.
 
     Args:
-      task: "replace": one object on a background; the mask covers it, and another shape in another
-        colour is asked for. "add": the first of two objects; the mask covers where the second would
-        stand, and both are asked for.
+      task: "replace": one object on a background; the mask covers it, and the prompt asks for
+        another shape in another colour. "add": the first of two objects; the mask covers the place
+        of the second, and the prompt asks for both.
       num: how many.
       image_px: side of the picture.
       seed: of the scenes.
@@ -139,8 +112,8 @@ def edits(task: str, num: int, image_px: int, seed: int) -> list[Edit]:
     """
     if task not in TASKS:
         raise UsageError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}.")
-    rng, made = scenes.example_rng(seed, f"inpainting {task}", 0), []
-    while len(made) < num:
+    rng, chosen = scenes.example_rng(seed, f"inpainting {task}", 0), []
+    while len(chosen) < num:
         asked = scenes.sample_scene(rng, "single" if task == "replace" else "binding")
         first, last = asked.objects[0], asked.objects[-1]
         if not _can_be_masked(last):
@@ -154,90 +127,91 @@ def edits(task: str, num: int, image_px: int, seed: int) -> list[Edit]:
             continue
         caption = scenes.caption_of("single", [(old.color, old.shape)], asked.background)
         given = scenes.Scene("single", caption, (old,), asked.background)
-        made.append(Edit(given, asked, _mask(last, image_px)))
-    return made
+        chosen.append(Edit(given, asked, _mask(last, image_px)))
+    return chosen
 
 
 def inpainting(
-    inpaint: Inpaint,
-    *,
-    image_px: int,
-    num: int,
-    per_task: int,
-    seed: int = 0,
-    report: shapes.Report = lambda line: None,
-) -> tuple[dict, list[Shown]]:
-    """Whether what was asked for stands in the hole, and all else is untouched.
+    inpaint: Inpaint, image_px: int, settings: Settings, report: progress.Report = progress.silent
+) -> Result:
+    """Whether the object that was asked for appears in the mask, and all else is untouched.
 
     Args:
       inpaint: (picture uint8 [h, h, 3], known bool [h, h, 1], caption, N, number of the picture)
         -> uint8 [N, h, h, 3], best first.
       image_px: side of the finished pictures, at least 32.
-      num: N of each picture.
-      per_task: pictures of each of TASKS.
-      seed: of the pictures.
+      settings: candidates (N of each picture), prompts_per_skill (pictures of each of TASKS), seed.
       report: called with lines of progress.
 
     Returns:
       `{"n", "candidates", "untouched", "tasks": {task: figures}}` and some of the pictures.
-      `untouched` is the share of all known pixels that came back with just their three values:
+      `untouched` is the share of all known pixels that returned with just their three values:
       anything but 1 is an error. Figures of each task:
 
       n           pictures
-      right       share of drawings that show the whole scene that was asked for
+      right       share of samples that show the complete scene that was asked for
       chosen      share of the first of each N
-      conditions  share of drawings with each condition of the judge
+      conditions  share of samples with each condition of the judge
       drawn_anew  share of the picture that is masked
-      baseline    the same pictures and noise with the prompt of what is there already: `right` as
-                  above, the level of chance, and `restored`, share that show the old scene
+      baseline    the same pictures and noise with the prompt of the old scene: `right` as above,
+                  the level of chance, and `restored`, share that show the old scene
     """
-    result, shown, equal = {}, [], []
+    num, per_task = settings.candidates, settings.prompts_per_skill
+    tasks, rows, equal = {}, [], []
     timer = progress.Clock("inpaint", 2 * len(TASKS) * per_task * num, report)
     for task in TASKS:
         verdicts, old_verdicts, masked = [], [], []
-        for i, edit in enumerate(edits(task, per_task, image_px, seed)):
+        for i, edit in enumerate(edits(task, per_task, image_px, settings.seed)):
             picture, known = scenes.render(edit.given, image_px), edit.known[..., 0]
-            both = [
+            new, old = (
                 np.asarray(inpaint(picture, edit.known, scene.caption, num, i))
                 for scene in (edit.asked, edit.given)
-            ]
-            equal += [(x[:, known] == picture[known]).all(axis=-1).mean() for x in both]
-            verdicts.append([judge.judge(edit.asked, x) for x in both[0]])
-            for x in both[1]:
-                reading = judge.parse(x)
-                found = [judge.compare(s, reading)["all"] for s in (edit.asked, edit.given)]
-                old_verdicts.append(found)
+            )
+            equal += [(x[:, known] == picture[known]).all(axis=-1).mean() for x in (new, old)]
+            verdicts.append([judge.judge(edit.asked, x) for x in new])
+            for reading in map(judge.parse, old):
+                both = [judge.compare(s, reading)["all"] for s in (edit.asked, edit.given)]
+                old_verdicts.append(both)
             masked.append(1 - known.mean())
             if i < 2 * _SHOWN:
                 words = ["right" if v["all"] else "wrong" for v in verdicts[-1]]
                 hole = np.where(edit.known, picture, np.uint8(128))
-                sheet = np.concatenate([picture[None], hole[None], both[0], both[1][:1]])
+                sheet = np.concatenate([picture[None], hole[None], new, old[:1]])
                 labels = ("given", "masked", *words, "old prompt")
-                shown.append(Shown(f"{task}: {edit.asked.caption}", sheet, labels))
+                rows.append(Row(f"{task}: {edit.asked.caption}", sheet, labels))
             timer.add(2 * num)
         right = np.array([[v["all"] for v in row] for row in verdicts])
-        result[task] = {
+        baseline = np.mean(old_verdicts, axis=0)
+        tasks[task] = {
             "n": per_task,
             "right": float(right.mean()),
             "chosen": float(right[:, 0].mean()),
-            "conditions": _share([v for row in verdicts for v in row], STAYS),
+            "conditions": _share([v for row in verdicts for v in row], PRESERVED),
             "drawn_anew": float(np.mean(masked)),
-            "baseline": {
-                name: float(np.mean(column))
-                for name, column in zip(
-                    ("right", "restored"), zip(*old_verdicts, strict=True), strict=True
-                )
-            },
+            "baseline": {"right": float(baseline[0]), "restored": float(baseline[1])},
         }
     shares = {"n": len(TASKS) * per_task, "candidates": num, "untouched": float(np.mean(equal))}
-    return {**shares, "tasks": result}, shown
+    return Result({**shares, "tasks": tasks}, rows)
 
 
-def _stays(scene: scenes.Scene, reading: judge.Reading) -> dict[str, bool]:
-    """The judge's conditions; `right` if those hold that do not say where the objects are."""
+def _compare(
+    chosen: Sequence[scenes.Scene], index: int, picture: np.ndarray, other: np.ndarray
+) -> dict:
+    """The figures of one variation of a scene."""
+    scene, reading = chosen[index], judge.parse(other)
+    return {
+        **_preserved(scene, reading),
+        "chance": _preserved(_other(chosen, index), reading),
+        "moved": _moved(scene, reading),
+        "pixel_change": float(np.abs(picture.astype(np.float64) - other).mean() / 255),
+    }
+
+
+def _preserved(scene: scenes.Scene, reading: judge.Reading) -> dict[str, bool]:
+    """The judge's conditions; `right` if all hold that are independent of position."""
     verdict = judge.compare(scene, reading)
     verdict.pop("all")
-    return {"right": all(verdict[name] for name in STAYS), **verdict}
+    return {"right": all(verdict[name] for name in PRESERVED), **verdict}
 
 
 def _other(chosen: Sequence[scenes.Scene], index: int) -> scenes.Scene:
@@ -249,10 +223,10 @@ def _other(chosen: Sequence[scenes.Scene], index: int) -> scenes.Scene:
 
 
 def _moved(scene: scenes.Scene, reading: judge.Reading) -> float | None:
-    """Mean distance from each object to its nearest like, one to one; None if one is missing."""
+    """Mean distance from each object to its counterpart, one to one; None if one is missing."""
     if not judge.compare(scene, reading)["bind"]:
         return None
-    far = 1e3  # of an object that is another
+    far = 1e3  # between objects of different colour or shape
     cost = [
         [
             np.hypot(a.x - b.x, a.y - b.y) if (a.color, a.shape) == (b.color, b.shape) else far
@@ -264,12 +238,8 @@ def _moved(scene: scenes.Scene, reading: judge.Reading) -> float | None:
     return float(np.asarray(cost)[rows, columns].mean())
 
 
-def _change(picture: np.ndarray, other: np.ndarray) -> float:
-    return float(np.abs(picture.astype(np.float64) - other).mean() / 255)
-
-
 def _figures(rows: list[dict]) -> dict:
-    names = [*STAYS, *(["relation"] if "relation" in rows[0] else [])]
+    names = [*PRESERVED, *(["relation"] if "relation" in rows[0] else [])]
     moved = [row["moved"] for row in rows if row["moved"] is not None]
     chance = [row["chance"] for row in rows]
     return {
@@ -277,7 +247,7 @@ def _figures(rows: list[dict]) -> dict:
         "conditions": _share(rows, names),
         "chance": {
             "right": _share(chance, ["right"])["right"],
-            "conditions": _share(chance, STAYS),
+            "conditions": _share(chance, PRESERVED),
         },
         "moved": float(np.mean(moved)) if moved else None,
         "pixel_change": float(np.mean([row["pixel_change"] for row in rows])),
@@ -293,7 +263,7 @@ def _mean(kinds: Sequence[dict]) -> dict:
     moved = [kind["moved"] for kind in kinds if kind["moved"] is not None]
     return {
         **_share(kinds, ["right"]),
-        "conditions": _share([kind["conditions"] for kind in kinds], STAYS),
+        "conditions": _share([kind["conditions"] for kind in kinds], PRESERVED),
         "chance": _share([kind["chance"] for kind in kinds], ["right"]),
         "moved": float(np.mean(moved)) if moved else None,
         **_share(kinds, ["pixel_change"]),

@@ -1,14 +1,14 @@
-"""Says exactly what a picture of shapes shows, by drawing it again.
+"""Reads exactly what a picture of shapes shows, by rendering it again.
 
-No learned model. Background: the median of the border. Objects: what differs from it, split into
-connected pieces. Each piece is fitted with every shape of the set's own renderer, at several sizes
-and offsets and in its best colour; the smallest squared error names shape, size and place, and the
-colour of that fit, freed from the mixing at soft edges, names the colour. `judge` then compares
-with a caption.
+No learned model. The background is the median of the border. Objects are what differs from it,
+split into connected pieces. Each piece is fitted with every shape of the set's own renderer, at
+several sizes and offsets and in its best colour. The smallest squared error names shape, size and
+place; the colour of that fit, without the mixing at soft edges, names the colour. `judge` then
+compares the reading with a caption.
 
-A picture counts as right only if everything the caption says is: a near miss is a miss. Always
-print `oracle_accuracy`, the judge's accuracy on the renderer's own pictures, beside its verdicts
-(the habit of DALL-Eval, arXiv:2202.04053); the skills are GenEval's (arXiv:2310.11513).
+A picture counts as right only if it matches everything in the caption: a near miss is a miss.
+Always print `oracle_accuracy`, the judge's accuracy on the renderer's own pictures, beside its
+verdicts (the habit of DALL-Eval, arXiv:2202.04053); the skills are GenEval's (arXiv:2310.11513).
 """
 
 import collections
@@ -22,15 +22,17 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from dalle_jax.data import polygons, scenes
+from dalle_jax.evaluation import progress
 from dalle_jax.types import UsageError
 
+MIN_ORACLE, NUM_ORACLE = 0.995, 400  # of `check_accuracy`: accuracy needed, scenes rendered
 MIN_PX, FULL_PX = 32, 64  # larger pictures are reduced to FULL_PX first
 
 # Distances are the largest channel's, of 255. The least contrast in the set, the darkest face of a
 # pink cube on gray, is 50.
 _BACKGROUND_TOLERANCE = 60
 _CONTRAST = 45
-_EDGE = 0.38  # of a piece's own contrast: where its outline is drawn
+_EDGE = 0.38  # of a piece's own contrast: the level of its outline
 _MIN_AREA = 0.006  # of the picture: a third of the smallest star
 _MIN_EXPLAINED = 0.7  # of a piece's squared contrast: clean 0.95 at least, 5 % noise 0.84
 _MIN_BRIGHTNESS = 0.5  # of the named colour's
@@ -40,7 +42,7 @@ _PAD = 48  # around the picture, so that a template may reach over the border
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Piece:
     """One piece of a picture.
 
     `shape` or `color` is None if nothing fits; x, y, radius are as in `data.scenes.Object`;
@@ -60,11 +62,11 @@ class Reading:
     """What a picture shows; `background` is None if the border has none of the three colours."""
 
     background: str | None
-    objects: tuple[Found, ...]
+    objects: tuple[Piece, ...]
 
 
 def judge(scene: scenes.Scene | str, image: np.ndarray) -> dict[str, bool]:
-    """Whether a picture shows what a caption says, by condition.
+    """Whether a picture matches a caption, by condition.
 
     Args:
       scene: a scene, of which only the words count, or a caption of the grammar.
@@ -84,17 +86,17 @@ def judge(scene: scenes.Scene | str, image: np.ndarray) -> dict[str, bool]:
 
 
 def compare(scene: scenes.Scene, reading: Reading) -> dict[str, bool]:
-    """`judge` for a picture that is read already."""
-    found, wanted = reading.objects, scene.objects
+    """`judge` for a picture that `parse` has read."""
+    pieces, expected = reading.objects, scene.objects
 
     def same(key) -> bool:
-        return collections.Counter(map(key, found)) == collections.Counter(map(key, wanted))
+        return collections.Counter(map(key, pieces)) == collections.Counter(map(key, expected))
 
     def pair(item) -> tuple:
         return item.color, item.shape
 
     verdict = {
-        "count": len(found) == len(wanted),
+        "count": len(pieces) == len(expected),
         "color": same(lambda item: item.color),
         "shape": same(lambda item: item.shape),
         "bind": same(pair),
@@ -103,7 +105,7 @@ def compare(scene: scenes.Scene, reading: Reading) -> dict[str, bool]:
     if scene.relation:
         verdict["relation"] = verdict["bind"] and _related(
             scene.relation,
-            *(next(item for item in found if pair(item) == pair(want)) for want in wanted),
+            *(next(x for x in pieces if pair(x) == pair(item)) for item in expected),
         )
     return verdict | {"all": all(verdict.values())}
 
@@ -123,7 +125,7 @@ def parse(image: np.ndarray) -> Reading:
     if image.shape[0] != image.shape[1] or image.shape[0] < MIN_PX:
         raise UsageError(
             f"the judge reads square pictures of at least {MIN_PX} px, not {image.shape[:2]}; "
-            f"smaller shapes cannot be told apart."
+            f"smaller shapes cannot be distinguished."
         )
     if image.shape[0] > FULL_PX:
         small = Image.fromarray(image).resize((FULL_PX, FULL_PX), Image.LANCZOS)
@@ -144,6 +146,22 @@ def parse(image: np.ndarray) -> Reading:
     return Reading(_background(border), tuple(objects))
 
 
+def check_accuracy(image_px: int, report: progress.Report = progress.silent) -> dict:
+    """The judge's own accuracy on rendered scenes, which every result with verdicts contains.
+
+    Raises:
+      UsageError: if it is below MIN_ORACLE at this size.
+    """
+    accuracy = oracle_accuracy(NUM_ORACLE, image_px)
+    report(f"judge: right on {accuracy:.2%} of {NUM_ORACLE} rendered scenes")
+    if accuracy < MIN_ORACLE:
+        raise UsageError(
+            f"the judge confirms only {accuracy:.2%} of the renderer's own pictures at "
+            f"{image_px} px, {MIN_ORACLE:.1%} is needed; evaluate pictures of 32 or 64 px."
+        )
+    return {"oracle_accuracy": accuracy, "n": NUM_ORACLE, "image_px": image_px}
+
+
 def oracle_accuracy(n: int, image_px: int = 32, seed: int = 0) -> float:
     """Fraction of n rendered scenes, kinds in turn, all of whose conditions the judge confirms."""
     right = 0
@@ -154,7 +172,7 @@ def oracle_accuracy(n: int, image_px: int = 32, seed: int = 0) -> float:
     return right / n
 
 
-def _related(relation: str, a: Found, b: Found) -> bool:
+def _related(relation: str, a: Piece, b: Piece) -> bool:
     """The second lies further along the relation than across it, by a tenth of the picture."""
     dx, dy = scenes.RELATIONS[relation]
     along = (b.x - a.x) * dx + (b.y - a.y) * dy
@@ -171,8 +189,8 @@ def _background(border: np.ndarray) -> str | None:
 def _pieces(contrast: np.ndarray) -> tuple[np.ndarray, int]:
     """Labels int [h, w] of the pieces, 0 elsewhere, and their number.
 
-    The outline is drawn at a fraction of each piece's own contrast, or two pale neighbours would
-    lose their edges and two strong ones 2 px apart would join.
+    The outline follows a fraction of each piece's own contrast. With one level for all, two pale
+    neighbours would lose their edges, or two strong ones 2 px apart would join.
     """
     rough, num = ndimage.label(contrast > _CONTRAST, np.ones((3, 3)))
     if not num:
@@ -183,12 +201,12 @@ def _pieces(contrast: np.ndarray) -> tuple[np.ndarray, int]:
     inside = (rough > 0) & (contrast > _EDGE * strength[rough])
     labels, num = ndimage.label(inside)
     areas = np.bincount(labels.ravel(), minlength=num + 1)
-    keep = areas >= _MIN_AREA * contrast.size
-    keep[0] = False
-    return (np.cumsum(keep) * keep)[labels], int(keep.sum())
+    is_large = areas >= _MIN_AREA * contrast.size
+    is_large[0] = False
+    return (np.cumsum(is_large) * is_large)[labels], int(is_large.sum())
 
 
-def _fit(pixels: np.ndarray, border: np.ndarray, inside: np.ndarray, owned: np.ndarray) -> Found:
+def _fit(pixels: np.ndarray, border: np.ndarray, inside: np.ndarray, owned: np.ndarray) -> Piece:
     """The best template for one piece.
 
     Args:
@@ -220,10 +238,10 @@ def _fit(pixels: np.ndarray, border: np.ndarray, inside: np.ndarray, owned: np.n
             best = (float(error[at]), bank, at, color[at])
     error, bank, at, color = best
     shape, radius, dx, dy = bank.entries[at]
-    explained = -error / max(total, 1e-6)  # the error is counted from drawing nothing
+    explained = -error / max(total, 1e-6)  # the error is relative to an empty template
     if explained < _MIN_EXPLAINED:  # then the best template's colour means nothing either
         shape, color = None, np.median(pixels[inside], axis=0)
-    return Found(
+    return Piece(
         color=_color_name(color),
         shape=shape,
         x=(column + 0.5 + dx) / side,
@@ -278,7 +296,7 @@ class _Bank:
         self._light_light = np.square(shaded).sum(axis=1)
 
     def errors(self, window: np.ndarray, border: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Squared error of each template in its best colour, less that of drawing nothing.
+        """Squared error of each template in its best colour, less that of an empty template.
 
         Args:
           window: [pixels, 3], the piece's difference from the background.
@@ -305,8 +323,8 @@ def _bank(step: int) -> _Bank:
 def _templates(shape, radius, origin, offsets, reach, shaded) -> np.ndarray:
     """float32 [offsets**2, pixels]: a white shape on black at all offsets, y before x.
 
-    The shape is drawn once, four times as large, and reduced by the renderer's Lanczos filter with
-    its taps shifted by each offset, all in two matrix products: 6 times faster than one by one.
+    The shape is rendered once, four times as large, and reduced by the renderer's Lanczos filter
+    with its taps shifted by each offset, in two matrix products: 6 times faster than one by one.
 
     Args:
       shape: its name.

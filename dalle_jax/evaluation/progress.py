@@ -1,20 +1,32 @@
-"""How fast a suite goes and how long it will take, as lines of text."""
+"""How fast a suite runs and how long it will take, as lines of text."""
 
 import time
 from collections.abc import Callable
+
+Report = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """A `Report` that drops the line."""
 
 
 class Clock:
     """Counts pictures and reports rate and time left at most every five seconds."""
 
-    def __init__(self, name: str, total: int | None, report: Callable[[str], None]):
-        """`total` pictures will come, None = nobody knows; `report` takes the lines."""
+    def __init__(self, name: str, total: int | None, report: Report):
+        """Starts the clock.
+
+        Args:
+          name: of the work, in front of every line.
+          total: pictures that will come; None = unknown.
+          report: takes the lines.
+        """
         self._name, self._total, self._report = name, total, report
         self._done, self._start = 0, time.monotonic()
         self._last = self._start
 
     def add(self, num: int) -> None:
-        """So many more are done."""
+        """Counts `num` more pictures as done."""
         self._done += num
         now = time.monotonic()
         if now - self._last < 5 and self._done != self._total:

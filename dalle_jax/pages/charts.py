@@ -1,7 +1,7 @@
-"""Line charts as inline SVG, small enough to stand in a page that loads nothing.
+"""Line charts as inline SVG, small enough for a page that loads nothing.
 
-Colours are the CSS variables --c0 … --c7 and the classes of `pages`, so that one chart serves
-light and dark; every colour has a dash pattern beside it, for eyes that do not part the colours.
+Colours are the CSS variables --c0 … --c7 and the classes of `pages.html`, so that one chart serves
+light and dark; every colour has its own dash pattern, for eyes that do not distinguish the colours.
 """
 
 import html
@@ -28,7 +28,7 @@ def line_chart(
     y_min: float | None = None,
     y_max: float | None = None,
 ) -> str:
-    """The `<svg>` of `series` without a legend; arguments as `pages.Page.chart`.
+    """The `<svg>` of `series` without a legend; arguments as `html.Page.chart`.
 
     Raises:
       ValueError: for more series than there are colours, or x and y of unequal length.

@@ -1,13 +1,13 @@
-"""Static pages that stand alone: one HTML file that opens from a bucket, a mail or a phone.
+"""Static pages: one self-contained HTML file that opens from a bucket, a mail or a phone.
 
-    page = Page("Shapes", "what two cores learnt in a quarter of an hour")
+    page = Page("Shapes", "a quarter of an hour of training on two cores")
     page.section("Loss").chart({"text": (steps, text_loss)}, x_label="step", y_label="nats")
     page.command("python -m dalle_jax report --demo=runs/demo")
     page.write("runs/demo/index.html")
 
 Nothing is fetched: pictures are data URIs, charts are inline SVG, there is no script, and the
-page's own content policy forbids anything else. All text is escaped; `code` in backticks is set
-as code. Every number should stand beside the `command` that makes it again.
+page's own content policy forbids anything else. All text is escaped; `code` in backticks becomes
+code. Every number should have the `command` that reproduces it beside it.
 """
 
 import html
@@ -74,7 +74,7 @@ footer{color:var(--soft);font-size:.86rem;padding-bottom:48px}
 
 
 class Page:
-    """A page in the making; every method appends and returns the page, so that calls chain."""
+    """A page; every method appends to it and returns it, so that calls chain."""
 
     def __init__(self, title: str, subtitle: str = "", lang: str = "en"):
         self._title, self._subtitle, self._lang = title, subtitle, lang
@@ -99,7 +99,7 @@ class Page:
         return self._add(f"<h3>{_text(text)}</h3>")
 
     def text(self, text: str) -> "Page":
-        """Paragraphs, parted by empty lines; `backticks` become code."""
+        """Paragraphs, separated by empty lines; `backticks` become code."""
         paragraphs = [part for part in re.split(r"\n\s*\n", text.strip()) if part]
         return self._add("".join(f"<p>{_text(part)}</p>" for part in paragraphs))
 
@@ -108,7 +108,7 @@ class Page:
         return self._add(f'<p class="note">{_text(text)}</p>')
 
     def command(self, command: str) -> "Page":
-        """The command that makes what stands above it; one tap selects all of it."""
+        """The command that reproduces what is above it; one tap selects all of it."""
         return self._add(f"<pre><code>{html.escape(command.strip())}</code></pre>")
 
     def facts(self, items: Iterable[tuple[str, str, str]]) -> "Page":
@@ -128,8 +128,8 @@ class Page:
         Args:
           image: the picture; small ones are enlarged by the browser without blur.
           caption: the text under it.
-          alt: what a screen reader says; the caption when empty.
-          pixelated: False for photographs and pictures with drawn text.
+          alt: text for screen readers; the caption when empty.
+          pixelated: False for photographs and pictures that contain text.
         """
         return self._add(
             f"<figure>{_img(image, alt or caption, pixelated)}{_cap(caption)}</figure>"
@@ -157,8 +157,8 @@ class Page:
         """A table; it scrolls sideways by itself where the screen is narrow.
 
         Args:
-          rows: column name -> value; numbers are set flush right, None as a dash.
-          caption: what the table shows.
+          rows: column name -> value; numbers are flush right, None is a dash.
+          caption: of the table.
           columns: names in order; those of the first row when empty.
         """
         columns = list(columns) or (list(rows[0]) if rows else [])
@@ -195,7 +195,7 @@ class Page:
         y_max: float | None = None,
         caption: str = "",
     ) -> "Page":
-        """A line chart as inline SVG; consecutive charts stand side by side on wide screens.
+        """A line chart as inline SVG; consecutive charts are side by side on wide screens.
 
         Args:
           series: name -> (x, y). Gaps where a value is None or not finite, or not positive on a
@@ -230,7 +230,7 @@ class Page:
         return self
 
     def html(self) -> str:
-        """The whole page as text."""
+        """The page as text."""
         self._close_section()
         subtitle = f"<p>{_text(self._subtitle)}</p>" if self._subtitle else ""
         links = "".join(f'<a href="#{a}">{_text(name)}</a>' for a, name in self._sections)
@@ -243,7 +243,7 @@ class Page:
             f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>\n<body>"
             f"<header><h1>{_text(self._title)}</h1>{subtitle}{nav}</header>\n<main>"
             + "\n".join(self._parts)
-            + "</main>\n<footer>Made by dalle_jax. This page stands alone and loads nothing."
+            + "</main>\n<footer>Written by dalle_jax. This page loads nothing."
             "</footer></body></html>\n"
         )
 
@@ -284,7 +284,7 @@ def _img(image: Picture, alt: str, pixelated: bool) -> str:
     uri = images.data_uri(image)
     css = ' class="pixels"' if pixelated else ""
     width = _width(image)
-    if pixelated and width < 160:  # whole multiples stay sharp
+    if pixelated and width < 160:  # integer multiples stay sharp
         css += f' width="{width * (256 // width)}"'
     return f'<img{css} src="{uri}" alt="{html.escape(str(alt), quote=True)}" loading="lazy">'
 

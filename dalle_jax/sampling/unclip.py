@@ -141,6 +141,14 @@ def check_prior(stages: Unclip, name: str) -> None:
         raise UsageError("this decoder reads no captions; it cannot sample from one alone.")
 
 
+def check_steps(stages: Unclip, settings: Settings) -> None:
+    """Raises UsageError for steps that the decoder or an upsampler cannot be respaced to."""
+    schedules.respace(stages.decoder.schedule, settings.steps)
+    for stage in stages.upsamplers:
+        for steps in settings.upsample_steps:
+            schedules.respace(stage.schedule, steps)
+
+
 def sample_base(
     stage: UnetStage,
     z: Array,

@@ -18,7 +18,7 @@ SKILL = {
 
 
 class Words(html.parser.HTMLParser):
-    """The text of a page, and how many pictures and charts it has."""
+    """The text of a page, and the number of its pictures and charts."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -61,7 +61,7 @@ def codec_events():
 
 @pytest.fixture
 def demo(tmp_path, rng):
-    """What launch/demo.sh leaves behind, in the small."""
+    """The files of launch/demo.sh, in the small."""
     folder = tmp_path / "demo"
     for name in ("vqvae", "dvae"):
         lines(folder / name, *codec_events())
@@ -108,8 +108,8 @@ def test_the_page_shows_all_of_a_finished_demo(demo):
     assert page.charts == 2 + 1 + 2 + 3 + 2 + 2
     command = "python -m dalle_jax samples '--prompt=a red cube'"
     words = ("26.2 dB", "478", "40 %", "a red <cube>", "held out", "ceiling", "99.8 %", command)
-    for said in (*words, "longer training"):
-        assert said in page.text, said
+    for text in (*words, "longer training"):
+        assert text in page.text, text
     assert "yet" not in page.text
     numbers = json.loads((demo / "metrics.json").read_text())
     assert numbers["stages"]["dvae"]["eval"]["codes_used"] == 478
@@ -121,14 +121,14 @@ def test_the_page_shows_all_of_a_finished_demo(demo):
     ("missing", "sentence"),
     [
         ("evaluation", "no evaluation yet"),
-        ("samples", "No pictures were drawn yet"),
+        ("samples", "There are no pictures yet"),
         ("completion", "No picture was completed yet"),
         ("clip", "Not trained yet"),
         ("dvae/previews", "No reconstructions yet"),
         ("logs", "ran none in this folder"),
     ],
 )
-def test_what_is_missing_is_said(demo, missing, sentence):
+def test_a_sentence_replaces_what_is_missing(demo, missing, sentence):
     (demo / missing).rename(demo / "elsewhere")
     assert sentence in report(demo).text
 
@@ -147,7 +147,7 @@ def test_damaged_files_do_not_stop_the_page(demo):
     assert "three green crosses" in page.text and "no evaluation yet" in page.text
 
 
-def test_a_moved_demo_still_finds_its_pictures(demo):
+def test_a_moved_demo_still_shows_its_pictures(demo):
     there = demo.rename(demo.with_name("moved"))
     assert report(there).images == 1 + 3 + 3 + 3 + 1
 
@@ -167,7 +167,7 @@ def test_retrieval_is_a_table_of_directions(demo):
     )
     text = report(demo).text
     assert "text to image" in text and "0.375" in text and "499 pictures" in text
-    assert "25 %" in text and "by chance 0.2 %" in text  # among the headline figures
+    assert "25 %" in text and "guessing gives 0.2 %" in text  # among the headline figures
 
 
 def test_a_missing_folder_is_named(tmp_path, capsys):
@@ -192,7 +192,7 @@ def results(folder, names, rng, **figures):
 
 @pytest.fixture
 def unclip(tmp_path, rng):
-    """What launch/demo.sh --pipeline=unclip leaves behind, in the small."""
+    """The files of launch/demo.sh --pipeline=unclip, in the small."""
     folder = tmp_path / "demo"
     steps = range(50, 1000, 50)
     accuracy = dict(recall1_image_to_text=0.4)
@@ -200,9 +200,9 @@ def unclip(tmp_path, rng):
     with (folder / "clip" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(dict(step=950, kind="eval", loss=0.2, **accuracy)) + "\n")
     cosines = dict(cosine=0.81, cosine_text=0.3, cosine_shuffled=0.1)
-    found = dict(retrieval1=0.5, retrieval1_text=0.2, retrieval1_chance=0.004)
+    retrieval = dict(retrieval1=0.5, retrieval1_text=0.2, retrieval1_chance=0.004)
     train = [dict(step=s, kind="train", loss=9 / s) for s in steps]
-    lines(folder / "prior", *train, dict(step=950, kind="eval", loss=0.2, **cosines, **found))
+    lines(folder / "prior", *train, dict(step=950, kind="eval", loss=0.2, **cosines, **retrieval))
     for name in ("decoder", "inpainter", "upsampler"):
         quarters = {f"mse_q{q}": 1 / q for q in (1, 2, 3, 4)}
         vb = {} if name == "upsampler" else {"vb": 0.01}
@@ -222,7 +222,7 @@ def unclip(tmp_path, rng):
     runs[0]["judge"] = dict(oracle_accuracy=0.998)
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "metrics.json").write_text(json.dumps(dict(runs=runs)))
-    pictures(folder / "samples", "a red <cube>", rng)  # drawn without upsampler
+    pictures(folder / "samples", "a red <cube>", rng)  # without an upsampler
     place = folder / "samples" / "of-the-grammar"
     place.mkdir()
     for name, px in (("01_small", 16), ("01", 32)):
@@ -237,9 +237,9 @@ def unclip(tmp_path, rng):
         "edited": ["given", "01", "02"],
         "inpainted": ["given", "masked", "01"],
     }.items():
-        made = results(folder / name, names, rng, **asked.get(name, {}))
-        whole = dict(results=[made], command=f"python -m dalle_jax made --out={name}")
-        (folder / name.split("/")[0] / "results.json").write_text(json.dumps(whole))
+        result = results(folder / name, names, rng, **asked.get(name, {}))
+        written = dict(results=[result], command=f"python -m dalle_jax made --out={name}")
+        (folder / name.split("/")[0] / "results.json").write_text(json.dumps(written))
     logs = folder / "logs"
     logs.mkdir()
     for name in ("prepare", "prepare64", "clip", "prior", "decoder", "inpainter", "upsampler"):
@@ -252,15 +252,15 @@ def test_a_demo_of_dalle_2_shows_all_six_kinds_of_pictures(unclip):
     assert page.images == (3 + 1) + 2 + 3 + 4 + 3 + 3 + 3  # and a preview of each U-Net
     # clip (no accuracy while training, but held out), prior, three U-Nets, judge
     assert page.charts == 2 + 3 + (3 + 3 + 2) + (1 + 2)
-    for said in (
+    for text in (
         "DALL·E 2, from nothing", "after 12 minutes of training", "0.0321", "40%", "0.81",
-        "prior diffusion at guidance 2, the best way", "50 %", "ceiling 90 %", "99.8 %",
+        "best run: prior diffusion at guidance 2", "50 %", "ceiling 90 %", "99.8 %",
         "a red <cube>", "1 · 0.654 · right", "16 px · 0.654", "32 px · right",
         "00 · 0.777", "01 · 0.777 · wrong", "02 · 0.777 · right", "masked · 0.777",
         "own then samples; step 950", "prepare64: data for the upsampler", "2:05",
         "python -m dalle_jax made --out=variations/room", "top_p 0.8",
     ):  # fmt: skip
-        assert said in page.text, said
+        assert text in page.text, text
     assert "yet" not in page.text and "given · 0.777 · wrong" not in page.text
     numbers = json.loads((unclip / "metrics.json").read_text())
     assert numbers["stages"]["decoder"]["eval"]["mse"] == 0.0321
@@ -273,7 +273,7 @@ def test_a_demo_of_dalle_2_shows_all_six_kinds_of_pictures(unclip):
     [
         ("evaluation", "no evaluation yet"),
         ("samples", "No picture was upsampled yet"),
-        ("variations", "No variations were drawn yet"),
+        ("variations", "There are no variations yet"),
         ("interpolation/results.json", "No pictures were interpolated yet"),
         ("edited", "No picture was edited yet"),
         ("inpainted", "No picture was inpainted yet"),
@@ -281,7 +281,7 @@ def test_a_demo_of_dalle_2_shows_all_six_kinds_of_pictures(unclip):
         ("logs", "ran none in this folder"),
     ],
 )
-def test_what_is_missing_of_dalle_2_is_said(unclip, monkeypatch, missing, sentence):
+def test_a_sentence_replaces_what_is_missing_for_dalle_2(unclip, monkeypatch, missing, sentence):
     monkeypatch.setattr(judge, "judge", lambda caption, image: {"all": True})
     (unclip / missing).rename(unclip / "elsewhere")
     assert sentence in report(unclip).text
@@ -295,7 +295,7 @@ def test_a_decoder_alone_makes_a_page_too(tmp_path, unclip):
     assert "DALL·E, from nothing" in report(unclip).text
 
 
-def test_a_moved_demo_of_dalle_2_still_finds_its_pictures(unclip, monkeypatch):
+def test_a_moved_demo_of_dalle_2_still_shows_its_pictures(unclip, monkeypatch):
     monkeypatch.setattr(judge, "judge", lambda caption, image: {"all": True})
     there = unclip.rename(unclip.with_name("moved"))
     assert report(there).images == 4 + 2 + 3 + 4 + 3 + 3 + 3

@@ -16,6 +16,7 @@ from dalle_jax.__main__ import main  # noqa: E402
 from dalle_jax.cli import _unclip  # noqa: E402
 from dalle_jax.data import preprocess  # noqa: E402
 from dalle_jax.evaluation import shapes  # noqa: E402
+from dalle_jax.evaluation.results import Result, Row  # noqa: E402
 from dalle_jax.pipelines import inputs  # noqa: E402
 from dalle_jax.sampling import inversion, unclip  # noqa: E402
 from dalle_jax.stages import pretrained  # noqa: E402
@@ -145,10 +146,10 @@ def test_interpolate_edit_and_reconstruct_write_their_pictures(tmp_path, picture
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[np.ndarray]:
-    """What `evaluate` draws for a suite that only looks at shapes."""
+    """What `evaluate` generates for a suite that only looks at shapes."""
     drawn = []
 
-    def suite(*, generate, score, reconstruct, image_px, **settings):
+    def suite(*, generate, score, reconstruct, image_px, settings, report):
         captions = tiny_stages.CAPTIONS[:2]
         pictures = generate(captions, 2, 3)
         assert pictures.shape == (2, 2, image_px, image_px, 3) and pictures.dtype == np.uint8
@@ -157,11 +158,11 @@ def drawn(monkeypatch) -> list[np.ndarray]:
         drawn.append(pictures)
         skill = {"seen": 0.5, "held_out": 0.25, "reconstruction": 1.0, "best_of": {"1": 0.5}}
         skill |= {"oracle": {"1": 0.5}, "n": 2}
-        made = {"skills": {"single": skill}, "mean": skill, "seconds_per_picture": {"1": 1.0}}
-        shown = [shapes.Example(shapes.make_prompts(1, 0)[0], pictures[0], ("right", "wrong"))]
-        return {"judge": {"oracle_accuracy": 1.0, "n": 1, "image_px": image_px}} | made, shown
+        figures = {"skills": {"single": skill}, "mean": skill, "seconds_per_picture": {"1": 1.0}}
+        figures["judge"] = {"oracle_accuracy": 1.0, "n": 1, "image_px": image_px}
+        return Result(figures, [Row("a caption", pictures[0], ("right", "wrong"))])
 
-    monkeypatch.setattr(shapes, "shapes_suite", suite)
+    monkeypatch.setattr(shapes, "suite", suite)
     return drawn
 
 
@@ -193,7 +194,12 @@ def test_evaluate_puts_a_dalle_beside_them(root, dalle, drawn, tmp_path, capsys)
     ]  # fmt: skip
     assert result["runs"][-1]["temperature"] == 0.9 and result["networks"]["dalle"] == dalle
     page = (tmp_path / "index.html").read_text()
-    for said in ("DALL-E 1 and 2", ": dalle, guidance 1", ": none, guidance 2", "temperature 0.9"):
+    for said in (
+        "DALL-E 1 and 2",
+        ": prior dalle, guidance 1",
+        ": prior none, guidance 2",
+        "top_p 1",
+    ):
         assert said in page, said
     evaluate(capsys, *flags)  # the same pictures as by itself
     np.testing.assert_array_equal(drawn[-1], drawn[-2])
@@ -206,7 +212,7 @@ def test_evaluate_puts_a_dalle_beside_them(root, dalle, drawn, tmp_path, capsys)
         (["--dvae=runs/dvae", "--ways=none,caption"], "with 'dalle' among --ways"),
         (["--ways=none,dalle"], "there is no DALL-E 1: give --workdir"),
         (["--ways=dalle", "--workdir=nowhere"], "'nowhere' does not exist"),
-        (["--ways=dalle", "--workdir={dalle}"], "draws 16 px, but the decoder"),
+        (["--ways=dalle", "--workdir={dalle}"], "samples 16 px, but the decoder"),
         (["--ways=dalle", "--workdir={dalle}", "--top_p=2"], "top_p"),
         (["--ways=dalle,zen"], "expected some of diffusion, ar, none, caption, dalle"),
     ],

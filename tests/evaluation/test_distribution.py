@@ -7,6 +7,7 @@ import pytest
 from scipy import linalg
 
 from dalle_jax.evaluation import distribution
+from dalle_jax.evaluation.settings import Settings
 from dalle_jax.types import UsageError
 
 
@@ -55,7 +56,7 @@ def test_frechet_of_few_samples_is_biased_upwards(rng):
     assert few > 2 * many > 0
 
 
-def naive_precision_recall(real, drawn, k):
+def naive_precision_recall(real, samples, k):
     def share(points, among):
         balls = []
         for i, x in enumerate(among):
@@ -67,16 +68,15 @@ def naive_precision_recall(real, drawn, k):
         ]
         return np.mean(inside)
 
-    return share(drawn, real), share(real, drawn)
+    return share(samples, real), share(real, samples)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_precision_and_recall_equal_a_naive_loop(rng, monkeypatch, k):
-    real, drawn = rng.normal(size=(25, 3)), 0.6 * rng.normal(size=(19, 3)) + 0.4
-    monkeypatch.setattr(distribution, "_BLOCK", 7)
-    found = distribution.precision_recall(real, drawn, k)
-    assert found == pytest.approx(naive_precision_recall(real, drawn, k))
-    assert 0 < found[1] < 1
+@pytest.mark.parametrize(("k", "block"), [(1, 7), (3, 1024)])
+def test_precision_and_recall_equal_a_naive_loop(rng, k, block):
+    real, samples = rng.normal(size=(25, 3)), 0.6 * rng.normal(size=(19, 3)) + 0.4
+    result = distribution.precision_recall(real, samples, k, block)
+    assert result == pytest.approx(naive_precision_recall(real, samples, k))
+    assert 0 < result[1] < 1
 
 
 def test_precision_and_recall_of_equal_far_and_narrow_sets(rng):
@@ -103,7 +103,7 @@ def test_diversity_equals_all_pairs(rng):
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "text"),
     [
         (lambda x: distribution.frechet(x[:1], x), "at least 2"),
         (lambda x: distribution.frechet(x, x[:, :2]), "3 and 2 numbers"),
@@ -115,8 +115,8 @@ def test_diversity_equals_all_pairs(rng):
         (lambda x: distribution.diversity(x, np.zeros(2)), "one of 6 rows"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(rng, call, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_cannot_be_compared_is_refused(rng, call, text):
+    with pytest.raises(ValueError, match=text):
         call(rng.normal(size=(6, 3)))
 
 
@@ -132,37 +132,49 @@ def batches(rng, *sizes):
         start += size
 
 
+def caption(ids):
+    return f"caption {ids[0]}"
+
+
 def test_suite_of_a_perfect_and_of_a_poor_painter(rng):
     given = list(batches(rng, 16, 16, 8))
     pictures = np.concatenate([part for part, _ in given])
-    real, calls = distribution.Real(given, embed), []
+    real, calls = distribution.Real(given, embed, caption), []
+    assert real.row.labels[7] == "caption 7"
 
     def perfect(ids, num, first):
         assert ids[0, 0] == first
         calls.append(len(ids))
         return pictures[ids[:, 0]][:, None].repeat(num, 1)
 
-    result, shown = distribution.suite(
-        real, perfect, embed, "pixels", candidates=2, max_pictures=32
-    )
+    settings = Settings(candidates=2, batch=32, features="pixels")
+    result, (row,) = distribution.suite(real, perfect, embed, settings)
     assert result["n"] == 40 and calls == [16, 16, 16]  # the last one filled up
     assert result["frechet_pixels"] == pytest.approx(0, abs=1e-6)
     assert result["precision"] == result["recall"] == 1
     assert result["diversity"] == pytest.approx(0, abs=1e-12)
     assert result["frechet_pixels_floor"] > 0 and result["diversity_real"] > 0
-    # The drawn of the other half are its pictures: the very floor.
+    # What is generated for the other half is that half itself: the very floor.
     assert result["frechet_pixels_halves"] == pytest.approx(result["frechet_pixels_floor"])
-    np.testing.assert_array_equal(shown, real.shown)
-    np.testing.assert_array_equal(shown, pictures[:8])
+    np.testing.assert_array_equal(row.images, real.row.images)
+    np.testing.assert_array_equal(row.images, pictures[:8])
 
     def grey(ids, num, first):
         return np.full((len(ids), num, 4, 4, 3), 128, np.uint8)
 
-    result, _ = distribution.suite(real, grey, embed, "pixels", candidates=1)
+    settings = Settings(candidates=1, features="pixels")
+    result, _ = distribution.suite(real, grey, embed, settings)
     assert result["recall"] == 0 and "diversity" not in result
     assert result["frechet_pixels_halves"] > 2 * result["frechet_pixels_floor"]
 
 
 def test_suite_needs_pictures(rng):
-    with pytest.raises(UsageError, match="7 real pictures; at least 8"):
-        distribution.Real(batches(rng, 7), embed)
+    with pytest.raises(UsageError, match="7 real pictures are too few .* 8 at least"):
+        distribution.Real(batches(rng, 7), embed, caption)
+
+
+def test_pixel_features_are_means_of_blocks(rng):
+    pictures = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+    features = distribution.pixel_features()(pictures).reshape(2, 8, 8, 3)
+    blocks = pictures.reshape(2, 8, 2, 8, 2, 3).mean(axis=(2, 4)) / 127.5 - 1
+    np.testing.assert_allclose(features, blocks, atol=1 / 127.5 + 1e-6)  # rounded twice to levels

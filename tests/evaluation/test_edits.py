@@ -8,6 +8,7 @@ import pytest
 
 from dalle_jax.data import scenes
 from dalle_jax.evaluation import edits, judge
+from dalle_jax.evaluation.settings import Settings
 from dalle_jax.types import UsageError
 
 PX = 32
@@ -25,7 +26,8 @@ def test_variations_that_are_the_picture_itself_keep_all():
         calls.append((len(pictures), first))
         return pictures[:, None].repeat(num, 1)
 
-    result, shown = edits.variations(vary, image_px=PX, num=2, per_kind=3, max_pictures=10)
+    settings = Settings(candidates=2, prompts_per_skill=3, batch=10)
+    result, rows = edits.variations(vary, PX, settings)
     assert calls == [(5, 0), (5, 5), (5, 10)]  # the last one filled up
     assert result["n"] == 12 and result["variations"] == 2
     for figures in [result["mean"], *result["kinds"].values()]:
@@ -33,11 +35,11 @@ def test_variations_that_are_the_picture_itself_keep_all():
         assert figures["pixel_change"] == 0 and figures["moved"] < 0.03
         assert figures["chance"]["right"] == 0  # no two captions of a kind are one
     assert result["kinds"]["relation"]["conditions"]["relation"] == 1
-    assert len(shown) == 8 and shown[0].labels == ("given", "right", "right")
+    assert len(rows) == 8 and rows[0].labels == ("given", "right", "right")
     assert json.loads(json.dumps(result)) == result
 
 
-def test_what_may_change_is_told_apart_from_what_must_stay():
+def test_what_may_change_does_not_count_as_what_must_stay():
     chosen = edits.varied_scenes(3, 0)
     moved = [np.mean([abs(1 - 2 * item.x) for item in scene.objects]) for scene in chosen]
 
@@ -45,7 +47,8 @@ def test_what_may_change_is_told_apart_from_what_must_stay():
         some = [mirrored(scene) for scene in chosen[first : first + len(pictures)]]
         return np.stack([scenes.render(scene, PX) for scene in some])[:, None]
 
-    result, _ = edits.variations(vary, image_px=PX, num=1, per_kind=3, max_pictures=4)
+    settings = Settings(candidates=1, prompts_per_skill=3, batch=4)
+    result, _ = edits.variations(vary, PX, settings)
     kinds = result["kinds"]
     assert result["mean"]["right"] == 1 and result["mean"]["pixel_change"] > 0.01
     sideways = [scene.relation in (scenes.LEFT, scenes.RIGHT) for scene in chosen[9:]]
@@ -61,7 +64,7 @@ def test_variations_that_show_nothing_are_wrong_and_have_not_moved():
     def vary(pictures, num, first):
         return np.zeros((len(pictures), num, PX, PX, 3), np.uint8)
 
-    result, _ = edits.variations(vary, image_px=PX, num=1, per_kind=2)
+    result, _ = edits.variations(vary, PX, Settings(candidates=1, prompts_per_skill=2))
     assert result["mean"]["right"] == 0 and result["mean"]["moved"] is None
     assert 0 <= result["mean"]["conditions"]["background"] < 1
     assert json.loads(json.dumps(result)) == result
@@ -70,9 +73,9 @@ def test_variations_that_show_nothing_are_wrong_and_have_not_moved():
 @pytest.mark.parametrize("task", edits.TASKS)
 @pytest.mark.parametrize("px", [32, 64])
 def test_edits_have_room_for_what_is_asked_and_hide_only_that(task, px):
-    made = edits.edits(task, 20, px, seed=1)
-    assert [e.asked for e in made] == [e.asked for e in edits.edits(task, 20, px, seed=1)]
-    for edit in made:
+    chosen = edits.edits(task, 20, px, seed=1)
+    assert [e.asked for e in chosen] == [e.asked for e in edits.edits(task, 20, px, seed=1)]
+    for edit in chosen:
         old, new = scenes.render(edit.given, px), scenes.render(edit.asked, px)
         assert not scenes.held_out_rules(edit.asked) and not scenes.held_out_rules(edit.given)
         assert edit.given.background == edit.asked.background
@@ -98,27 +101,28 @@ def test_edits_know_their_tasks():
 
 
 def painter(by_prompt: bool, num_right: int = 1, harm: int = 0):
-    """Draws what the caption says with the first candidates; or what was there."""
-    made = [edit for task in edits.TASKS for edit in edits.edits(task, 3, PX, 0)]
-    of = {scenes.render(edit.given, PX).tobytes(): edit.asked for edit in made}
+    """Paints the scene of the caption as the first candidates; or leaves the picture as it is."""
+    chosen = [edit for task in edits.TASKS for edit in edits.edits(task, 3, PX, 0)]
+    of = {scenes.render(edit.given, PX).tobytes(): edit.asked for edit in chosen}
 
     noise = np.random.default_rng(0).integers(0, 256, (PX, PX, 3), np.uint8)
 
     def inpaint(picture, known, caption, num, index):
         asked = of[picture.tobytes()]
         new = scenes.render(asked, PX) if by_prompt and caption == asked.caption else picture
-        drawn = np.stack(
+        pictures = np.stack(
             [np.where(known, picture, new if i < num_right else noise) for i in range(num)]
         )
         rows = np.argwhere(known[..., 0])[:harm]
-        drawn[:, rows[:, 0], rows[:, 1], 0] ^= 1
-        return drawn
+        pictures[:, rows[:, 0], rows[:, 1], 0] ^= 1
+        return pictures
 
     return inpaint
 
 
 def test_inpainting_counts_what_is_asked_for_and_its_baseline():
-    result, shown = edits.inpainting(painter(True), image_px=PX, num=2, per_task=3)
+    settings = Settings(candidates=2, prompts_per_skill=3)
+    result, rows = edits.inpainting(painter(True), PX, settings)
     assert result["untouched"] == 1 and result["n"] == 6
     for task in edits.TASKS:
         figures = result["tasks"][task]
@@ -126,7 +130,7 @@ def test_inpainting_counts_what_is_asked_for_and_its_baseline():
         assert figures["conditions"]["bind"] == 0.5
         assert figures["baseline"] == {"right": 0, "restored": 0.5}
         assert 0.1 < figures["drawn_anew"] < 0.8
-    assert len(shown) == 6 and shown[0].labels == (
+    assert len(rows) == 6 and rows[0].labels == (
         "given",
         "masked",
         "right",
@@ -137,8 +141,9 @@ def test_inpainting_counts_what_is_asked_for_and_its_baseline():
 
 
 def test_inpainting_that_does_not_listen_or_does_not_keep():
-    result, _ = edits.inpainting(painter(False), image_px=PX, num=1, per_task=3)
+    settings = Settings(candidates=1, prompts_per_skill=3)
+    result, _ = edits.inpainting(painter(False), PX, settings)
     assert all(figures["right"] == 0 for figures in result["tasks"].values())
     assert all(figures["baseline"]["restored"] == 1 for figures in result["tasks"].values())
-    result, _ = edits.inpainting(painter(True, harm=5), image_px=PX, num=1, per_task=3)
+    result, _ = edits.inpainting(painter(True, harm=5), PX, settings)
     assert 0.95 < result["untouched"] < 1

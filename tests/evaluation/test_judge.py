@@ -22,9 +22,9 @@ def test_oracle_accuracy(image_px, n):
 
 def test_reads_place_and_size():
     for scene in sampled(6):
-        found = judge.parse(scenes.render(scene, 64)).objects
+        pieces = judge.parse(scenes.render(scene, 64)).objects
         for item in scene.objects:
-            near = min(found, key=lambda f: np.hypot(f.x - item.x, f.y - item.y))  # noqa: B023
+            near = min(pieces, key=lambda f: np.hypot(f.x - item.x, f.y - item.y))  # noqa: B023
             assert (near.color, near.shape) == (item.color, item.shape)
             assert np.hypot(near.x - item.x, near.y - item.y) < 0.02
             assert near.radius == pytest.approx(item.radius, rel=0.08)
@@ -58,7 +58,7 @@ def test_wrong_captions_are_never_accepted():
             assert not judge.compare(scenes.parse_caption(caption), reading)["all"], caption
 
 
-def test_conditions_are_told_apart():
+def test_conditions_are_independent():
     scene = next(
         scene
         for scene in sampled(20, ["relation"])
@@ -102,8 +102,8 @@ def test_pictures_of_nothing_show_nothing(seed):
 def test_smear_is_no_shape():
     image = np.full((32, 32, 3), 255, np.uint8)
     image[6:9, 4:28] = scenes.COLORS["red"]
-    (found,) = judge.parse(image).objects
-    assert found.color == "red" and found.shape is None
+    (piece,) = judge.parse(image).objects
+    assert piece.color == "red" and piece.shape is None
 
 
 def test_largest_and_larger_pictures():
