@@ -66,7 +66,7 @@ def test_the_table_has_a_line_for_the_peer(tiny, capsys):
     [
         (("clip_train", "--against=clip"), "unknown for clip_train; choose transformers or all"),
         (("all", "--against=clip"), "choose gpt, dalle-pytorch, dall_e, transformers"),
-        (("input", "--source=shapes", "--against=all"), "--against goes with dalle_train and"),
+        (("input", "--source=shapes", "--against=all"), "--against applies to dalle_train and"),
         (("all", "--against=gpt", "--docs=page.md"), "a line <!-- peers: begin -->"),
     ],
 )
