@@ -29,9 +29,8 @@ def trained(folder):
     return str(folder)
 
 
-def test_a_workdir_without_checkpoint_binds_nothing(tmp_path):
+def test_a_workdir_without_checkpoint_binds_nothing(folder):
     """As after a start that was refused, or that ran out of memory while it compiled."""
-    folder = tmp_path / "run"
     workdir.claim(str(folder), config(**{"optim.lr": 9.0}), KEEPS)
     workdir.claim(str(folder), config(), {checkpoint.CODEC: b"other"})
     assert checkpoint.load_config(str(folder)).optim.lr == 0.05
