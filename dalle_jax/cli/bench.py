@@ -309,7 +309,7 @@ def _all(args: argparse.Namespace) -> int:
     if not args.json:
         print(header(), flush=True)
     for words in _runs(args):
-        code, output = _start("bench", *words, *flags, "--json")
+        code, output = run_command("bench", *words, *flags, "--json")
         if code:
             failed.append(" ".join(words))
             continue
@@ -337,13 +337,15 @@ def _runs(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         return
     with tempfile.TemporaryDirectory(prefix="dalle_jax_bench_") as folder:
         prepared = (f"--data_dir={folder}", f"--image_px={px}")
-        code, _ = _start("prepare", "shapes", *prepared, f"--num_train={_SCENES}", "--num_eval=100")
+        code, _ = run_command(
+            "prepare", "shapes", *prepared, f"--num_train={_SCENES}", "--num_eval=100"
+        )
         if code:
             print("error: the generated set was not written.", file=sys.stderr)
         yield "input", "--source=shapes", *prepared
 
 
-def _start(*words: str) -> tuple[int, str]:
+def run_command(*words: str) -> tuple[int, str]:
     """Runs a command of this program in its own process: (exit code, its output)."""
     command = [sys.executable, "-m", "dalle_jax", *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)

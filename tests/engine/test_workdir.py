@@ -10,10 +10,10 @@ KEEPS = {checkpoint.CODEC: b"0123", checkpoint.TOKENIZER: b"pieces"}
 
 
 def config(dvae="codec", **changes):
-    made = lt.make_config(**changes)
-    with made.unlocked():
-        made.stages = {"dvae": dvae}
-    return made
+    run_config = lt.make_config(**changes)
+    with run_config.unlocked():
+        run_config.stages = {"dvae": dvae}
+    return run_config
 
 
 @pytest.fixture
