@@ -26,7 +26,7 @@ STOREYS = {
     "evaluation": {"nn", "models", "diffusion", "data", "engine", "stages", "sampling"},
     "importers": {"nn", "models"},
     "planning": {"nn", "models", "engine", "stages", "tasks"},
-    "pages": {"engine.metric_log", "evaluation"},
+    "pages": {"engine.event_files", "evaluation"},
     "pipelines": {
         "nn", "models", "diffusion", "stages", "sampling", "engine", "data", "tasks",
     },

@@ -1,7 +1,7 @@
-"""The cases of `bench`: networks of configs/bench.py with random weights and random inputs.
+"""The cases of `bench`: the networks in configs/bench.py with random weights and random inputs.
 
-All run on the first device only. Inputs are drawn once with a fixed seed and lie on the device; a
-case's function returns when its result is on the host. Called by cli/bench.py.
+All cases run on the first device only. Inputs are sampled once with a fixed seed and stay on the
+device; a case's function returns when its result is on the host. cli/bench.py calls them.
 """
 
 import functools
@@ -42,12 +42,12 @@ def config_of(
 
     Args:
       name: a key of `NETWORKS`.
-      attention: of the cases of DALL-E; "" = full.
+      attention: kind of attention in the DALL-E cases; "" = full.
       size: "bench", or "smoke" for tests.
-      changes: dotted fields and what they are instead.
+      changes: dotted field -> another value.
 
     Raises:
-      UsageError: for values that configs/bench.py does not take.
+      UsageError: for values that configs/bench.py refuses.
     """
     config = cfg.load(f"bench:case={name},attention={attention},size={size}")
     return cfg.override(config, changes or {})
@@ -58,8 +58,8 @@ def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> 
 
     Args:
       name: a key of `NETWORKS`.
-      config: of `config_of`.
-      shared_prompt: dalle_sample draws all of the batch for one prompt.
+      config: the case's config, see `config_of`.
+      shared_prompt: in dalle_sample, the batch has candidates of one prompt.
     """
     if name == "dalle_sample":
         return sample(config, shared_prompt=shared_prompt)
@@ -101,25 +101,25 @@ def train(config: cfg.ConfigDict) -> Case:
 
 
 def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
-    """Drawing data.batch pictures' codes, for as many prompts or as candidates of one."""
+    """Sampling the codes of data.batch pictures, one per prompt or all for one prompt."""
     codec = by_shape.codec(config)
     model = model_build.dalle(config, codec.grid, codec.num_codes)
-    made, size, rng = model.config, config.data.batch, np.random.default_rng(config.seed)
+    c, size, rng = model.config, config.data.batch, np.random.default_rng(config.seed)
     prompts, candidates = (1, size) if shared_prompt else (size, 1)
-    text = jax.device_put(_ids(rng, (prompts, made.text_len), made.vocab_size))
-    codes = np.zeros((1, made.num_image_tokens), np.int32)
+    text = jax.device_put(_ids(rng, (prompts, c.text_len), c.vocab_size))
+    codes = np.zeros((1, c.num_image_tokens), np.int32)
     params = _init(model, text[:1], codes)["params"]
     key = jax.random.key(config.seed)
 
-    def draw(params: Params, text: Array) -> Array:
+    def sample_codes(params: Params, text: Array) -> Array:
         return sampling.sample(model, params, text, num_candidates=candidates, key=key)
 
     return Case(
-        lambda: lambda: np.asarray(draw(params, text)),
+        lambda: lambda: np.asarray(sample_codes(params, text)),
         images=size,
-        tokens=size * made.num_image_tokens,
+        tokens=size * c.num_image_tokens,
         params=_count(params),
-        flops=lambda: flops.hardware(draw, params, text),
+        flops=lambda: flops.hardware(sample_codes, params, text),
     )
 
 
@@ -154,7 +154,7 @@ def score(config: cfg.ConfigDict) -> Case:
 
 
 def prior(config: cfg.ConfigDict) -> Case:
-    """Drawing an image embedding for each of data.batch captions: 50 steps, one draw, unguided."""
+    """Sampling one image embedding per caption, data.batch captions: 50 steps, no guidance."""
     task = tasks.make(config, shapes_only=True)
     clip = by_shape.clip(config)
     model = prior_stage.build_prior(config, clip, None)
@@ -165,16 +165,16 @@ def prior(config: cfg.ConfigDict) -> Case:
     z_t = jax.device_put(z_t / np.linalg.norm(z_t, axis=1, keepdims=True))
     key = jax.random.key(config.seed)
 
-    def draw(params: Params, text: Array, z_t: Array) -> Array:
+    def sample_embeddings(params: Params, text: Array, z_t: Array) -> Array:
         return prior_sampling.sample_diffusion(
             model, params, text, z_t, key=key, steps=PRIOR_STEPS, num_samples=1
         )
 
     return Case(
-        lambda: lambda: np.asarray(draw(params, text, z_t)),
+        lambda: lambda: np.asarray(sample_embeddings(params, text, z_t)),
         images=data.batch,
         params=_count(params),
-        flops=lambda: flops.hardware(draw, params, text, z_t),
+        flops=lambda: flops.hardware(sample_embeddings, params, text, z_t),
     )
 
 
@@ -194,14 +194,14 @@ NETWORKS: dict[str, Callable[[cfg.ConfigDict], Case]] = {
 def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int) -> Case:
     """Batches of a prepared set: reading, decoding, resizing, tokenising; nothing is cached.
 
-    Text is read where the set has a tokenizer: none is trained here.
+    Batches have text if the set has a tokenizer; a benchmark trains none.
 
     Args:
       source: the set, as in data.source.
-      data_dir: where prepared sets live.
+      data_dir: folder of the prepared sets.
       image_px: side of the pictures.
-      batch: examples of one call.
-      threads: that decode.
+      batch: examples per call.
+      threads: threads that decode.
 
     Raises:
       UsageError: if the set is not prepared, or holds fewer than `batch` examples.
@@ -209,16 +209,16 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
     given = dict(source=source, data_dir=data_dir, image_px=image_px, batch=batch)
     changes = {f"data.{key}": value for key, value in given.items()}
     changes |= {"data.cache_mib": 0, "data.threads": threads}
-    wanted = {"image"}
+    fields = {"image"}
     for path in sorted(tokenizers.folder(data_dir, source).glob("tokenizer-*.model"))[:1]:
-        wanted.add("text")
+        fields.add("text")
         changes["data.vocab_size"] = int(path.stem.partition("-")[2])
     config = cfg.override(cfg.load("base"), changes)
     batches = pipeline.make(
         config.data,
         config.seed,
         split=config.data.split,
-        fields=wanted,
+        fields=fields,
         training=True,
         batch=batch,
     )
@@ -227,7 +227,7 @@ def read(source: str, data_dir: str, *, image_px: int, batch: int, threads: int)
 
 
 def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
-    """`function` of these arguments under jit; the pictures are the second."""
+    """`function` with these arguments under jit; the pictures are the second argument."""
 
     def compile():
         run = jax.jit(function).lower(*arguments).compile()
@@ -238,14 +238,14 @@ def _compiled(function: Callable, *arguments: Any, params: int) -> Case:
 
 
 def _noise(shapes: Any, seed: int) -> Any:
-    """Random weights in the place of trained ones; None for None."""
+    """Random weights in place of trained ones; None for None."""
     rng = np.random.default_rng(seed)
 
-    def draw(spec: jax.ShapeDtypeStruct) -> Array:
+    def normal(spec: jax.ShapeDtypeStruct) -> Array:
         values = 0.02 * rng.standard_normal(spec.shape)
         return jax.device_put(values.astype(spec.dtype), spec.sharding)
 
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(normal, shapes)
 
 
 def _init(model: Any, *inputs: Array) -> Params:
@@ -270,7 +270,7 @@ def _ids(rng: np.random.Generator, shape: tuple[int, int], num: int) -> np.ndarr
 
 
 def _batch(config: cfg.ConfigDict, task: Task) -> dict[str, np.ndarray]:
-    """What the task's batches hold; captions fill their slots, CLIP's end with its end token."""
+    """A batch with the task's batch_spec; captions fill their slots, CLIP's end with eos_id."""
     rng, batch = np.random.default_rng(config.seed), {}
     for name, spec in task.batch_spec.items():
         if name == "image":

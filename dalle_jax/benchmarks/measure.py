@@ -1,6 +1,6 @@
-"""The stopwatch: wall and processor seconds of a case, the memory it took, and on what it ran.
+"""The stopwatch: wall and processor seconds of a case, its memory, and its machine.
 
-It knows no network; `benchmarks.cases` makes what it times.
+It knows no network; the cases come from `benchmarks.cases`.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Something to time; its inputs, the same in every call, are ready when it is made.
+    """A function to time; its inputs exist before the first call and are the same in every call.
 
     Attributes:
-      compile: what is done once; gives the function that does one step or call to its end, with
-        the result on the host.
-      images: pictures of one call.
-      tokens: tokens of one call; 0 = it has none.
-      params: of the network; 0 = there is none.
-      flops: counts those of the matrix products and convolutions of one call, see
-        `engine.flops.hardware`; None = there are none. Called last, for it traces the function.
+      compile: called once; returns the function that runs one step or call to its end, with the
+        result on the host.
+      images: pictures per call.
+      tokens: tokens per call; 0 = none.
+      params: number of the network's parameters; 0 = no network.
+      flops: counts the FLOPs of matrix products and convolutions per call, see
+        `engine.flops.hardware`; None = there are none. Called last, because it traces the function.
     """
 
     compile: Callable[[], Callable[[], Any]]
@@ -44,24 +44,24 @@ def measure(case: Case, *, steps: int, warmup: int) -> dict[str, Any]:
     """Times `steps` calls after the first one and `warmup` more.
 
     Returns:
-      median_s, wall seconds of a call; cpu_s, the median of its processor seconds over all
-      threads of this process; images_per_s and tokens_per_s (where there are tokens) at median_s;
-      gflop of one call and gflop_per_cpu_s, where they are counted; params; peak_rss_mib of this
-      process so far; first_call_s, wall seconds of compiling and the first call.
+      median_s, wall seconds per call; cpu_s, the median of the processor seconds per call over all
+      threads of this process; images_per_s and tokens_per_s (if there are tokens) at median_s;
+      gflop per call and gflop_per_cpu_s, if they are counted; params; peak_rss_mib of this process
+      so far; first_call_s, wall seconds of compiling and the first call.
     """
     return alternate((case,), steps=steps, warmup=warmup)[0]
 
 
 def alternate(cases: Sequence[Case], *, steps: int, warmup: int) -> list[dict[str, Any]]:
-    """Times several cases in turns, a call of each at a time: what disturbs one disturbs all.
+    """Times several cases in turns, one call of each at a time: a disturbance affects all of them.
 
     Args:
-      cases: compiled, and called a first time, in this order.
-      steps: timed calls of each.
-      warmup: calls of each before them, besides the first.
+      cases: the cases, compiled and called a first time in this order.
+      steps: timed calls per case.
+      warmup: calls per case before them, besides the first.
 
     Returns:
-      What `measure` gives, for each; peak_rss_mib is that of all together.
+      The results of `measure`, one per case; peak_rss_mib is that of all cases together.
     """
     calls, firsts = [], []
     for case in cases:
@@ -74,11 +74,11 @@ def alternate(cases: Sequence[Case], *, steps: int, warmup: int) -> list[dict[st
             call()
     times: list[list[tuple[float, float]]] = [[] for _ in calls]
     for _ in range(steps):
-        for call, found in zip(calls, times, strict=True):
+        for call, seconds in zip(calls, times, strict=True):
             began, began_cpu = time.perf_counter(), time.process_time()
             call()
             cpu = time.process_time() - began_cpu
-            found.append((time.perf_counter() - began, cpu))
+            seconds.append((time.perf_counter() - began, cpu))
     return [_result(*one) for one in zip(cases, times, firsts, strict=True)]
 
 
@@ -95,10 +95,10 @@ def _result(case: Case, times: list[tuple[float, float]], first: float) -> dict[
 
 
 def peak_rss_mib() -> float:
-    """The most memory that this process has held, MiB.
+    """The peak memory of this process, MiB.
 
-    Of the program that runs now, where /proc has it: in `getrusage` a child begins at the peak of
-    its parent (measured: 414 MiB for a bare Python started from one that held 400 MiB, not 13).
+    From /proc if it exists, because in `getrusage` a child begins with the peak of its parent
+    (measured: 414 MiB instead of 13 for a bare Python, started from a process with 400 MiB).
     """
     status = pathlib.Path("/proc/self/status")
     if status.is_file():
@@ -110,7 +110,7 @@ def peak_rss_mib() -> float:
 
 
 def device() -> str:
-    """The kind of the first device: the processor's name on a CPU, where it can be found."""
+    """The kind of the first device; on a CPU the processor's name, if the system has it."""
     first = jax.devices()[0]
     if first.platform != "cpu":
         return first.device_kind
@@ -121,11 +121,11 @@ def device() -> str:
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Of Python and of the packages that decide how fast it is.
+    """Versions of Python and of the packages that determine the speed.
 
     Args:
-      others: of `peers.NAMES`; PyTorch's version goes with them, and their own.
+      others: names in `peers.NAMES`; their versions and PyTorch's are added.
     """
     packages = [*PACKAGES, *(("torch", *others) if others else ())]
-    found = {name: metadata.version(name) for name in packages if name != "gpt"}
-    return {"python": platform.python_version()} | found
+    installed = {name: metadata.version(name) for name in packages if name != "gpt"}
+    return {"python": platform.python_version()} | installed

@@ -1,7 +1,7 @@
-"""What other projects make of the cases of `bench`, by name: the same work in PyTorch.
+"""Other projects' versions of the cases of `bench`, by name: the same work in PyTorch.
 
-PyTorch and they are no dependencies of this project: `torch_peers` imports them when one is asked
-for. Nothing here imports jax before that either, for cli/bench.py reads `NAMES` first.
+PyTorch and these projects are no dependencies: `torch_peers` imports them when a peer is named.
+This module does not import jax before that either, because cli/bench.py reads `NAMES` first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = {
     "unet_train": ("diffusers", "dalle2-pytorch"),
 }
 
-# DALLE-pytorch asks for a tokenizer that builds no more, hence --no-deps.
+# DALLE-pytorch depends on a tokenizer that can no longer be built, hence --no-deps.
 INSTALL = (
     "pip install torch diffusers transformers DALL-E dalle2-pytorch "
     "'axial-positional-embedding<0.3' && pip install --no-deps dalle-pytorch"
@@ -39,11 +39,11 @@ def build(case: str, name: str, config: ConfigDict, threads: int) -> Case:
     Args:
       case: a key of `NAMES`.
       name: one of its values.
-      config: of `cases.config_of`; its sizes are taken, its inputs are drawn anew.
-      threads: of PyTorch; 0 = as many as it takes.
+      config: the case's config, for its sizes; the inputs are sampled anew.
+      threads: threads of PyTorch; 0 = its default.
 
     Raises:
-      UsageError: if the packages are not there.
+      UsageError: if the packages are not installed.
     """
     from dalle_jax.benchmarks import cases
     from dalle_jax.types import UsageError
@@ -51,7 +51,7 @@ def build(case: str, name: str, config: ConfigDict, threads: int) -> Case:
     try:
         import torch
 
-        from dalle_jax.benchmarks import torch_peers as made
+        from dalle_jax.benchmarks import torch_peers
     except ImportError as error:
         raise UsageError(f"--against={name} times other projects ({error}): {INSTALL}") from error
     if threads:
@@ -59,18 +59,22 @@ def build(case: str, name: str, config: ConfigDict, threads: int) -> Case:
     torch.manual_seed(config.seed)
     steps = dict(steps=cases.PRIOR_STEPS)
     known = {
-        ("dalle_train", "gpt"): made.gpt_train,
-        ("dalle_train", "dalle-pytorch"): made.dalle_pytorch_train,
-        ("dalle_sample", "gpt"): made.gpt_sample,
-        ("dvae_train", "dalle-pytorch"): made.dalle_pytorch_dvae,
-        ("dvae_codec", "dall_e"): made.dall_e_codec,
-        ("clip_train", "transformers"): made.clip_train,
-        ("clip_score", "transformers"): made.clip_score,
-        ("prior_train", "diffusers"): made.diffusers_prior_train,
-        ("prior_train", "dalle2-pytorch"): made.dalle2_prior_train,
-        ("prior_sample", "diffusers"): functools.partial(made.diffusers_prior_sample, **steps),
-        ("prior_sample", "dalle2-pytorch"): functools.partial(made.dalle2_prior_sample, **steps),
-        ("unet_train", "diffusers"): made.diffusers_unet,
-        ("unet_train", "dalle2-pytorch"): made.dalle2_unet,
+        ("dalle_train", "gpt"): torch_peers.gpt_train,
+        ("dalle_train", "dalle-pytorch"): torch_peers.dalle_pytorch_train,
+        ("dalle_sample", "gpt"): torch_peers.gpt_sample,
+        ("dvae_train", "dalle-pytorch"): torch_peers.dalle_pytorch_dvae,
+        ("dvae_codec", "dall_e"): torch_peers.dall_e_codec,
+        ("clip_train", "transformers"): torch_peers.clip_train,
+        ("clip_score", "transformers"): torch_peers.clip_score,
+        ("prior_train", "diffusers"): torch_peers.diffusers_prior_train,
+        ("prior_train", "dalle2-pytorch"): torch_peers.dalle2_prior_train,
+        ("prior_sample", "diffusers"): functools.partial(
+            torch_peers.diffusers_prior_sample, **steps
+        ),
+        ("prior_sample", "dalle2-pytorch"): functools.partial(
+            torch_peers.dalle2_prior_sample, **steps
+        ),
+        ("unet_train", "diffusers"): torch_peers.diffusers_unet,
+        ("unet_train", "dalle2-pytorch"): torch_peers.dalle2_unet,
     }
     return known[case, name](config)

@@ -1,7 +1,7 @@
-"""DALL-E's transformer as one would write it in PyTorch by hand: what `bench --against=gpt` times.
+"""DALL-E's transformer in plain PyTorch, for `bench --against=gpt`.
 
-Eager, no compiler; fused attention of the library; a cache of fixed length for drawing; the fused
-AdamW. Sizes are those of a `models.dalle.DalleConfig`, whose parameters it has, one for one.
+It runs eagerly, without a compiler, with the library's fused attention, a cache of fixed length for
+sampling, and the fused AdamW. It has the sizes and parameters of a `models.dalle.DalleConfig`.
 """
 
 import torch
@@ -16,8 +16,8 @@ class Block(nn.Module):
     """Attention and a gated MLP, each after a norm.
 
     Args:
-      c: sizes of the stack.
-      mask: [T, T] bool, what each position sees; None = all before it.
+      c: the sizes.
+      mask: [T, T] bool, the keys that each position attends to; None = causal.
     """
 
     def __init__(self, c: TransformerConfig, mask: Tensor | None):
@@ -96,8 +96,8 @@ class Gpt(nn.Module):
         x, places, start = self.text(text) + self.text_position, self.places(), 0
         for i in range(c.num_image_tokens):
             n = x.shape[1]
-            for block, kept in zip(self.blocks, cache, strict=True):
-                x = block(x, kept, start)
+            for block, block_cache in zip(self.blocks, cache, strict=True):
+                x = block(x, block_cache, start)
             start += n
             logits = self.image_head(self.norm(x[:, -1]))
             codes[:, i : i + 1] = torch.multinomial(logits.softmax(-1), 1)

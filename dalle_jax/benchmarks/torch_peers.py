@@ -1,9 +1,9 @@
-"""The cases of `bench` as other projects do them in PyTorch: diffusers, transformers, OpenAI's
-dall_e, lucidrains' DALLE-pytorch and DALLE2-pytorch, and a transformer by hand (`torch_gpt`).
+"""The cases of `bench` in other PyTorch projects: diffusers, transformers, OpenAI's dall_e,
+lucidrains' DALLE-pytorch and DALLE2-pytorch, and a plain transformer (`torch_gpt`).
 
-Each takes the sizes of our own config, float32, random weights and inputs, the fused AdamW; what a
-peer's network has that ours has not is off where it has a switch. `benchmarks.peers` names them and
-is the only one who imports this.
+Each has the sizes of our own config, float32, random weights and inputs, and the fused AdamW. Parts
+of a peer's network that ours does not have are off if there is a switch. `benchmarks.peers` lists
+the peers, and is the only module that imports this one.
 """
 
 import math
@@ -32,19 +32,19 @@ from dalle_jax.stages import by_shape
 _LR, _DECAY = 3e-4, 0.01
 # Our kinds of attention -> DALLE-pytorch's.
 _KINDS = {"full": "full", "row": "axial_row", "column": "axial_col", "conv": "conv_like"}
-# DALLE-pytorch's transformer asks a VAE for its sizes; given codes, it runs nothing of it.
+# DALLE-pytorch's transformer reads its sizes from a VAE; given codes, it never runs the VAE.
 _TINY_VAE = dict(hidden_dim=8, codebook_dim=8, num_resnet_blocks=0)
 
 
 def gpt_train(config: ConfigDict) -> Case:
-    """A step of the transformer by hand."""
+    """A step of the plain transformer."""
     c = _dalle(config)
     net, text, codes = torch_gpt.Gpt(c), _text(config, c), _codes(config, c)
     return _train(config, net, lambda: net.loss(text, codes), tokens=c.length)
 
 
 def gpt_sample(config: ConfigDict) -> Case:
-    """Drawing with it, a prompt a picture."""
+    """Sampling from it, one prompt per picture."""
     c = _dalle(config)
     net, text = torch_gpt.Gpt(c).eval(), _text(config, c)
     return _call(config, net, lambda: net.sample(text), tokens=c.num_image_tokens)
@@ -139,17 +139,17 @@ def diffusers_prior_sample(config: ConfigDict, steps: int) -> Case:
         variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
     )
 
-    def draw() -> Tensor:
+    def sample() -> Tensor:
         scheduler.set_timesteps(steps)
         times = scheduler.timesteps
         now = x
         for i, time in enumerate(times):
-            found = net(now, time, embedding, caption).predicted_image_embedding
+            predicted = net(now, time, embedding, caption).predicted_image_embedding
             before = times[i + 1] if i + 1 < len(times) else None
-            now = scheduler.step(found, time, now, prev_timestep=before).prev_sample
+            now = scheduler.step(predicted, time, now, prev_timestep=before).prev_sample
         return now
 
-    return _call(config, net, draw)
+    return _call(config, net, sample)
 
 
 def dalle2_prior_train(config: ConfigDict) -> Case:
@@ -167,11 +167,11 @@ def dalle2_prior_sample(config: ConfigDict, steps: int) -> Case:
     prior, (x, embedding, caption) = _dalle2_prior(config).eval(), _embeddings(config)
     known = dict(text_embed=embedding, text_encodings=caption)
 
-    def draw() -> Tensor:
-        # It shows a bar of progress for each draw.
+    def sample() -> Tensor:
+        # It prints a progress bar for each sample.
         return prior.p_sample_loop(tuple(x.shape), text_cond=known, timesteps=steps)
 
-    return _call(config, prior, draw)
+    return _call(config, prior, sample)
 
 
 def diffusers_unet(config: ConfigDict) -> Case:
@@ -229,7 +229,7 @@ def dalle2_unet(config: ConfigDict) -> Case:
 
 
 class _Chunked(nn.Module):
-    """A projection whose output is cut by slices where its caller asks for chunks.
+    """A projection whose output is cut into slices when its caller requests chunks.
 
     DALLE-pytorch scales a chunk in place; PyTorch 2 refuses that of chunks, not of slices.
     """

@@ -1,4 +1,4 @@
-"""Times what the networks do on this machine, at sizes that can be compared with other projects.
+"""Times the networks on this machine, at sizes that can be compared with other projects.
 
   python -m dalle_jax bench dalle_train --attention=axial
   python -m dalle_jax bench dalle_sample --batch=64 --shared_prompt --json
@@ -8,39 +8,39 @@
 
 Cases (sizes: configs/bench.py; a step is forward, backward, optimiser and the loss on the host):
 
-  dalle_train   a step on stored codes: 8 examples of 64 text slots and 16x16 codes
-  dalle_sample  drawing 256 codes after 64 text slots, for --batch prompts, or for one with
+  dalle_train   a step on stored codes: 8 examples with 64 text slots and 16x16 codes
+  dalle_sample  sampling 256 codes after 64 text slots, for --batch prompts, or for one with
                 --shared_prompt
-  dvae_train    a step on 16 pictures of 64 px
-  dvae_codec    pictures to codes and back: the released dVAE with 64 hidden channels, 2 of 256 px
-  clip_train    a step on 64 pictures of 64 px with captions of 32 ids
+  dvae_train    a step on 16 pictures at 64 px
+  dvae_codec    pictures to codes and back: the released dVAE with 64 hidden channels, 2 at 256 px
+  clip_train    a step on 64 pictures at 64 px with captions of 32 ids
   clip_score    similarities of 16 pictures and captions: ViT-B/32, 224 px
   prior_train   a step of the diffusion prior on 64 embeddings
-  prior_sample  8 embeddings drawn by it in 50 steps
-  unet_train    a step of a decoder on 8 pictures of 32 px
+  prior_sample  sampling 8 embeddings from it in 50 steps
+  unet_train    a step of a decoder on 8 pictures at 32 px
   input         batches of a prepared set (--source, --data_dir): reading, decoding, tokenising
-  all           every case, each in a process of its own; input on a set of 1,000 generated scenes
-                unless --source names one
+  all           every case in its own process; input reads 1,000 generated scenes unless --source
+                names a set
 
-float32, random weights, random inputs that stay the same. Fields of the JSON, one line a case:
+float32, random weights, the same random inputs in all calls. Fields of the JSON, one line per case:
 
-  median_s         wall seconds of a step or call, the median of --steps after --warmup
+  median_s         wall seconds per step or call, the median of --steps after --warmup
   cpu_s            the median of its processor seconds, over all threads of the process
   images_per_s, tokens_per_s   at median_s
-  gflop, gflop_per_cpu_s   matrix products and convolutions of a call, 2 per multiply-add, as they
+  gflop, gflop_per_cpu_s   matrix products and convolutions per call, 2 per multiply-add, as they
                    run; nothing else is counted
-  params           of the network
-  peak_rss_mib     memory of the process at its peak
+  params           number of the network's parameters
+  peak_rss_mib     peak memory of the process
   first_call_s     tracing, compiling and the first call; compiled programs are not cached
 
---against=NAME times another project's version of the case in the same process, a call of each in
-turns; --against=all all of them, and `all --against=all` every case that has any. They are written
-in PyTorch and must be installed: gpt (a transformer by hand), dalle-pytorch, dalle2-pytorch,
-dall_e, diffusers, transformers. `ratio` is our cpu_s to theirs: below 1 we are faster.
+--against=NAME also times another project's version of the case in the same process, one call of
+each in turns; --against=all times all versions, and `all --against=all` every case that has any.
+They use PyTorch and must be installed: gpt (a plain transformer), dalle-pytorch, dalle2-pytorch,
+dall_e, diffusers, transformers. `ratio` is our cpu_s over theirs: below 1 we are faster.
 
-Processor seconds on one thread (the default) are what a busy machine disturbs least. Where the CPU
-computes, set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as launch/ does for training: large pages. All
-versions of a case, ours and others', run with the memory that is kept between calls.
+Processor seconds on one thread (the default) depend least on other programs. On a CPU, set
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 for large pages, as launch/ does for training. All versions of
+a case, ours and others', run with memory that the process retains between calls.
 """
 
 import argparse
@@ -56,13 +56,13 @@ from dalle_jax.benchmarks import peers
 from dalle_jax.cli import _flags
 from dalle_jax.pages import bench
 
-SUMMARY = "time training, drawing, the codec, CLIP and the input on this machine"
+SUMMARY = "time training, sampling, the codec, CLIP and the input on this machine"
 
 CASES = (
     "dalle_train", "dalle_sample", "dvae_train", "dvae_codec", "clip_train", "clip_score",
     "prior_train", "prior_sample", "unet_train", "input",
 )  # fmt: skip
-# What `all` runs; input comes after them.
+# The runs of `all`; input comes after them.
 RUNS = (
     ("dalle_train", "--attention=full"),
     ("dalle_train", "--attention=axial"),
@@ -79,7 +79,7 @@ RUNS = (
     ("prior_sample",),
     ("unet_train",),
 )
-# Flag -> the cases that take it.
+# Flag -> the cases that it applies to.
 _BELONGS = {
     "attention": ("dalle_train", "dalle_sample"),
     "attention_impl": ("dalle_train",),
@@ -98,7 +98,7 @@ _SCENES = 1000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("case", metavar="CASE", help=f"{', '.join(CASES)} or all")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument(
         "--docs",
         metavar="FILE.md",
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup",
         type=int,
-        default=2,  # until then the memory still grows: 2.9 s of clip_train's second call
+        default=2,  # memory grows in these calls: 2.9 s in the second call of clip_train
         metavar="N",
         help="steps or calls before them, besides the first (default: 2)",
     )
@@ -119,10 +119,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="of the CPU backend, the linear algebra of numpy, and the input; 0 = a thread for "
-        "each core (default: 1)",
+        help="threads of the CPU backend, of numpy's linear algebra and of the input; 0 = one per "
+        "core (default: 1)",
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="examples of a step or call")
+    parser.add_argument("--batch", type=int, metavar="N", help="examples per step or call")
     parser.add_argument(
         "--against", metavar="NAME", help="also time another project's version, in turns; or all"
     )
@@ -135,23 +135,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared_prompt",
         action="store_true",
         default=None,
-        help="dalle_sample: the batch are candidates of one prompt instead of as many prompts",
+        help="dalle_sample: the batch has candidates of one prompt instead of one per prompt",
     )
     group = parser.add_argument_group("input")
     group.add_argument("--source", metavar="NAME", help="a prepared set, as in data.source")
-    group.add_argument("--data_dir", metavar="DIR", help="where prepared sets live (default: data)")
+    group.add_argument(
+        "--data_dir", metavar="DIR", help="folder of the prepared sets (default: data)"
+    )
     group.add_argument(
         "--image_px", type=int, metavar="N", help=f"side of the pictures (default: {_INPUT_PX})"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Times a case, or all of them; 1 if one of all failed."""
+    """Times a case, or all of them; returns 1 if one of them failed."""
     _check(args)
     if args.case == "all":
         return _all(args)
     _limit_threads(args.threads)
-    # Compiling is part of first_call_s; a program that an earlier run kept would hide it.
+    # Compiling is part of first_call_s; a cached program would hide it.
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
     result = _measure(args)
     print(json.dumps(result) if args.json else f"{header()}\n{row(result)}", flush=True)
@@ -166,10 +168,10 @@ def header() -> str:
 
 
 def row(result: dict[str, Any]) -> str:
-    """A result as a line of a table, and one for each of other projects beside it."""
+    """A result as a line of a table, and one line for each peer."""
     lines = [_row(bench.name(result), result)]
-    for name, found in result.get("against", {}).items():
-        lines.append(_row(f"  {name}: ratio {found['ratio']:.2f}", found))
+    for name, peer in result.get("against", {}).items():
+        lines.append(_row(f"  {name}: ratio {peer['ratio']:.2f}", peer))
     return "\n".join(lines)
 
 
@@ -193,7 +195,7 @@ def _columns(name: str, *values: str) -> str:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises UsageError for an unknown case, or flags that do not go with it."""
+    """Raises UsageError for an unknown case, or flags that do not apply to it."""
     problem = ""
     least = dict(steps=1, warmup=0, threads=0, batch=1, image_px=1)
     belonging = [name for name in _BELONGS if getattr(args, name) is not None]
@@ -203,16 +205,16 @@ def _check(args: argparse.Namespace) -> None:
     elif alien := [name for name in belonging if args.case not in _BELONGS[name]]:
         takers = " and ".join(name for name in _BELONGS[alien[0]] if name != "all") or "all"
         takers = "a single case" if alien[0] == "batch" else takers
-        problem = f"--{alien[0]} goes with {takers}, not with {args.case}; leave it out."
+        problem = f"--{alien[0]} applies to {takers}, not to {args.case}; leave it out."
     elif args.case == "all" and args.data_dir and not args.source:
-        problem = f"--data_dir={args.data_dir} needs --source, the set that input is to read."
+        problem = f"--data_dir={args.data_dir} needs --source, the set that input reads."
     elif args.against and args.against not in (*_peers_of(args.case), "all"):
         names = ", ".join(_peers_of(args.case))
         problem = f"--against={args.against} is unknown for {args.case}; choose {names} or all."
     elif args.case == "input" and not args.source:
         problem = (
             "input times a prepared set: give it with --source=NAME, e.g. --source=shapes after "
-            "`python -m dalle_jax prepare shapes`, and its --data_dir if that is not data."
+            "`python -m dalle_jax prepare shapes`, and its --data_dir if it is not data."
         )
     else:
         for name, lowest in least.items():
@@ -226,19 +228,19 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def thread_environment(threads: int, xla_flags: str) -> dict[str, str]:
-    """Variables that hold jax and numpy to so many threads; they are read when those start.
+    """Environment variables that limit the threads of jax and numpy, which read them at start.
 
     Args:
-      threads: 0 changes nothing.
-      xla_flags: the present XLA_FLAGS, which are kept.
+      threads: number of threads; 0 = no limit.
+      xla_flags: the present XLA_FLAGS, which are preserved.
     """
     if not threads:
         return {}
     names = ("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    found = dict.fromkeys(names, str(threads))  # NPROC: XLA's own pools
+    variables = dict.fromkeys(names, str(threads))  # NPROC: XLA's own pools
     if threads == 1:
-        found["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_multi_thread_eigen=false".strip()
-    return found
+        variables["XLA_FLAGS"] = f"{xla_flags} --xla_cpu_multi_thread_eigen=false".strip()
+    return variables
 
 
 def _limit_threads(threads: int) -> None:
@@ -246,8 +248,8 @@ def _limit_threads(threads: int) -> None:
         from dalle_jax.types import UsageError
 
         raise UsageError(
-            f"--threads={threads} comes too late: jax runs already in this process. Start bench as "
-            "a program of its own, or use --threads=0."
+            f"--threads={threads} comes too late: jax runs already in this process. Start bench in "
+            "its own process, or use --threads=0."
         )
     os.environ.update(thread_environment(threads, os.environ.get("XLA_FLAGS", "")))
 
@@ -285,21 +287,21 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     result |= ours
     if names:
         result["against"] = dict(zip(names, theirs, strict=True))
-        for found in theirs:
-            found["ratio"] = round(ours["cpu_s"] / found["cpu_s"], 5)
+        for peer in theirs:
+            peer["ratio"] = round(ours["cpu_s"] / peer["cpu_s"], 5)
     result |= dict(batch=batch, steps=args.steps, warmup=args.warmup, threads=args.threads)
     return result | {"device": measure.device(), "versions": measure.versions(*names)}
 
 
 def _peers_of(case: str) -> tuple[str, ...]:
-    """The projects that have a version of the case; "all" = of any case."""
+    """The projects with a version of the case; for "all", of any case."""
     if case != "all":
         return peers.NAMES[case]
     return tuple(dict.fromkeys(name for names in peers.NAMES.values() for name in names))
 
 
 def _all(args: argparse.Namespace) -> int:
-    """Every case in a process of its own: neither memory nor threads of one touch the next."""
+    """Runs every case in its own process: memory and threads of one do not affect the next."""
     flags = [f"--{name}={getattr(args, name)}" for name in ("steps", "warmup", "threads")]
     failed, results = [], []
     if args.docs:
@@ -307,7 +309,7 @@ def _all(args: argparse.Namespace) -> int:
     if not args.json:
         print(header(), flush=True)
     for words in _runs(args):
-        code, output = _start("bench", *words, *flags, "--json")
+        code, output = run_command("bench", *words, *flags, "--json")
         if code:
             failed.append(" ".join(words))
             continue
@@ -321,7 +323,7 @@ def _all(args: argparse.Namespace) -> int:
 
 
 def _runs(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
-    """The words after `bench` of every run; the generated set exists until the last one ends."""
+    """The words after `bench` for each run; the generated set exists until the last one ends."""
     if args.against:
         for case, *words in RUNS:
             if args.against in (*_peers_of(case), "all"):
@@ -334,15 +336,17 @@ def _runs(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         yield "input", f"--source={args.source}", f"--data_dir={folder}", f"--image_px={px}"
         return
     with tempfile.TemporaryDirectory(prefix="dalle_jax_bench_") as folder:
-        made = (f"--data_dir={folder}", f"--image_px={px}")
-        code, _ = _start("prepare", "shapes", *made, f"--num_train={_SCENES}", "--num_eval=100")
+        prepared = (f"--data_dir={folder}", f"--image_px={px}")
+        code, _ = run_command(
+            "prepare", "shapes", *prepared, f"--num_train={_SCENES}", "--num_eval=100"
+        )
         if code:
             print("error: the generated set was not written.", file=sys.stderr)
-        yield "input", "--source=shapes", *made
+        yield "input", "--source=shapes", *prepared
 
 
-def _start(*words: str) -> tuple[int, str]:
-    """Runs a command of this program in a process of its own: (exit code, what it printed)."""
+def run_command(*words: str) -> tuple[int, str]:
+    """Runs a command of this program in its own process: (exit code, its output)."""
     command = [sys.executable, "-m", "dalle_jax", *words]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     return done.returncode, done.stdout

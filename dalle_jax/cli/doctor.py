@@ -8,9 +8,9 @@ Exits with 1 if a check fails, above all if JAX does not use an accelerator of t
 would silently be a hundred times slower. Missing optional packages are notes, and so is a matmul
 far below the chip's peak.
 
---dependencies prints a table instead: for each package the lowest accepted version, the version
-that constraints.txt pins for this Python, the installed one and, with --newest, the newest on
-pip's index ("unknown" without a network).
+--dependencies prints a table instead: for each package the lowest accepted version, the version in
+constraints.txt for this Python, the installed one and, with --newest, the newest on pip's
+index ("unknown" without a network).
 """
 
 import argparse

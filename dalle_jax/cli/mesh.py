@@ -1,9 +1,9 @@
-"""Checks a config's mesh and batch against machines that are not here; computes nothing.
+"""Checks a config's mesh and batch for machines that are not here; computes nothing.
 
   python -m dalle_jax mesh --config=configs/dalle_12b.py --hosts=64 --devices_per_host=4
 
-The launchers ask this before they rent anything. Whether the model fits the chips' memory is for
-`plan` to say.
+The launchers run it before they rent anything. `plan` checks whether the model fits the chips'
+memory.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _flags.add_config(parser)
     parser.add_argument("--hosts", type=int, default=1, help="machines (default: %(default)s)")
     parser.add_argument(
-        "--devices_per_host", type=int, required=True, metavar="N", help="chips or GPUs of each"
+        "--devices_per_host", type=int, required=True, metavar="N", help="chips or GPUs per machine"
     )
 
 

@@ -107,7 +107,7 @@ class Checkpointer:
 
         Args:
           step: number of finished training steps.
-          state: the whole training state.
+          state: the training state.
           wait: return only when the checkpoint is committed.
         """
         if step not in (self._saved, self.latest_step()):

@@ -1,8 +1,8 @@
-"""What one accelerator can do at most, by the name that JAX gives it: the only such table.
+"""Peak rates and memory of accelerators, by the name that JAX gives them: the only such table.
 
-A device is what `jax.devices()` lists: a whole chip, for TPU v4 and v5p as well (megacore). The
-peak is dense bfloat16 with float32 accumulation, whatever a run computes in: MFU then compares
-runs, and one in float32 shows what it gives away.
+A device is one that `jax.devices()` lists: one chip, for TPU v4 and v5p as well (megacore). The
+peak is dense bfloat16 with float32 accumulation, whatever dtype a run uses: so MFU compares runs,
+and a run in float32 shows its loss.
 
 *Sources:* TPU: Google Cloud's pages of the versions (peak, memory, bandwidth per chip); clocks are
 those of XProf's device table, and peak / clock is the whole number of FLOPs of the matrix units
@@ -19,11 +19,11 @@ class Chip:
     """One kind of accelerator.
 
     Attributes:
-      name: how people call it.
+      name: its usual name.
       peak_flops: dense bfloat16 FLOP/s, 2 per multiply-add.
-      hbm_bytes: memory as built; a TPU program may use some 0.25 GiB less.
-      hbm_bytes_per_s: bandwidth of that memory.
-      clock_hz: turns a TPU compiler's estimated cycles into seconds.
+      hbm_bytes: physical memory; a TPU program may use about 0.25 GiB less.
+      hbm_bytes_per_s: bandwidth of the memory.
+      clock_hz: converts a TPU compiler's estimated cycles to seconds.
     """
 
     name: str

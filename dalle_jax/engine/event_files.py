@@ -2,7 +2,7 @@
 
 One JSON object per event: {"step": 100, "kind": "train", "loss": …}. Training metrics are means
 over the steps since the last event; `perf/…` are rates over the same interval (`timing.Meter`).
-The event of kind "run" at the end has the rates and shares of the whole run.
+The event of kind "run" at the end has the rates and shares over all of the run.
 """
 
 import json
@@ -58,7 +58,7 @@ class Writer:
         if not self._is_main:
             return
         values = {name: float(value) for name, value in values.items()}
-        # JSON has no NaN: a strict reader would refuse the whole line.
+        # JSON has no NaN: a strict reader would refuse the line.
         safe = {k: _rounded(v) if math.isfinite(v) else None for k, v in values.items()}
         self._lines.write(json.dumps({"step": step, "kind": kind, **safe}) + "\n")
         self._lines.flush()

@@ -15,17 +15,17 @@ from dalle_jax.types import UsageError
 
 
 def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The (data, fsdp, tensor) mesh that `config.mesh` asks for; one device is (1, 1, 1).
+    """The (data, fsdp, tensor) mesh of `config.mesh`; for one device (1, 1, 1).
 
     Axes are `AxisType.Auto` (jax.make_mesh's default, Explicit, refuses linen's constraints).
 
     Args:
-      mesh_config: sizes `data, fsdp, tensor`; one of them may be -1 = what is left.
-      devices: all devices of all processes by default.
+      mesh_config: sizes `data, fsdp, tensor`; one of them may be -1, the rest of the devices.
+      devices: the devices; None = all devices of all processes.
 
     Raises:
-      UsageError: if the sizes do not multiply to the number of devices, or several TPU slices are
-        to be crossed by another axis than data.
+      UsageError: if the product of the sizes is not the number of devices, or an axis other than
+        data would cross TPU slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(mesh_config, len(devices))
@@ -34,15 +34,15 @@ def make_mesh(mesh_config: ConfigDict, devices: Sequence[jax.Device] | None = No
 
 
 def local() -> Mesh:
-    """This process's devices as one data axis: for work that no other process shares in."""
+    """This process's devices as one data axis, for work that no other process takes part in."""
     return make_mesh(ConfigDict(dict(data=-1, fsdp=1, tensor=1)), jax.local_devices())
 
 
 def mesh_sizes(mesh_config: ConfigDict, num_devices: int) -> tuple[int, ...]:
-    """Sizes of the mesh axes data, fsdp and tensor over so many devices, -1 filled in.
+    """Sizes of the mesh axes data, fsdp and tensor for `num_devices`, with -1 replaced.
 
     Raises:
-      UsageError: if they do not multiply to the number of devices.
+      UsageError: if the product of the sizes is not the number of devices.
     """
     sizes = [int(mesh_config[name]) for name in axes.MESH_AXES]
     asked = ", ".join(f"{n}={s}" for n, s in zip(axes.MESH_AXES, sizes, strict=True))
@@ -66,10 +66,10 @@ def mesh_sizes(mesh_config: ConfigDict, num_devices: int) -> tuple[int, ...]:
 
 
 def _grid(sizes: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """Devices as an array of that shape, neighbours in it close to one another."""
-    # allow_split_physical_axes: (2, 128) on a 16x16 torus is refused without it.
+    """Devices as an array of that shape, in which neighbours are close to one another."""
+    # Without allow_split_physical_axes, (2, 128) on a 16x16 torus is refused.
     options = dict(devices=devices, allow_split_physical_axes=True)
-    # GPU hosts have slice numbers too, but are one fabric.
+    # GPU hosts have slice numbers too, but one network.
     slices = len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"})
     if slices <= 1:
         return mesh_utils.create_device_mesh(tuple(sizes), **options)

@@ -1,4 +1,4 @@
-"""The metrics of a run on their way from the devices to terminal and event files."""
+"""Metrics of a run: fetched from the devices, checked, averaged, printed and written."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -117,7 +117,7 @@ class MetricLog:
         self._writer.images(step, previews)
 
     def report_totals(self, step: int) -> None:
-        """Writes the rates of the whole run as an event of kind "run"; prints the verdict."""
+        """Writes the rates over all of the run as an event of kind "run"; prints the verdict."""
         self._writer.scalars(step, "run", self._meter.totals())
         console.log(self._meter.verdict())
 

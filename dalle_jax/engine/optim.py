@@ -52,7 +52,7 @@ MUON_BETA = 0.95  # Jordan 2024; beta1 is Adam's
 MUON_RMS = 0.2  # Liu et al. 2025 (arXiv:2502.16982): the RMS of Adam's updates
 
 # Tables: one row is one token, code or position, so neither decay nor orthogonalisation of the
-# matrix as a whole means anything.
+# matrix is meaningful.
 _TABLES = (axes.VOCAB, axes.CODES, axes.POSITIONS)
 
 

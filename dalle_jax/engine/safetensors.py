@@ -1,6 +1,6 @@
 """The weights file of an exported stage: safetensors with flat "a/b/c" names.
 
-Non-trained variables are under "extra/". Half-precision storage is read back as float32.
+Non-trained variables are under "extra/". Half-precision arrays are read as float32.
 """
 
 import json
@@ -29,10 +29,10 @@ def encode(params: Params, extra: Any, step: int, dtype: str) -> bytes:
       params: nested dict of numpy arrays.
       extra: likewise, or None.
       step: training step, stored in the header.
-      dtype: one of `DTYPES`, for floating arrays; integers stay.
+      dtype: one of `DTYPES`, for floating arrays; integers are unchanged.
 
     Raises:
-      UsageError: for float16 and a weight that does not fit into it.
+      UsageError: for a weight that float16 cannot represent.
     """
     arrays = flatten(params)
     arrays |= {EXTRA + name: value for name, value in flatten(extra or {}).items()}
@@ -54,10 +54,10 @@ def decode(data: bytes, name: str) -> tuple[Params, Any, int]:
     """(params, extra or None, step) of a file's bytes.
 
     Raises:
-      UsageError: naming the file, if the bytes are not safetensors.
+      UsageError: with the file's name, if the bytes are not safetensors.
     """
     try:
-        # Not safetensors.numpy.load, which does not know bfloat16.
+        # Not safetensors.numpy.load, which has no bfloat16.
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
         raise UsageError(f"{name} cannot be read: {error}; copy it again.") from error
@@ -87,7 +87,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def unflatten(flat: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The nested dict that `flatten` was given."""
+    """The inverse of `flatten`."""
     tree = {}
     for name, value in flat.items():
         *path, leaf = name.split("/")

@@ -1,22 +1,22 @@
-"""Where arrays live: the mesh, the rules, and the shardings that follow from logical axis names.
+"""Shardings: the mesh, the rules, and the shardings that follow from logical axis names.
 
-The only module that enters a mesh; `meshes` makes it. Models name the axes of their arrays with the
-constants of `axes`; a rule table (`axes.RULES`, chosen by `config.mesh.rules`) says which mesh
-axes may carry a name. Changing the parallelism of a run is a change of config, and a checkpoint
-of one mesh restores on another.
+This is the only module that enters a mesh; `meshes` makes it. Models name the axes of their arrays
+with the constants of `axes`; a rule table (`axes.RULES`, chosen by `config.mesh.rules`) maps each
+name to mesh axes. The parallelism of a run is a field of its config, and a checkpoint from one mesh
+restores on another.
 
-How one array is placed, dimension by dimension from the left: of the mesh axes that the rule
-allows, in order, each is taken that (a) no earlier dimension of this array has taken and (b)
-divides what is left of the dimension. So if a rule table puts two dimensions of an array on one
-mesh axis, the first dimension wins. A dimension that takes none is replicated; if that is because
-of (b) it is reported once, since at scale it costs memory.
+The dimensions of an array take mesh axes from left to right: of the axes that the rule allows, in
+order, a dimension takes each one that (a) no earlier dimension of this array has taken and (b)
+divides the rest of the dimension. So if a rule table maps two dimensions of an array to one mesh
+axis, the first dimension takes it. A dimension that takes no axis is replicated; if (b) is the
+reason, that is reported once, since at scale it costs memory.
 
-The matrices of layer stacks are placed otherwise where the rules put one of their dimensions on
-fsdp and the mesh has no tensor axis to share with: by rows over fsdp, folded (`layout`), and each
-layer gathers its own (`nn/partition.py`). Gains and biases of such a stack, a few thousandths of
-it, lie whole on every device: one gather each, layer for layer, would take longer than it saves
-(at 12B 13 D of 12 D**2 numbers, 0.05 GiB with moments and average). Where fsdp does not divide the
-rows, or tensor is more than 1, the first paragraph holds and the partitioner does what it can.
+Matrices of layer stacks have another sharding if the rules map one of their dimensions to fsdp and
+the mesh has no tensor axis: by rows over fsdp, folded (`layout`), and each layer gathers its own
+matrices (`nn/partition.py`). Gains and biases of such a stack, a few thousandths of its numbers,
+are replicated: gathering them layer by layer would take longer than it saves (at 12B, 13 D of
+12 D**2 numbers, 0.05 GiB with moments and average). If fsdp does not divide the rows, or tensor is
+more than 1, the second paragraph applies, and the partitioner decides the rest.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _reported: set[str] = set()
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Logical axis names of one array; a leaf, unlike a tuple. None = the array has none."""
+    """Logical axis names of one array, as a leaf of a tree (a tuple is none); None = nameless."""
 
     axes: tuple[str | None, ...] | None
 
@@ -53,8 +53,8 @@ class Names:
 def rules(mesh_config: ConfigDict) -> dict[str, tuple[str, ...]]:
     """The rule table of `config.mesh.rules`: logical name -> mesh axes.
 
-    "NAME" is a table of `axes.RULES`; "NAME,mlp=fsdp,vocab=fsdp+tensor,codes=" changes some rows of
-    it (nothing after the sign = replicated).
+    "NAME" is a table of `axes.RULES`; "NAME,mlp=fsdp,vocab=fsdp+tensor,codes=" changes some of its
+    rows (nothing after the sign = replicated).
 
     Raises:
       UsageError: for an unknown table, logical name or mesh axis.
@@ -64,13 +64,13 @@ def rules(mesh_config: ConfigDict) -> dict[str, tuple[str, ...]]:
         raise UsageError(f"mesh.rules={name!r} is unknown; use one of {sorted(axes.RULES)}.")
     table = dict(axes.RULES[name])
     for change in changes:
-        logical, sign, where = change.partition("=")
+        logical, sign, mesh_axes = change.partition("=")
         if not sign or logical not in table:
             raise UsageError(
                 f"mesh.rules: {change!r} is not LOGICAL=AXES with a logical name of "
                 f"{', '.join(axes.LOGICAL)}."
             )
-        table[logical] = tuple(where.split("+")) if where else ()
+        table[logical] = tuple(mesh_axes.split("+")) if mesh_axes else ()
         if not set(table[logical]) <= set(axes.MESH_AXES):
             raise UsageError(
                 f"mesh.rules: {change!r} names an unknown mesh axis; use "
@@ -81,26 +81,26 @@ def rules(mesh_config: ConfigDict) -> dict[str, tuple[str, ...]]:
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules, reduce_dtype: Any = None) -> Iterator[Mesh]:
-    """Enters the mesh and the rules together; constraints inside models take effect within.
+    """Enters the mesh and the rules together; sharding constraints in models take effect within.
 
     Args:
       mesh: the device mesh.
       rules: logical name -> mesh axes.
-      reduce_dtype: dtype in which the gradients of layer matrices are added up over devices; None =
-        the compute dtype.
+      reduce_dtype: dtype in which devices sum the gradients of layer matrices; None = the compute
+        dtype.
     """
-    pairs = [(name, tuple(where) or None) for name, where in rules.items()]
-    how = None
+    pairs = [(name, tuple(mesh_axes) or None) for name, mesh_axes in rules.items()]
+    gathers = None
     if _layers_gather(mesh, rules):
         batch = tuple(rules[axes.ACT_BATCH])
         choose = functools.partial(storage_of, mesh=mesh, rules=rules)
-        how = layout.Gathers(mesh, axes.FSDP, batch, choose, reduce_dtype)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(pairs), layout.gathering(how):
+        gathers = layout.Gathers(mesh, axes.FSDP, batch, choose, reduce_dtype)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(pairs), layout.gathering(gathers):
         yield mesh
 
 
 def storage(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """How each array is stored: the tree of `unbox(boxed)` with a `layout.Storage` per leaf.
+    """The storage of each array: the tree of `unbox(boxed)` with a `layout.Storage` per leaf.
 
     Raises:
       ValueError: for a name without a rule.
@@ -116,35 +116,35 @@ def storage(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
 def storage_of(
     shape: Sequence[int], names: Sequence[str | None] | None, *, mesh: Mesh, rules: Rules
 ) -> layout.Storage:
-    """How one array is stored by the rule of this module's docstring.
+    """The storage of one array, by the rule in this module's docstring.
 
     Args:
-      shape: the plain shape.
+      shape: the unfolded shape.
       names: one logical name (or None) per dimension; None = nameless.
       mesh: the device mesh.
       rules: logical name -> mesh axes.
     """
     if not _is_stacked(names) or len(shape) != 3 or not _layers_gather(mesh, rules):
         return layout.PLAIN
-    ways = mesh.shape[axes.FSDP]
+    shards = mesh.shape[axes.FSDP]
     on_fsdp = any(axes.FSDP in rules[name] for name in names[1:] if name is not None)
-    if not on_fsdp or shape[1] % ways:
+    if not on_fsdp or shape[1] % shards:
         return layout.PLAIN
-    return layout.Storage(layout.choose_fold(shape[1], shape[2], ways), gathered=True)
+    return layout.Storage(layout.choose_fold(shape[1], shape[2], shards), gathered=True)
 
 
 def check_names(boxed: Any, rules: Rules) -> None:
     """Refuses logical names without a rule: flax would silently replicate such arrays.
 
     Raises:
-      ValueError: naming the array, the axis name and the known names.
+      ValueError: with the array, the axis name and the known names.
     """
     for path, leaf in _leaves(boxed):
         for name in _names(leaf) or ():
             if name is not None and name not in rules:
                 raise ValueError(
-                    f"{jax.tree_util.keystr(path)} has the axis name {name!r}, which no rule "
-                    f"knows; use the constants of dalle_jax.axes: {', '.join(sorted(rules))}."
+                    f"{jax.tree_util.keystr(path)} has the axis name {name!r}, for which there is "
+                    f"no rule; use the constants of dalle_jax.axes: {', '.join(sorted(rules))}."
                 )
 
 
@@ -157,11 +157,11 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
       rules: logical name -> mesh axes.
 
     Returns:
-      The tree of `unbox(boxed)` with a NamedSharding per leaf, which holds for the plain array as
-      for the folded one.
+      The tree of `unbox(boxed)` with a NamedSharding per leaf, for the folded and the unfolded
+      array alike.
 
     Raises:
-      ValueError: for a name without a rule, or names that are not one per dimension.
+      ValueError: for a name without a rule, or unless there is one name per dimension.
     """
     check_names(boxed, rules)
     uneven = []
@@ -171,14 +171,14 @@ def shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
         if names is None:
             return replicated(mesh)
         shape = np.shape(unbox(leaf))
-        where = jax.tree_util.keystr(path)
+        path_text = jax.tree_util.keystr(path)
         if len(names) != len(shape):
-            raise ValueError(f"{where} has shape {shape} but axis names {names}.")
+            raise ValueError(f"{path_text} has shape {shape} but axis names {names}.")
         if storage_of(shape, names, mesh=mesh, rules=rules).gathered:
             return NamedSharding(mesh, PartitionSpec(None, axes.FSDP, None))
         if _is_stacked(names) and len(shape) == 2 and _layers_gather(mesh, rules):
             return replicated(mesh)
-        return NamedSharding(mesh, spec(shape, names, mesh, rules, where, uneven))
+        return NamedSharding(mesh, spec(shape, names, mesh, rules, path_text, uneven))
 
     tree = jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
     more = f"; and {len(uneven) - 4} more" if len(uneven) > 4 else ""
@@ -194,18 +194,18 @@ def spec(
     names: Sequence[str | None],
     mesh: Mesh,
     rules: Rules,
-    where: str = "",
+    array: str = "",
     uneven: list[str] | None = None,
 ) -> PartitionSpec:
-    """PartitionSpec of one array by the rule of this module's docstring.
+    """PartitionSpec of one array, by the rule in this module's docstring.
 
     Args:
       shape: the array's shape.
       names: one logical name (or None) per dimension.
       mesh: the device mesh.
       rules: logical name -> mesh axes.
-      where: the array's name in reports.
-      uneven: list that gets a line for every dimension that divisibility kept from its axis.
+      array: the array's name in reports.
+      uneven: list that gets a line for each dimension that its mesh axis does not divide.
     """
     taken: set[str] = set()
     parts = []
@@ -217,7 +217,7 @@ def spec(
                 continue
             if size % (count * math.prod(mesh.shape[a] for a in part)):
                 if uneven is not None:
-                    uneven.append(f"{where} {tuple(shape)} {name} over {axis}={count}")
+                    uneven.append(f"{array} {tuple(shape)} {name} over {axis}={count}")
                 continue
             part.append(axis)
             taken.add(axis)
@@ -226,10 +226,10 @@ def spec(
 
 
 def unbox(boxed: Any) -> Any:
-    """The plain arrays of a boxed tree.
+    """The arrays of a boxed tree, without their boxes.
 
-    Not `nn.meta.unbox`: inside a mesh that adds flax's own constraints, which know nothing of
-    divisibility and refuse a ShapeDtypeStruct.
+    Not `nn.meta.unbox`: inside a mesh it adds flax's own constraints, which ignore divisibility and
+    refuse a ShapeDtypeStruct.
     """
 
     def value(leaf):
@@ -249,7 +249,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over data and fsdp together, the rest whole."""
+    """The leading axis over data and fsdp together, the other axes not split."""
     return NamedSharding(mesh, PartitionSpec((axes.DATA, axes.FSDP)))
 
 
@@ -257,7 +257,7 @@ def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None
     """Refuses a global batch that cannot be split evenly.
 
     Raises:
-      UsageError: with the nearest sizes that can.
+      UsageError: with the nearest sizes that can be.
     """
     shards = mesh.shape[axes.DATA] * mesh.shape[axes.FSDP]
     unit = shards * max(accum_steps, 1)  # `optim.make` refuses 0
@@ -269,9 +269,9 @@ def check_batch(size: int, mesh: Mesh, field: str, accum_steps: int = 1) -> None
 
 
 def local_rows(mesh: Mesh, size: int) -> np.ndarray:
-    """Places in a global batch of `size` that the devices of this process hold, ascending.
+    """Indices in a global batch of `size` that the devices of this process hold, ascending.
 
-    Neighbours on a torus need not be neighbours in the mesh, so the rows of a host need not be one
+    Neighbours on a torus need not be neighbours in the mesh, so a host's rows need not be one
     block; processes that share a tensor axis hold the same rows.
     """
     parts = batch_sharding(mesh).addressable_devices_indices_map((size,)).values()
@@ -289,25 +289,25 @@ def to_global(batch: Batch, sharding: NamedSharding) -> Batch:
     return {name: make(sharding, np.asarray(value)) for name, value in batch.items()}
 
 
-def place(tree: Any, where: Any) -> Any:
-    """Global arrays from host arrays that every process holds whole.
+def place(tree: Any, shardings: Any) -> Any:
+    """Global arrays from host arrays; every process must have all of each array.
 
-    Not `device_put`: of several processes each may only fill its own devices.
+    Not `device_put`: with several processes, each may only fill its own devices.
 
     Args:
       tree: arrays on the host.
-      where: NamedShardings, same structure.
+      shardings: NamedShardings, same structure.
     """
 
     def put(value, sharding):
         value = np.asarray(value)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
-    return jax.tree.map(put, tree, where)
+    return jax.tree.map(put, tree, shardings)
 
 
 def to_host(tree: Any) -> Any:
-    """Whole numpy arrays on every process; all processes must call it together."""
+    """Complete numpy arrays on every process; all processes must call it together."""
 
     def get(value):
         if not isinstance(value, jax.Array) or value.is_fully_addressable:
@@ -322,7 +322,7 @@ def to_host(tree: Any) -> Any:
 
 
 def _layers_gather(mesh: Mesh, rules: Rules) -> bool:
-    """Whether layers gather their own weights: fsdp carries batch and weights, tensor nothing."""
+    """Whether layers gather their own weights: fsdp splits batch and weights, tensor nothing."""
     return (
         mesh.shape[axes.FSDP] > 1
         and mesh.shape[axes.TENSOR] == 1

@@ -1,7 +1,7 @@
-"""The socket between the engine and everything it can train.
+"""The interface between the engine and everything it can train.
 
-The engine (`loop`, `state`, `sharding`, `checkpoint`) knows a `Task` and nothing else: no model,
-no dataset, no flag. A new objective is a new factory in `dalle_jax/tasks/`, one line in
+The engine (`loop`, `train_state`, `sharding`, `checkpoint`) knows a `Task` and nothing else: no
+model, no dataset, no flag. A new objective is a new file in `dalle_jax/tasks/`, one line in
 `tasks.TASKS` and one config; `engine/loop.py` never grows for it.
 """
 
@@ -15,13 +15,13 @@ import jax
 from dalle_jax.engine import sharding
 from dalle_jax.types import Array, Batch, Key, Params
 
-# Whole numpy arrays on every process: what a preview must make of its batch and its drawings.
+# Complete numpy arrays on every process; a preview applies it to its batch and its samples.
 to_host = sharding.to_host
 
 
 @flax.struct.dataclass
 class Output:
-    """What a loss returns beside its scalar.
+    """The outputs of a loss beside its scalar.
 
     Attributes:
       metrics: name -> float32 scalar, already averaged over the global batch.
@@ -35,7 +35,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Everything the engine needs to train one network; a record of functions, no inheritance.
+    """Everything that the engine needs to train one network: a record of functions.
 
     Attributes:
       name: key in `tasks.TASKS`, stored with the checkpoint.
@@ -45,14 +45,14 @@ class Task:
         `nn.with_logical_partitioning` with names of `axes`; an unboxed leaf is replicated.
       loss: (params, extra, frozen, batch, key, step) -> (scalar float32, Output). `step` is an
         int32 scalar for schedules; `key` is already folded with it.
-      frozen: variables of networks that are not trained, host arrays (boxed like params where
-        they should be sharded); ShapeDtypeStructs in a task that is made for a plan. Passed as an
-        argument, never closed over, never optimised, never saved again. None without any.
+      frozen: variables of networks that are not trained, as host arrays (boxed like params if they
+        should be sharded), or as ShapeDtypeStructs in a task for a plan. They are an argument of
+        the step, never a constant, never optimised and never saved. None without any.
       preview: (params, extra, frozen, batch, key) -> {name: images [n, h, w, 3] float in
-        [-1, 1]}, a grid per name in the log. Called outside jit with the EMA params, so it may
-        jit what it likes; None for a task without pictures.
-      evaluate: (params, extra, frozen, batch, key) -> {name: float32 scalar}; jit-able, run on
-        held-out batches with the EMA params and averaged. None = the loss's own metrics.
+        [-1, 1]}, a grid per name in the log. Called outside jit with the EMA params; it may jit
+        its own functions. None for a task without pictures.
+      evaluate: (params, extra, frozen, batch, key) -> {name: float32 scalar}; jit-able. The loop
+        averages it over held-out batches with the EMA params. None = the loss's own metrics.
       flops: model FLOPs of one training step on the global batch: 3 x forward matmuls and
         convolutions (2 FLOPs per multiply-add), attention counted on allowed keys, remat not
         counted.
@@ -60,12 +60,12 @@ class Task:
         kernels (rank >= 2 beyond the stacked layer axis) but no embedding, gain or bias.
       warm_start: (params, extra) -> (params, extra) on host arrays, called once on a fresh
         workdir (never on resume): `init_from`. None = train from init.
-      unit: what is counted per second beside images, e.g. ("tokens", 80) per example.
-      alarms: name of a metric -> the plain text the loop prints when a logged value of it rises
-        above 0: what is wrong and the remedy.
-      keeps: name -> content of small files in the workdir on which the meaning of what is learnt
-        depends: the tokenizer, the fingerprint of a frozen codec. A start whose files are others
-        than the workdir's is refused.
+      unit: a second unit of throughput beside images, e.g. ("tokens", 80) per example.
+      alarms: name of a metric -> a text with the fault and its remedy, which the loop prints when a
+        logged value of the metric rises above 0.
+      keeps: name -> content of small files in the workdir that identify what the weights depend on:
+        the tokenizer, the fingerprint of a frozen codec. The loop refuses a start whose files
+        differ from the workdir's.
     """
 
     name: str

@@ -1,15 +1,15 @@
-"""Where a run's time goes, and what to do about it: rates, MFU, a verdict, profiles, HLO.
+"""The time of a run by cause, and remedies: rates, MFU, a verdict, profiles, HLO.
 
 Every second of the loop is booked to what the devices were waiting for: the input pipeline, the
-host (Python between two steps), a checkpoint, an evaluation with its previews, a profile. What is
-left, they computed. A wait in which the devices finished midway is booked whole to its cause, so
-that causes are overstated by at most one step a wait, never understated.
+host (Python between two steps), a checkpoint, an evaluation with its previews, a profile. The rest
+is computing. If the devices finish in the middle of a wait, all of the wait is booked to its cause:
+causes are overstated by at most one step per wait, and never understated.
 
 Conventions. Model FLOPs are `Task.flops`: 3 x the forward pass, 2 per multiply-add, attention on
-allowed keys, recomputation under remat not counted. TFLOP/s per device = model FLOPs of a step /
-(seconds of a step x devices). MFU = that over the dense bfloat16 peak of `chips`, whatever the run
-computes in (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). The seconds of a step are those
-of training: evaluations, checkpoints and profiles are counted apart.
+allowed keys, recomputation under remat not counted. TFLOP/s per device = model FLOPs per step /
+(seconds per step x devices). MFU = that over the dense bfloat16 peak in `chips`, in whatever dtype
+the run computes (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Seconds per step are those
+of training: evaluations, checkpoints and profiles are counted separately.
 """
 
 import gzip
@@ -31,7 +31,7 @@ COMPUTE, INPUT, HOST = "compute", "input", "host"
 CHECKPOINT, EVALUATION, TRACE = "checkpoint", "evaluation", "profile"
 _TRAINING = (COMPUTE, INPUT, HOST)
 
-# A cause that takes less of a run than this is not what holds it back.
+# A cause with a smaller share of the time does not limit a run.
 _BOUND_SHARE = 0.1
 
 _REMEDIES = {
@@ -40,11 +40,11 @@ _REMEDIES = {
     "(`encode`)",
     HOST: "the devices wait for Python between steps: a larger data.batch, a higher "
     "train.log_every_steps, fewer other programs on this host",
-    CHECKPOINT: "saving takes that much of the run: a higher train.save_every_steps, or a faster "
+    CHECKPOINT: "saving takes this share of the run: a higher train.save_every_steps, or a faster "
     "disk under --workdir",
-    EVALUATION: "evaluations and previews take that much of the run: a higher "
+    EVALUATION: "evaluations and previews take this share of the run: a higher "
     "train.eval_every_steps and train.preview_every_steps, fewer train.eval_batches",
-    COMPUTE: "the devices set the pace; train.profile_steps=3 shows on what",
+    COMPUTE: "the devices are the limit; train.profile_steps=3 shows their time by operation",
 }
 
 
@@ -54,9 +54,9 @@ class Meter:
     `spent(cause)` books the time since the last booking, so the bookings add up to the run.
 
     Args:
-      batch: examples of one step, all devices together.
-      task: for `flops` and `unit`.
-      devices: all devices of the run; their kind decides the peak.
+      batch: examples per step, all devices together.
+      task: the task; its `flops` and `unit` are used.
+      devices: all devices of the run; their kind determines the peak.
     """
 
     def __init__(self, batch: int, task: Task, devices: list[jax.Device]):
@@ -74,7 +74,7 @@ class Meter:
     def spent(self, cause: str) -> None:
         """Books the seconds since the last call to `cause`, or to computing.
 
-        Input and host hold nothing up while the devices still work on the step before.
+        While the devices still work on the previous step, input and host delay nothing.
         """
         now = time.perf_counter()
         if cause in (INPUT, HOST) and self._newest is not None and not self._newest.is_ready():
@@ -89,7 +89,7 @@ class Meter:
         Args:
           result: an output of the step, ready when the step is done.
         """
-        # Asked of the step before: on an accelerator that had run dry, dispatching is waiting.
+        # `spent` looks at the previous step: if the accelerator was idle, dispatching is a wait.
         self.spent(COMPUTE if self._is_cpu else HOST)
         self._newest = result
         self._steps += 1
@@ -99,9 +99,9 @@ class Meter:
         """Rates of the interval since the last call, as `perf/…` metrics; starts the next one.
 
         Returns:
-          images_per_s and, with `task.unit`, tokens_per_s of all devices; step_ms, of which
-          input_ms and host_ms were waiting; tflops_per_device and mfu_pct where known;
-          input_wait_pct of the step; checkpoint_s and evaluation_s in the interval.
+          images_per_s and, with `task.unit`, tokens_per_s, all devices together; step_ms, which
+          includes the waits input_ms and host_ms; tflops_per_device and mfu_pct if known;
+          input_wait_pct, a share of the step; checkpoint_s and evaluation_s in the interval.
         """
         values = self._rates(self._interval, self._steps)
         for cause in (CHECKPOINT, EVALUATION):
@@ -110,20 +110,20 @@ class Meter:
         return values
 
     def totals(self) -> dict[str, float]:
-        """The same over the whole run, with every cause's share of its time as `perf/…_pct`."""
+        """The rates over all of the run, with each cause's share of its time as `perf/…_pct`."""
         values = self._rates(self._total, self._all_steps)
-        del values["perf/input_wait_pct"]  # here the share of all time says it
-        whole = max(sum(self._total.values()), 1e-9)
+        del values["perf/input_wait_pct"]  # perf/input_pct is the share of all time
+        total_s = max(sum(self._total.values()), 1e-9)
         for cause in (*_TRAINING, CHECKPOINT, EVALUATION):
-            values[f"perf/{cause}_pct"] = 100 * self._total.get(cause, 0.0) / whole
+            values[f"perf/{cause}_pct"] = 100 * self._total.get(cause, 0.0) / total_s
         return values
 
     def bound(self) -> str:
-        """`input-bound` and the like: the cause that holds the run back most."""
+        """`input-bound` and the like, by the cause that delays the run most."""
         return f"{self._bound()}-bound"
 
     def verdict(self) -> str:
-        """One line for a person: what holds the run back, by how much, and the remedy."""
+        """One line for a person: the cause that limits the run, its share, and the remedy."""
         cause, shares = self._bound(), self.totals()
         text = f"{cause}-bound: {shares[f'perf/{cause}_pct']:.0f}% of the time: {_REMEDIES[cause]}."
         rest = [
@@ -141,10 +141,10 @@ class Meter:
         return text
 
     def _bound(self) -> str:
-        whole = sum(self._total.values())
+        total_s = sum(self._total.values())
         waits = {c: s for c, s in self._total.items() if c not in (COMPUTE, TRACE)}
         cause = max(waits, key=waits.get, default=COMPUTE)
-        return cause if waits.get(cause, 0.0) >= _BOUND_SHARE * whole else COMPUTE
+        return cause if waits.get(cause, 0.0) >= _BOUND_SHARE * total_s else COMPUTE
 
     def _rates(self, book: dict[str, float], steps: int) -> dict[str, float]:
         seconds = max(sum(book.get(cause, 0.0) for cause in _TRAINING), 1e-9)
@@ -165,7 +165,7 @@ class Meter:
 
 
 class Profiler:
-    """Traces a few steps into `workdir/profile`, on process 0; TensorBoard or Perfetto opens it.
+    """Traces a few steps into `workdir/profile`, on process 0, for TensorBoard or Perfetto.
 
     Steps are counted from the start of this process, so that a resumed run can be profiled too.
 
@@ -189,12 +189,12 @@ class Profiler:
             self._stop()
 
     def before(self, count: int, state: Any, meter: Meter) -> None:
-        """Starts or stops the trace; between them it does nothing.
+        """Starts or stops the trace at its first and last step; does nothing at all others.
 
         Args:
-          count: steps that this process has dispatched.
-          state: the training state, waited for, so that the trace holds whole steps.
-          meter: gets the time of it booked apart.
+          count: number of steps that this process has dispatched.
+          state: the training state; waits for it, so that the trace has complete steps.
+          meter: books the time separately.
         """
         if count not in (self._starts, self._stops):
             return
@@ -216,8 +216,8 @@ class Profiler:
 def dump_hlo(workdir: str, compiled: Any) -> None:
     """Writes the compiled step's HLO as `workdir/hlo/step.txt.gz`, on process 0.
 
-    Some compilers cannot print what they have made (TPU v5p with libtpu 0.0.52): then a line says
-    so, and the run goes on.
+    Some compilers cannot print their programs (TPU v5p with libtpu 0.0.52); then it prints a line,
+    and the run continues.
     """
     if jax.process_index() != 0:
         return
@@ -235,10 +235,10 @@ def dump_hlo(workdir: str, compiled: Any) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses a profile that the run is too short to hold.
+    """Refuses a profile of steps that the run does not have.
 
     Raises:
-      UsageError: naming the fields.
+      UsageError: with the fields.
     """
     first, count, steps = (config.train[n] for n in ("profile_at", "profile_steps", "steps"))
     if count < 0 or first < 0:

@@ -1,4 +1,4 @@
-"""The training state: one record that is donated, sharded, saved and restored as a whole.
+"""The training state: one record that is donated, sharded, saved and restored together.
 
 The matrices of layer stacks may be stored folded (`layout`). Tasks, checkpoints and importers see
 unfolded matrices: `unfolded` converts between a task and the step that trains it, `Folding` between

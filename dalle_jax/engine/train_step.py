@@ -1,4 +1,4 @@
-"""The pure functions that are compiled: one training step, one evaluation batch."""
+"""The pure functions that a run compiles: one training step, one evaluation batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +22,14 @@ def make_step(
 ) -> Callable[[TrainState, Any, Batch, Key], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure training step: (state, frozen, batch, key) -> (state, metrics).
 
-    `key` is the run's base key; the step folds its number in. With accumulation the batch is
-    split into micro-batches whose gradients and metrics are averaged, and `extra` passes through
-    them in turn: the result is that of the whole batch where the loss is a mean over examples.
+    `key` is the run's base key; the step folds its number in. With accumulation, the step splits
+    the batch into micro-batches, averages their gradients and metrics, and passes `extra` through
+    them in turn: the result equals that of one batch if the loss is a mean over examples.
 
     Returns:
       Function whose metrics are the task's plus loss, grad_norm (before clipping), lr and
-      update_ratio, the norm of the update over the norm of the weights: far below 1e-4 learns
-      nothing, far above 1e-2 is unstable.
+      update_ratio, the norm of the update over the norm of the weights: far below 1e-4 nothing is
+      learned, far above 1e-2 training is unstable.
     """
     grad_fn = jax.value_and_grad(task.loss, has_aux=True)
 
@@ -39,7 +39,7 @@ def make_step(
             return grads, out.extra, {**out.metrics, "loss": loss}
 
         def split(x):
-            # Every micro-batch takes rows from every device's slice: no data moves.
+            # Every micro-batch has rows from every device's shard: no data moves.
             return jnp.moveaxis(x.reshape(-1, accum_steps, *x.shape[1:]), 1, 0)
 
         def micro(carry, inputs):

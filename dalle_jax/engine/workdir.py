@@ -1,6 +1,6 @@
-"""May this start continue that workdir? The config, the disk and the mesh are compared first.
+"""Decides whether a start may continue a workdir: compares config, files and mesh with it.
 
-Everything here is decided before anything compiles, by all processes alike.
+All processes decide alike, before anything compiles.
 """
 
 import time
@@ -14,14 +14,14 @@ from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint, distributed, optim
 from dalle_jax.types import UsageError
 
-# Fields that may differ when a workdir continues: they change what is written and how fast, not
-# what is learned. `train.steps` is checked apart.
+# Fields that may differ when a workdir continues: they change output and speed, not the weights.
+# `train.steps` is checked separately.
 MAY_CHANGE = (
     "train.", "mesh.", "data.threads", "data.prefetch", "data.cache_mib", "data.data_dir",
     "data.eval_batch", "stages.dvae_config", "stages.clip_config", "stages.encode_chunk",
 )  # fmt: skip
 
-# Fields that name a folder or file -> what a run keeps of it.
+# Fields that name a frozen network or file -> the workdir's file that identifies it.
 _FROZEN = {
     "stages.dvae": checkpoint.CODEC,
     "stages.clip": checkpoint.CLIP,
@@ -34,35 +34,34 @@ _ORIGIN = {
     checkpoint.PCA: "file in stages.pca",
 }
 
-# Fields that may differ between the processes of one start: each host has disks and cores of its
-# own.
+# Fields that may differ between the processes of one start: each host has its own disks and
+# cores.
 PER_HOST = ("config.data.data_dir", "config.data.threads", "config.data.cache_mib")
 
-# NFS may hide a new file for as long as its clients cache that there is none: 30 to 60 s.
+# NFS clients may cache the absence of a new file for 30 to 60 s.
 _SHARED_DISK_S = 60.0
 
 
-def claim(workdir: str, config: cfg.ConfigDict, keeps: Mapping[str, bytes] | None = None) -> None:
-    """Stores config and kept files in a new workdir; in an old one checks that they are the same.
+def claim(workdir: str, config: cfg.ConfigDict, files: Mapping[str, bytes] | None = None) -> None:
+    """Stores config and files in a new workdir; in an old one, checks that they are the same.
 
-    A workdir without a checkpoint is new: a start that failed (a learning rate refused, too large
-    a batch for the memory) leaves nothing that binds the next one.
+    A workdir without a checkpoint is new: a start that failed (a refused learning rate, a batch too
+    large for the memory) does not bind the next one.
 
     Args:
-      workdir: the run's folder; made if absent.
-      config: of this start.
-      keeps: `Task.keeps`.
+      workdir: the run's folder; created if absent.
+      config: the config of this start.
+      files: `Task.keeps`.
 
     Raises:
-      UsageError: listing every field that differs, with both values; for a kept file that
-        differs; or if not all processes see the same workdir.
+      UsageError: with every field that differs and both values; for a file that differs; or if
+        not all processes see the same workdir.
     """
-    keeps = keeps or {}
-    # What is frozen may be moved, but not exchanged.
-    moved = [field for field, file in _FROZEN.items() if file in keeps]
-    may_change = (*MAY_CHANGE, *moved)
-    _check_config(workdir, config, may_change)
-    _check_kept(workdir, keeps)
+    files = files or {}
+    # A frozen network may move to another folder, but not change.
+    movable = [field for field, name in _FROZEN.items() if name in files]
+    _check_config(workdir, config, (*MAY_CHANGE, *movable))
+    _check_files(workdir, files)
     distributed.wait_for_all("workdir claimed")
     file = epath.Path(workdir).expanduser() / checkpoint.CONFIG
     deadline = time.monotonic() + _SHARED_DISK_S
@@ -71,13 +70,13 @@ def claim(workdir: str, config: cfg.ConfigDict, keeps: Mapping[str, bytes] | Non
     if not distributed.all_true(file.exists()):
         raise UsageError(
             f"--workdir={workdir} is not the same folder for all processes: {file}, written by "
-            "process 0, is not there for another. Use a disk that all hosts share, or gs://."
+            "process 0, does not exist for another. Use a disk that all hosts share, or gs://."
         )
     distributed.agree({f"the list of checkpoints in {workdir}": checkpoint.steps(workdir)})
 
 
 def facts(workdir: str, config: cfg.ConfigDict) -> dict[str, Any]:
-    """What all processes of a start must have in common, for `distributed.agree`."""
+    """The facts on which all processes of a start must agree, see `distributed.agree`."""
     return {
         "workdir": str(checkpoint.absolute(workdir)),
         "jax": jax.__version__,
@@ -86,7 +85,7 @@ def facts(workdir: str, config: cfg.ConfigDict) -> dict[str, Any]:
 
 
 def describe(mesh: jax.sharding.Mesh, config: cfg.ConfigDict) -> dict[str, Any]:
-    """What a checkpoint remembers of the mesh that wrote it, as JSON.
+    """The mesh of a run as JSON, for the meta of its checkpoints.
 
     Returns:
       {"mesh": {"shape": size of each axis, "asked": the sizes in `config.mesh` (-1 = the rest),
@@ -109,44 +108,44 @@ def check_mesh(
     config: cfg.ConfigDict,
     may_reshard: bool = False,
 ) -> None:
-    """Refuses a mesh that has become another than the checkpoint's by accident.
+    """Refuses a mesh that differs from the checkpoint's by accident.
 
     A checkpoint restores on any mesh and any number of processes, with the same examples in the
-    same order and the same loss up to rounding. But where the mesh is another although
-    `config.mesh` asks for the same, devices have gone or come: a host that was lost, a GPU that is
-    hidden. A changed `config.mesh` is a decision, and so is `may_reshard`.
+    same order and the same loss up to rounding. But if the mesh differs and `config.mesh` does not,
+    the devices have changed: a lost host, a hidden GPU. A changed `config.mesh` is a decision, and
+    so is `may_reshard`.
 
     Args:
-      workdir: for the text.
+      workdir: the run's folder, for the message.
       meta: `Checkpointer.latest_meta()`.
-      mesh: of this start.
-      config: of this start.
-      may_reshard: any mesh will do.
+      mesh: the mesh of this start.
+      config: the config of this start.
+      may_reshard: accept any mesh.
 
     Raises:
-      UsageError: naming both meshes and the cure.
+      UsageError: with both meshes and the cure.
     """
     old, new = meta.get("mesh"), describe(mesh, config)["mesh"]
     if may_reshard or old is None or old["asked"] != new["asked"] or old["shape"] == new["shape"]:
         return
     sizes = " ".join(f"--config.mesh.{name}={size}" for name, size in new["shape"].items())
     raise UsageError(
-        f"the newest checkpoint of {workdir} was written on a {_told(old)}; this start has a "
-        f"{_told(new)}, although config.mesh is the same. Are all hosts and devices there? "
-        "If it is meant so, add --reshard, or write the mesh out: "
+        f"the newest checkpoint of {workdir} was written on a {_text(old)}; this start has a "
+        f"{_text(new)}, although config.mesh is the same. Check that no host or device is missing. "
+        "If the change is intended, add --reshard, or give the mesh explicitly: "
         f"{sizes} (same examples, same loss up to rounding)."
     )
 
 
-def _told(mesh: Mapping[str, Any]) -> str:
+def _text(mesh: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{name}={size}" for name, size in mesh["shape"].items())
     count = mesh["processes"]
     return f"mesh ({sizes}) of {mesh['device_kind']}, {count} process{'es' * (count > 1)}"
 
 
-def _check_kept(workdir: str, keeps: Mapping[str, bytes]) -> None:
+def _check_files(workdir: str, files: Mapping[str, bytes]) -> None:
     is_new = not checkpoint.steps(workdir)
-    for name, content in keeps.items():
+    for name, content in files.items():
         file = epath.Path(workdir).expanduser() / name
         if is_new or not file.exists():
             if jax.process_index() == 0:
@@ -155,9 +154,9 @@ def _check_kept(workdir: str, keeps: Mapping[str, bytes]) -> None:
                 part.replace(file)
         elif file.read_bytes() != content:
             raise UsageError(
-                f"{file} differs from this start's, and what was trained depends on it: the "
-                f"{_ORIGIN.get(name, 'tokenizer')} was made again since. Give the old one, or use "
-                "a new --workdir."
+                f"{file} differs from this start's file, and the trained weights depend on it: the "
+                f"{_ORIGIN.get(name, 'tokenizer')} has changed since. Give the old one, or use a "
+                "new --workdir."
             )
 
 

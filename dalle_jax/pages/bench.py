@@ -1,10 +1,10 @@
-"""How a benchmark looks on a page: the tables of `bench all --docs`, without and with --against."""
+"""The tables of `bench all --docs` in Markdown, without and with --against."""
 
 import datetime
 import pathlib
 from typing import Any
 
-# is_beside -> the comments that the table goes between.
+# is_beside -> the two comments around the table.
 MARKS = {
     False: ("<!-- bench: begin -->", "<!-- bench: end -->"),
     True: ("<!-- peers: begin -->", "<!-- peers: end -->"),
@@ -18,14 +18,14 @@ _BESIDE = ("case", "CPU s", "GFLOP", "beside", "CPU s", "GFLOP", "ratio")
 
 
 def name(result: dict[str, Any]) -> str:
-    """What was timed, in a few words."""
+    """The case and its options, in a few words."""
     fields = ("case", "attention", "attention_impl", "source")
     words = [result[field] for field in fields if field in result] + [f"x{result['batch']}"]
     return " ".join(words) + (" one prompt" if result.get("shared_prompt") else "")
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Results of one machine as Markdown: on what they were measured, and a row each."""
+    """Results from one machine: a line with machine and versions, then one row per result."""
     rows = [_COLUMNS]
     for r in results:
         tokens, gflop = r.get("tokens_per_s"), r.get("gflop")
@@ -46,7 +46,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def beside(results: list[dict[str, Any]]) -> str:
-    """Results with their peers', a row for each pair."""
+    """Results beside their peers', one row per pair."""
     rows = [_BESIDE]
     for r in results:
         for peer, other in r["against"].items():
@@ -67,7 +67,7 @@ def _markdown(results: list[dict[str, Any]], rows: list[tuple[str, ...]]) -> str
 
 
 def check(file: str, *, is_beside: bool = False) -> None:
-    """Raises UsageError if the page is not there or has no place for the table."""
+    """Raises UsageError if the page does not exist or lacks the two comments."""
     begin, end = MARKS[is_beside]
     page = pathlib.Path(file)
     text = page.read_text() if page.is_file() else ""
@@ -81,10 +81,10 @@ def check(file: str, *, is_beside: bool = False) -> None:
 
 
 def write(file: str, results: list[dict[str, Any]], *, is_beside: bool = False) -> None:
-    """Puts the table of `results` between the two comments of the page."""
+    """Writes the table of `results` between the two comments of the page."""
     check(file, is_beside=is_beside)
     begin, end = MARKS[is_beside]
     page = pathlib.Path(file)
     before, _, rest = page.read_text().partition(begin)
-    made = (beside if is_beside else table)(results)
-    page.write_text(f"{before}{begin}\n{made}{end}{rest.partition(end)[2]}")
+    markdown = (beside if is_beside else table)(results)
+    page.write_text(f"{before}{begin}\n{markdown}{end}{rest.partition(end)[2]}")

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
-from dalle_jax.engine import metrics
+from dalle_jax.engine import event_files
 
 
 def read(demo: pathlib.Path, stages: Iterable[str]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read(demo: pathlib.Path, stages: Iterable[str]) -> dict[str, Any]:
       `evaluate` wrote, or None), `samples` (what `sample` wrote for each prompt), `commands` and
       `seconds` of the steps, and `events` (all of them, by stage).
     """
-    events = {name: metrics.read(str(demo / name)) for name in stages}
+    events = {name: event_files.read(str(demo / name)) for name in stages}
     commands, seconds = _steps(demo / "logs")
     return {
         "stages": {

@@ -65,7 +65,7 @@ def step(
         folder = pathlib.Path(name)
         try:
             lowered = _lower_stopped(program) if is_quick else program.lower_step()
-            executable = _executable(lowered, {"xla_dump_to": name})
+            executable = compile_lowered(lowered, {"xla_dump_to": name})
         except jax.errors.JaxRuntimeError as error:
             seconds = time.perf_counter() - began
             assignment = _dumped(folder, "-buffer-assignment")
@@ -137,7 +137,8 @@ def _lower_stopped(program: Program) -> jax.stages.Lowered:
         return jax.jit(stopped, donate_argnums=0).lower(*program.arguments)
 
 
-def _executable(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, Any]) -> jax.stages.Compiled:
+    """Compiles with XLA's `options`; without Triton if XLA has no tiles for a product."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:

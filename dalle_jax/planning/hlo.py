@@ -1,12 +1,12 @@
-"""What a compiled program says about itself: its collectives, its loops, its estimated cycles.
+"""Reads compiled programs: their collectives, their loops, their estimated cycles.
 
-A reader of `compiled.as_text()` for CPU, GPU and TPU. `plan` makes its tables of it, and tests of
-the communication budget assert on it:
+It reads `compiled.as_text()` from CPU, GPU and TPU. `plan` uses it for its tables, and tests of the
+communication budget assert on it:
 
     {c.kind for c in hlo.collectives(compiled.as_text(), mesh.shape) if c.axis == "fsdp"}
 
-Everything is per device and per call of the program: a collective inside a loop counts as often as
-the loop turns. Of the branches of a conditional every one counts.
+All figures are per device and per call of the program: a collective inside a loop counts once per
+iteration. All branches of a conditional count.
 """
 
 import collections
@@ -23,9 +23,9 @@ KINDS = (
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
 
-# Instructions beside which the TPU compiler writes their cost; that of a fusion includes its body.
+# Instructions with a cost in the TPU compiler's text; the cost of a fusion includes its body.
 _COSTED = {"fusion", "custom-call", "convolution", "copy"}
-# What it writes where it has no estimate is near the largest int64 (v5p; libtpu 0.0.52).
+# Without an estimate, the compiler writes a number near the largest int64 (v5p; libtpu 0.0.52).
 _UNKNOWN = 2**62
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -46,14 +46,14 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      dtype: as HLO writes it: "bf16", "f32", …
-      shape: of the full buffer: what an all-gather returns, what a reduce-scatter takes.
+      dtype: in HLO's notation: "bf16", "f32", …
+      shape: shape of the full buffer: the result of an all-gather, the operand of a reduce-scatter.
       axis: the mesh axes along which it moves, "fsdp" or "data+fsdp"; "" without a mesh.
-      group: how many devices take part together.
-      count: how often it is executed per call of the program.
-      gib: GiB of the full buffer times count. Of it (group - 1) / group go over the wire in an
-        all-gather or a reduce-scatter, twice that in an all-reduce.
-      is_async: whether the program computes while it is under way.
+      group: number of devices in a group.
+      count: number of executions per call of the program.
+      gib: GiB of the full buffer times count. An all-gather or a reduce-scatter sends
+        (group - 1) / group of it over the network, an all-reduce twice that.
+      is_async: whether the program computes at the same time.
       source: the name of the operation that it comes from, for a reader of the report.
     """
 
@@ -70,7 +70,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """A row of a table: all collectives of one kind, axis and dtype.
+    """A row of a table: all collectives with the same kind, axis and dtype.
 
     Attributes:
       kind: see `Collective`.
@@ -78,7 +78,7 @@ class Traffic:
       dtype: see `Collective`.
       count: buffers moved per call.
       gib: GiB per device and call, full buffers.
-      async_gib: the part of it that the program computes beside.
+      async_gib: the part of `gib` that moves while the program computes.
     """
 
     kind: str
@@ -101,14 +101,14 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
     """Every collective of a compiled program.
 
     Args:
-      text: `compiled.as_text()`, of any backend.
+      text: `compiled.as_text()`, from any backend.
       mesh: axis name -> size in the mesh's order (`Mesh.shape`); None leaves `axis` empty.
 
     Returns:
       One entry per buffer of each instruction, in the order of the text.
     """
     module = _Module(text)
-    found = []
+    result = []
     for computation, line in module.executed():
         kind = line.opcode.removesuffix("-start")
         if kind not in KINDS or module.is_continued(computation, line):
@@ -118,7 +118,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
         for dtype, shape in _full_buffers(kind, line, size):
             # The TPU compiler's fusion of an all-reduce with the slice that follows it.
             is_scatter = kind == "all-reduce" and "all-reduce-scatter" in computation
-            found.append(
+            result.append(
                 Collective(
                     kind="reduce-scatter" if is_scatter else kind,
                     dtype=dtype,
@@ -131,13 +131,13 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
                     source=_source(line),
                 )
             )
-    return found
+    return result
 
 
-def traffic(found: Iterable[Collective]) -> list[Traffic]:
+def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
     """Sums by kind, axis and dtype, the largest first."""
     rows: dict[tuple[str, str, str], list[Collective]] = {}
-    for c in found:
+    for c in collectives:
         rows.setdefault((c.kind, c.axis, c.dtype), []).append(c)
     sums = [
         Traffic(
@@ -158,28 +158,28 @@ def estimated_cycles(text: str) -> int | None:
       text: `compiled.as_text()` of a TPU program.
 
     Returns:
-      Cycles of one core: the sum over all fusions, times the turns of the loops around them. None
-      if the text has no estimates (CPU, GPU). A kernel written by hand, and what the compiler
-      cannot estimate, count 0.
+      Cycles of one core: the sum over all fusions, times the iterations of the loops around them.
+      None if the text has no estimates (CPU, GPU). Pallas kernels, and instructions that the
+      compiler cannot estimate, count 0.
     """
     module = _Module(text)
-    found = [
+    cycles = [
         int(match[1]) * module.count[computation]
         for computation, line in module.executed()
         if line.opcode in _COSTED and computation not in module.fused
         for match in [re.search(r'"estimated_cycles":"(\d+)"', line.rest)]
         if match and int(match[1]) < _UNKNOWN
     ]
-    return sum(found) if found else None
+    return sum(cycles) if cycles else None
 
 
 def without_estimate(text: str) -> int:
-    """Instructions for which a TPU's compiler says that it has no estimate."""
+    """Number of instructions for which a TPU's compiler has no estimate."""
     return sum(int(n) >= _UNKNOWN for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
 
 
 class _Module:
-    """The computations of a program and how often each is executed.
+    """The computations of a program and their numbers of executions.
 
     Attributes:
       count: computation -> executions per call; absent = never.
@@ -210,16 +210,17 @@ class _Module:
         self._walk(entry, 1)
 
     def executed(self) -> Iterator[tuple[str, _Line]]:
-        """(computation, line) of everything that runs."""
+        """(computation, line) for every instruction that runs."""
         for computation, lines in self._lines.items():
             if self.count[computation]:
                 yield from ((computation, line) for line in lines)
 
     def is_continued(self, computation: str, line: _Line) -> bool:
-        """Whether a collective is only named again by a later piece of itself.
+        """Whether the line only continues a collective that an earlier line has started.
 
-        TPU runs one gather beside several fusions: each names it (with the chain that it belongs
-        to), the first starts it. Channel ids do not tell: shard_map gives all of them the same.
+        A TPU runs one gather beside several fusions: each of them names it (with the id of its
+        chain), and the first one starts it. Channel ids do not distinguish them: with shard_map all
+        are equal.
         """
         if "chain_id=" not in line.rest:
             return False
@@ -233,7 +234,7 @@ class _Module:
         for line in self._lines.get(computation, ()):
             if line.opcode == "while":
                 body = re.search(r"\bbody=%?([\w.\-]+)", line.rest)[1]
-                self._walk(body, times * self._turns(line))
+                self._walk(body, times * self._iterations(line))
             elif line.opcode not in ("async-update", "async-done"):  # -start has counted it
                 for called in _called(line):
                     if line.opcode == "fusion":
@@ -242,12 +243,12 @@ class _Module:
                         self.background.add(called)
                     self._walk(called, times)
 
-    def _turns(self, loop: _Line) -> int:
-        """How often a loop turns: what the compiler found out, or its condition's bound."""
+    def _iterations(self, loop: _Line) -> int:
+        """The number of iterations: the compiler's count, or the bound in the loop's condition."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest)
         if known:
             return int(known[1])
-        # TPU text says no count. Scans go up from 0 by 1 to a constant.
+        # TPU text has no count. Scans count from 0 to a constant, by 1.
         condition = re.search(r"\bcondition=%?([\w.\-]+)", loop.rest)[1]
         return max(self._constants(condition), default=1)
 
@@ -285,13 +286,13 @@ def _called(line: _Line) -> list[str]:
 
 
 def _full_buffers(kind: str, line: _Line, group: int) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of the whole buffers of a collective."""
+    """(dtype, shape) of the full buffers of a collective."""
     buffers = [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in _BUFFER.findall(re.sub(r"\{[^}]*\}", "", line.type))
     ]
     if line.opcode.endswith("-start"):
-        # (operands, results) and for a permute two words of state; all-reduce: results only.
+        # (operands, results), for a permute also two words of state; for all-reduce the results.
         if kind == "collective-permute":
             buffers = buffers[1:2]
         elif kind != "all-reduce":
@@ -306,11 +307,11 @@ def _full_buffers(kind: str, line: _Line, group: int) -> list[tuple[str, tuple[i
 
 
 def _groups(attributes: str, num_devices: int) -> np.ndarray:
-    """[groups, size]: which devices (positions in the flat mesh) take part together.
+    """[groups, size]: the devices (positions in the flat mesh) of each group.
 
     Three notations: `{{0,1},{2,3}}`; `[2,4]<=[4,2]T(1,0)`, an iota; and
-    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, the groups along an axis of a mesh, where
-    `'b':(2)2` is the part of axis b after its first 2 ways.
+    `mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}`, the groups along an axis of a mesh. There
+    `'b':(2)2` is a factor 2 of axis b, after a first factor 2.
     """
     named = re.search(
         r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", attributes
@@ -326,7 +327,7 @@ def _groups(attributes: str, num_devices: int) -> np.ndarray:
     iota = re.search(r"replica_groups=(\[[\d,]+\]<=\S+)", attributes)
     if iota:
         return _iota(iota[1])
-    return np.arange(num_devices)[None]  # `{}`: everybody
+    return np.arange(num_devices)[None]  # `{}`: all devices
 
 
 def _named_groups(sizes: str, device_ids: str | None, axes: str) -> np.ndarray:
@@ -339,7 +340,7 @@ def _named_groups(sizes: str, device_ids: str | None, axes: str) -> np.ndarray:
     else:
         ids = np.array([int(n) for n in device_ids.split(",")])
     inside = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes)
-    # Every axis that is used in part is three: before, the part, after.
+    # An axis that is used in part has three factors: before, the part, after.
     shape, moved = [], []
     for name, size in mesh.items():
         parts = [(int(pre), int(n)) for axis, pre, n in inside if axis == name and n]
@@ -350,9 +351,9 @@ def _named_groups(sizes: str, device_ids: str | None, axes: str) -> np.ndarray:
         pre, n = parts[0]
         moved.append(len(shape) + 1)
         shape += [pre, n, size // pre // n]
-    kept = [i for i in range(len(shape)) if i not in moved]
+    others = [i for i in range(len(shape)) if i not in moved]
     group = math.prod(shape[i] for i in moved)
-    return ids.reshape(shape).transpose(*kept, *moved).reshape(-1, group)
+    return ids.reshape(shape).transpose(*others, *moved).reshape(-1, group)
 
 
 def _iota(text: str) -> np.ndarray:
@@ -371,7 +372,7 @@ def _lists(text: str) -> list[list[int]]:
 
 
 def _axes(groups: np.ndarray, mesh: Mapping[str, int]) -> str:
-    """The axes along which devices of one group differ."""
+    """The axes along which the devices of a group differ."""
     places = np.unravel_index(groups, tuple(mesh.values()))
     return "+".join(name for name, at in zip(mesh, places, strict=True) if (at != at[:, :1]).any())
 

@@ -1,11 +1,10 @@
-"""Seconds of kernels written by hand, of which no compiler has an estimate: an estimate of ours.
+"""Our own time estimate for Pallas kernels, which XLA's cost model does not cover.
 
-A Pallas kernel runs its body for every step of its grid while the blocks of the next step are
-fetched. Its time is the slower of two: the matrix products of all steps at the chip's peak, each
+A Pallas kernel runs its body for every step of its grid while it fetches the blocks of the next
+step. Its time is the longer of two: the matrix products of all steps at the chip's peak, with each
 dimension rounded up to the 128 lanes of the matrix unit (a head of 64 uses half of it), and the
-blocks that are fetched and written, at the memory's bandwidth. Not counted: starting a step,
-exponentials. Steps that a kernel leaves at once count in full. No hardware has confirmed these
-figures.
+blocks that it fetches and writes, at the memory's bandwidth. The start of a step and exponentials
+are not counted. Steps that a kernel skips count in full. No hardware has confirmed these figures.
 """
 
 import math
@@ -21,12 +20,12 @@ from dalle_jax.engine.chips import Chip
 
 
 def seconds(fn: Callable, *arguments: Any, chip: Chip) -> float:
-    """Seconds that the kernels of one call keep each device busy; 0 without kernels.
+    """Seconds per device in the Pallas kernels of one call; 0 without kernels.
 
     Args:
-      fn: jax-traceable; under `jax.shard_map` a kernel sees one device's part.
+      fn: jax-traceable; under `jax.shard_map` a kernel has one device's part of the arrays.
       *arguments: arrays or ShapeDtypeStructs.
-      chip: what every device is.
+      chip: the chip of all devices.
     """
     return _seconds(jax.make_jaxpr(fn)(*arguments).jaxpr, chip)
 
@@ -48,11 +47,11 @@ def _equation(eqn: Any, chip: Chip) -> float:
 
 
 def _bytes(block: Any, grid: tuple[int, ...]) -> int:
-    """What one operand of a kernel moves: a block stays where the next step has the same one."""
-    where = block.index_map_jaxpr.jaxpr
-    read = [*where.outvars, *(v for eqn in where.eqns for v in eqn.invars)]
+    """Bytes that one operand of a kernel moves: only steps with another block move one."""
+    index_map = block.index_map_jaxpr.jaxpr
+    read = [*index_map.outvars, *(v for eqn in index_map.eqns for v in eqn.invars)]
     used = {v for v in read if not isinstance(v, jax.extend.core.Literal)}
-    changes = [i + 1 for i, v in enumerate(where.invars[: len(grid)]) if v in used]
+    changes = [i + 1 for i, v in enumerate(index_map.invars[: len(grid)]) if v in used]
     steps = math.prod(grid[: max(changes, default=0)])
     *rows, columns = block.ref_aval.shape
     columns = -(-columns // layout.LANES) * layout.LANES

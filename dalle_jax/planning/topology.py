@@ -1,14 +1,14 @@
-"""Machines that are not there, by name: their devices for the compiler, their limits for the plan.
+"""Clusters that are not here, by name: devices for the compiler, limits for the plan.
 
     v5e:16x16     a TPU slice: v4, v5e, v5p or v6e, chips along each axis of its torus
     2*v5e:16x16   two such slices, joined by the data-centre network
-    h100:16x8     16 hosts of 8 H100 (SXM, 80 GB)
-    cpu:8         8 devices faked on this machine's CPU
+    h100:16x8     16 hosts with 8 H100 each (SXM, 80 GB)
+    cpu:8         8 faked devices on this machine's CPU
 
-The compilers come from optional packages: `pip install 'dalle_jax[plan]'` brings the TPU's, the
+The compilers come with optional packages: `pip install 'dalle_jax[plan]'` installs the TPU's, the
 `cuda12` extra that of NVIDIA GPUs. Neither needs a driver or a device.
 
-*Source:* names and environment: `jax.experimental.topologies`, tried with libtpu 0.0.52.
+*Source:* names and environment: `jax.experimental.topologies`, tested with libtpu 0.0.52.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from dalle_jax.engine import chips
 from dalle_jax.planning import libtpu_env
 from dalle_jax.types import UsageError
 
-# The kind that jax.devices() shows, and the sizes that people rent; the compiler knows more.
+# The kind in jax.devices(), and the sizes that are for rent; the compiler accepts more.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBE = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
@@ -35,18 +35,18 @@ _TPUS = {
     "v5p": ("TPU v5p", _CUBE),
     "v6e": ("TPU v6e", _FLAT),
 }
-# "Available HBM" in GiB, as each one's compiler says when it runs out (libtpu 0.0.52).
+# "Available HBM" in GiB, from each compiler's out-of-memory message (libtpu 0.0.52).
 _TPU_MEMORY = {"v4": 30.75, "v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
 _GPUS = {"h100": ("NVIDIA H100 80GB HBM3", ("1x1", "1x8", "2x8", "4x8", "8x8", "16x8", "32x8"))}
 _CPUS = ("cpu:1", "cpu:8")
 _NAME = re.compile(r"(?:(\d+)\*)?([a-z]\w*):(\d+(?:x\d+)*)")
 
-# jax takes 75 % of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; more than 0.92
-# leaves NCCL and the CUDA context too little.
+# By default jax takes 75 % of a GPU's memory, with XLA_PYTHON_CLIENT_MEM_FRACTION more; above 0.92
+# NCCL and the CUDA context have too little.
 _GPU_SHARE = 0.92
 
-# Public figures of the H100 SXM (data sheet, CUDA programming guide, 81,559 MiB as nvidia-smi
-# prints it): what the compiler would otherwise ask a device for.
+# Public figures of the H100 SXM (data sheet, CUDA programming guide, 81,559 MiB from nvidia-smi),
+# which the compiler would otherwise query from a device.
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
@@ -79,11 +79,11 @@ class Topology:
     """Devices that a program can be compiled for.
 
     Attributes:
-      name: what the user wrote.
-      devices: for a mesh.
-      chip: peaks of one device; None for a CPU.
-      capacity: bytes of one device's memory that a program can have.
-      slices: TPU slices, joined by a slower network.
+      name: the user's name for it.
+      devices: the devices, for a mesh.
+      chip: the chip of each device; None for a CPU.
+      capacity: bytes per device that a program can use.
+      slices: number of TPU slices, joined by a slower network.
     """
 
     name: str
@@ -94,19 +94,19 @@ class Topology:
 
 
 def known() -> list[str]:
-    """Names to offer; slices of other sizes exist too."""
+    """Names of common topologies; slices of other sizes exist too."""
     names = [f"{kind}:{size}" for kind, (_, sizes) in (_TPUS | _GPUS).items() for size in sizes]
     return [*names, *_CPUS]
 
 
 def prepare(name: str) -> None:
-    """Sets what the compiler of a topology reads from the environment.
+    """Sets the environment variables that the compiler of a topology reads.
 
-    To be called before jax has looked for devices. A plan never takes an accelerator of this
-    machine: jax itself runs on the CPU.
+    Call it before jax looks for devices. A plan never takes an accelerator of this machine: jax
+    itself runs on the CPU.
 
     Raises:
-      UsageError: for a name of no known form.
+      UsageError: for a name in an unknown form.
     """
     _, kind, sizes = _parse(name)
     jax.config.update("jax_platforms", "cpu")
@@ -114,7 +114,7 @@ def prepare(name: str) -> None:
         for key, value in libtpu_env.ENVIRONMENT.items():
             os.environ.setdefault(key, value)
     elif kind in _GPUS:
-        # There is no driver whose version could be checked.
+        # Without a driver there is no version to check.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     else:
         flags = os.environ.get("XLA_FLAGS", "")
@@ -124,7 +124,7 @@ def prepare(name: str) -> None:
 
 
 def get(name: str) -> Topology:
-    """The topology of that name, after `prepare`.
+    """The topology with that name, after `prepare`.
 
     Raises:
       UsageError: if there is none, or its compiler is not installed.
@@ -153,8 +153,8 @@ def _parse(name: str) -> tuple[int, str, list[int]]:
 
 
 def _near(name: str) -> str:
-    """What was perhaps meant, and what there is."""
-    # v5e-256 and v5litepod-256 are how clouds count: by chips (v4 and v5p: by half chips).
+    """A sentence with similar names and with the known forms."""
+    # Clouds count chips: v5e-256, v5litepod-256 (v4 and v5p: half chips).
     clouds = re.fullmatch(r"(v4|v5e|v5p|v6e|v5litepod)-(\d+)", name)
     near: list[str] = []
     if clouds:
@@ -185,10 +185,10 @@ def _tpu(name: str, slices: int, kind: str, sizes: list[int]) -> Topology:
         options["num_slices"] = slices
     shape = "x".join(map(str, sizes))
     try:
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{shape}", **options
         )
-    except Exception as error:  # jaxlib raises several kinds for a shape that no slice has
+    except Exception as error:  # jaxlib raises several kinds for an impossible shape
         reason = str(error).splitlines()[0]
         raise UsageError(
             f"there is no topology {name!r} ({reason}); sizes of {kind}: "
@@ -196,7 +196,7 @@ def _tpu(name: str, slices: int, kind: str, sizes: list[int]) -> Topology:
         ) from error
     return Topology(
         name,
-        tuple(found.devices),
+        tuple(description.devices),
         chips.CHIPS[_TPUS[kind][0]],
         capacity=int(_TPU_MEMORY[kind] * 2**30),
         slices=slices,
@@ -208,7 +208,7 @@ def _gpu(name: str, kind: str, sizes: list[int]) -> Topology:
 
     hosts, gpus = sizes
     try:
-        found = topologies.get_topology_desc(
+        description = topologies.get_topology_desc(
             platform="cuda",
             topology_name="",
             topology=f"1x{hosts}x{gpus}",
@@ -220,7 +220,7 @@ def _gpu(name: str, kind: str, sizes: list[int]) -> Topology:
             f"({str(error).splitlines()[0]}): pip install 'dalle_jax[cuda12]' (no GPU is needed)."
         ) from error
     chip = chips.CHIPS[_GPUS[kind][0]]
-    return Topology(name, tuple(found.devices), chip, int(chip.hbm_bytes * _GPU_SHARE))
+    return Topology(name, tuple(description.devices), chip, int(chip.hbm_bytes * _GPU_SHARE))
 
 
 def _cpu(name: str, sizes: list[int]) -> Topology:

@@ -127,8 +127,8 @@ def test_the_dalle_is_the_stated_one():
     text = jax.ShapeDtypeStruct((1, 64), "int32")
     codes = jax.ShapeDtypeStruct((1, 256), "int32")
     model = build.dalle(config, 16, v)
-    made = jax.eval_shape(model.init, jax.random.key(0), text, codes)
-    assert sum(leaf.size for leaf in jax.tree.leaves(made)) == expected
+    variables = jax.eval_shape(model.init, jax.random.key(0), text, codes)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables)) == expected
 
 
 def test_the_dvae_does_the_work_of_three_strided_convolutions():
@@ -139,9 +139,9 @@ def test_the_dvae_does_the_work_of_three_strided_convolutions():
     decoder = 8**2 * (v * e + e * d) + block
     decoder += (8**2 + 16**2 + 32**2) * 16 * d * d + 64**2 * d * 3  # transposed: per input
     config = cases.config_of("dvae_train")
-    made = build.autoencoder(config).config
-    assert made.grid == 8 and made.num_codes == v and made.num_blocks == 1
-    assert dvae.forward_macs(made) / (encoder + decoder) == pytest.approx(1, abs=0.02)
+    c = build.autoencoder(config).config
+    assert c.grid == 8 and c.num_codes == v and c.num_blocks == 1
+    assert dvae.forward_macs(c) / (encoder + decoder) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +161,18 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     d, positions = 256, 36
     config = cases.config_of("prior_train")
     clip = by_shape.clip(config)
-    made = prior_stage.build_prior(config, clip, None).config
+    c = prior_stage.build_prior(config, clip, None).config
     layer = positions * 12 * d * d + d * positions * (positions + 1)
     last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
     ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output
-    assert (made.length, made.num_layers, made.num_heads) == (positions, 6, 8)
-    assert prior_diffusion.flops(made) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
-    assert clip_model.flops(clip.model.config) < 0.01 * prior_diffusion.flops(made)
+    assert (c.length, c.transformer.num_layers, c.transformer.num_heads) == (positions, 6, 8)
+    assert prior_diffusion.flops(c) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
+    assert clip_model.flops(clip.model.config) < 0.01 * prior_diffusion.flops(c)
 
-    made = build.unet(cases.config_of("unet_train"), 256).config
-    assert (made.width, made.channel_mults, made.num_blocks) == (64, (1, 2, 4), 2)
-    assert made.clip_tokens == 4 and not made.text_layers and made.patch_px == 1
-    assert clip_model.flops(clip.model.config) < 0.01 * unet.flops(made, 32)
+    c = build.unet(cases.config_of("unet_train"), 256).config
+    assert (c.width, c.channel_mults, c.num_blocks) == (64, (1, 2, 4), 2)
+    assert c.clip_tokens == 4 and not c.text_encoder and c.patch_px == 1
+    assert clip_model.flops(clip.model.config) < 0.01 * unet.flops(c, 32)
 
 
 def test_json_of_a_network(tiny, capsys):
@@ -221,12 +221,12 @@ def test_input_reads_text_where_there_is_a_tokenizer(prepared):
     "words, text",
     [
         (("dale_train",), "no case 'dale_train'; did you mean 'dalle_train'?"),
-        (("clip_train", "--attention=full"), "--attention goes with dalle_train and dalle_sample"),
-        (("dalle_train", "--shared_prompt"), "--shared_prompt goes with dalle_sample"),
+        (("clip_train", "--attention=full"), "--attention applies to dalle_train and dalle_sample"),
+        (("dalle_train", "--shared_prompt"), "--shared_prompt applies to dalle_sample"),
         (("dalle_train", "--attention=axal", "--threads=0"), "use one of full, axial, conv"),
-        (("dvae_train", "--source=shapes"), "--source goes with input"),
-        (("all", "--batch=3"), "--batch goes with a single case"),
-        (("clip_train", "--docs=page.md"), "--docs goes with all, not with clip_train"),
+        (("dvae_train", "--source=shapes"), "--source applies to input"),
+        (("all", "--batch=3"), "--batch applies to a single case"),
+        (("clip_train", "--docs=page.md"), "--docs applies to all, not to clip_train"),
         (("all", "--docs=page.md"), "no place for the table"),
         (("all", "--data_dir=data"), "needs --source"),
         (("clip_train", "--steps=0"), "--steps is 0; expected at least 1"),
@@ -276,7 +276,7 @@ def test_all_runs_every_case_and_tells_what_failed(json_flag, monkeypatch, capsy
         result = dict.fromkeys(FIELDS, 1.5) | {"case": words[1], "params": 1_000}
         return 0, json.dumps(result) + "\n"
 
-    monkeypatch.setattr(bench, "_start", start)
+    monkeypatch.setattr(bench, "run_command", start)
     flags = ["--json"] if json_flag else []
     assert __main__.main(["bench", "all", "--steps=2", *flags]) == 1
     out, err = capsys.readouterr()
@@ -301,7 +301,7 @@ def test_all_writes_its_table_into_a_page(monkeypatch, capsys, tmp_path):
         result |= {"versions": {"jax": "0.1"}, "device": "abacus", "gflop": 3.0}
         return 0, json.dumps(result | {"gflop_per_cpu_s": 2.0}) + "\n"
 
-    monkeypatch.setattr(bench, "_start", start)
+    monkeypatch.setattr(bench, "run_command", start)
     page = tmp_path / "page.md"
     begin, end = MARKS[False]
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")

@@ -37,8 +37,8 @@ def tiny(monkeypatch):
 
 def test_calls_take_turns():
     calls = []
-    made = [measure.Case(lambda i=i: lambda: calls.append(i), images=1) for i in range(3)]
-    results = measure.alternate(made, steps=2, warmup=1)
+    cases_in_turn = [measure.Case(lambda i=i: lambda: calls.append(i), images=1) for i in range(3)]
+    results = measure.alternate(cases_in_turn, steps=2, warmup=1)
     assert calls == [0, 1, 2] * 4 and len(results) == 3
 
 
@@ -50,7 +50,7 @@ def test_json_has_every_peer_and_our_ratio(tiny, capsys):
     for found in result["against"].values():
         assert found["gflop"] == 3.0 and found["params"] == 7
         assert found["ratio"] == pytest.approx(result["cpu_s"] / found["cpu_s"], rel=0.01)
-    assert tiny.count("diffusers") == 1 + 3  # made, then called first and twice
+    assert tiny.count("diffusers") == 1 + 3  # built, then called first and twice
     assert result["versions"] == dict.fromkeys(("jax", "diffusers", "dalle2-pytorch"), "1")
 
 
@@ -66,7 +66,7 @@ def test_the_table_has_a_line_for_the_peer(tiny, capsys):
     [
         (("clip_train", "--against=clip"), "unknown for clip_train; choose transformers or all"),
         (("all", "--against=clip"), "choose gpt, dalle-pytorch, dall_e, transformers"),
-        (("input", "--source=shapes", "--against=all"), "--against goes with dalle_train and"),
+        (("input", "--source=shapes", "--against=all"), "--against applies to dalle_train and"),
         (("all", "--against=gpt", "--docs=page.md"), "a line <!-- peers: begin -->"),
     ],
 )
@@ -96,7 +96,7 @@ def test_all_writes_pairs_into_a_page(name, monkeypatch, tmp_path, capsys):
         result = numbers | {"case": words[1], "device": "abacus", "against": against}
         return 0, json.dumps(result | {"versions": dict.fromkeys(names, "2")})
 
-    monkeypatch.setattr(bench, "_start", start)
+    monkeypatch.setattr(bench, "run_command", start)
     begin, end = MARKS[True]
     page = tmp_path / "page.md"
     page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
@@ -118,9 +118,13 @@ def test_a_peer_does_the_case_in_miniature(case, name):
     attentions = ("full", "axial", "conv") if case == "dalle_train" else ("",)
     for attention in attentions:
         config = cases.config_of(case, attention=attention, size="smoke")
-        made = peers.build(case, name, config, 1)
-        call = made.compile()
+        peer_case = peers.build(case, name, config, 1)
+        call = peer_case.compile()
         first, second = call(), call()
-        assert made.images == config.data.batch and made.params > 10_000 and made.flops() > 0
+        assert (
+            peer_case.images == config.data.batch
+            and peer_case.params > 10_000
+            and peer_case.flops() > 0
+        )
         if case.endswith("_train"):
             assert first != second  # it learned

@@ -145,9 +145,9 @@ def linear(monkeypatch, tmp_path):
         "    return c\n"
     )
     hyper = [{"optim.lr": 0.01}, {"optim.lr": 1e38}, {"train.profile_steps": 99}]
-    made = units.define(str(tmp_path / "runs"), str(file), {}, hyper, "eval/loss", "min")
-    made.save()
-    return made, Pipeline
+    sweep = units.define(str(tmp_path / "runs"), str(file), {}, hyper, "eval/loss", "min")
+    sweep.save()
+    return sweep, Pipeline
 
 
 def test_a_unit_trains_and_records_how_it_ended(command, linear, capsys):

@@ -126,7 +126,9 @@ def main() -> int:
     process I before it reads the batch of that step; `unreadable=I:STEP` hides that checkpoint
     from process I; `reshard=1` may continue on another mesh; `wait=` is how long to wait for all.
     """
-    from dalle_jax.engine import checkpoint, distributed, loop, workdir
+    import orbax.checkpoint as ocp
+
+    from dalle_jax.engine import distributed, loop, workdir
 
     folder, *pairs = sys.argv[1:]
     values = dict(pair.split("=") for pair in pairs)
@@ -142,14 +144,14 @@ def main() -> int:
             int(values.pop("n")),
         )
         start = distributed.Start(address, i, n, timeout_s=wait, heartbeat_timeout_s=10)
-    read = checkpoint.Checkpointer._read
+    restore = ocp.StandardCheckpointHandler.restore
 
-    def read_unless_hidden(self, step, target):
-        if (jax.process_index(), step) == (int(blind), int(hidden)):
+    def restore_unless_hidden(self, directory, *args, **kwargs):
+        if jax.process_index() == int(blind) and directory.parent.name == hidden:
             raise OSError("this process cannot read it")
-        return read(self, step, target)
+        return restore(self, directory, *args, **kwargs)
 
-    checkpoint.Checkpointer._read = read_unless_hidden
+    ocp.StandardCheckpointHandler.restore = restore_unless_hidden
     with distributed.job(start, takes_notice=True):
         config = make_config(**values)
         distributed.agree(workdir.facts(folder, config))

@@ -174,8 +174,8 @@ def test_layer_matrices_lie_by_rows_folded(names):
     ],
 )
 def test_other_layers_are_left_to_the_partitioner(sizes, rules, rows, spec):
-    made = mesh_config(*sizes, rules=rules)
-    mesh, table = meshes.make_mesh(made), sharding.rules(made)
+    sizes_config = mesh_config(*sizes, rules=rules)
+    mesh, table = meshes.make_mesh(sizes_config), sharding.rules(sizes_config)
     boxed = stacked(rows, 16)
     assert sharding.storage(boxed, mesh, table)["w"] == layout.PLAIN
     assert sharding.shardings(boxed, mesh, table)["w"].spec == spec

@@ -10,10 +10,10 @@ KEEPS = {checkpoint.CODEC: b"0123", checkpoint.TOKENIZER: b"pieces"}
 
 
 def config(dvae="codec", **changes):
-    made = lt.make_config(**changes)
-    with made.unlocked():
-        made.stages = {"dvae": dvae}
-    return made
+    run_config = lt.make_config(**changes)
+    with run_config.unlocked():
+        run_config.stages = {"dvae": dvae}
+    return run_config
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def trained(folder):
     return str(folder)
 
 
-def test_a_workdir_without_checkpoint_binds_nothing(workdir):
+def test_a_workdir_without_checkpoint_binds_nothing(folder):
     """As after a start that was refused, or that ran out of memory while it compiled."""
     workdir.claim(str(folder), config(**{"optim.lr": 9.0}), KEEPS)
     workdir.claim(str(folder), config(), {checkpoint.CODEC: b"other"})

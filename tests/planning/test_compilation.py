@@ -49,7 +49,7 @@ def test_another_failure_of_a_stopped_compiler_is_an_error(program, monkeypatch)
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
     cpu = topology.Topology("toy:8", tuple(jax.devices()), None, 2**30)
-    monkeypatch.setattr(compilation, "_executable", fail)
+    monkeypatch.setattr(compilation, "compile_lowered", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         compilation.step(program, 0, cpu, is_quick=True)
 
@@ -64,7 +64,7 @@ def test_products_that_triton_cannot_tile_are_left_to_cublas():
                 raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that …")
             return "compiled"
 
-    assert compilation._executable(Lowered(), {"xla_dump_to": "x"}) == "compiled"
+    assert compilation.compile_lowered(Lowered(), {"xla_dump_to": "x"}) == "compiled"
     assert tried == [
         {"xla_dump_to": "x"},
         {"xla_dump_to": "x", "xla_gpu_enable_triton_gemm": False},

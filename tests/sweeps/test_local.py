@@ -37,15 +37,15 @@ def sweep(tmp_path, monkeypatch):
     file = tmp_path / "config.py"
     file.write_text(CONFIG)
     hyper = [{"seed": seed} for seed in range(4)]
-    made = units.define(str(tmp_path / "runs"), str(file), {}, hyper, "eval/loss", "min")
-    made.save()
+    sweep_of_seeds = units.define(str(tmp_path / "runs"), str(file), {}, hyper, "eval/loss", "min")
+    sweep_of_seeds.save()
     log = tmp_path / "log"
 
     def command(sweep, wid, share):
         return ["bash", "-c", PROGRAM, "unit", sweep.workdir(wid), str(wid), str(log)]
 
     monkeypatch.setattr(local, "command", command)
-    return made
+    return sweep_of_seeds
 
 
 def tell(sweep, wid, what):
@@ -125,13 +125,13 @@ def test_a_signal_lets_the_runs_save_and_the_sweep_goes_on_later(sweep, tmp_path
 
 
 def test_a_unit_keeps_to_its_cores(monkeypatch, tmp_path):
-    made = units.Sweep("runs/7", "c.py", {}, ({"seed": 0},), "loss", "min")
+    sweep_of_seeds = units.Sweep("runs/7", "c.py", {}, ({"seed": 0},), "loss", "min")
     monkeypatch.setattr(local.shutil, "which", lambda name: f"/usr/bin/{name}")
-    words = local.command(made, 1, ([2, 3], []))
+    words = local.command(sweep_of_seeds, 1, ([2, 3], []))
     assert words[:3] == ["taskset", "-c", "2,3"]
     assert words[-3:] == ["--workdir=runs", "--xid=7", "--unit=1"]
     monkeypatch.setattr(local.shutil, "which", lambda name: None)
-    assert "taskset" not in local.command(made, 1, ([2, 3], []))
+    assert "taskset" not in local.command(sweep_of_seeds, 1, ([2, 3], []))
 
 
 def test_gpus_are_those_that_are_visible(monkeypatch):

@@ -38,7 +38,7 @@ def config(tmp_path):
 
 
 @pytest.fixture
-def made(tmp_path, config):
+def four_units(tmp_path, config):
     return define(tmp_path, config)
 
 
@@ -62,9 +62,9 @@ def finish(sweep, wid, loss, exit_code=0, error=""):
     file.write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
-def test_get_hyper_makes_the_units(made):
-    assert len(made.units) == 4 and list(made.wids) == [1, 2, 3, 4]
-    seen = [made.load_config(wid) for wid in made.wids]
+def test_get_hyper_makes_the_units(four_units):
+    assert len(four_units.units) == 4 and list(four_units.wids) == [1, 2, 3, 4]
+    seen = [four_units.load_config(wid) for wid in four_units.wids]
     assert [(c.optim.lr, c.train.steps, c.seed) for c in seen] == [
         (1e-3, 10, 0), (1e-3, 10, 1), (3e-3, 20, 0), (3e-3, 20, 1),
     ]  # fmt: skip
@@ -81,14 +81,14 @@ def test_the_command_line_makes_units_too(config):
             units.from_text([text])
 
 
-def test_the_same_definition_finds_its_folder_again(tmp_path, config, made):
-    assert made.xid == "1"
-    assert define(tmp_path, config).folder == made.folder
-    assert define(tmp_path, config, metric="eval/psnr", mode="max").folder == made.folder
+def test_the_same_definition_finds_its_folder_again(tmp_path, config, four_units):
+    assert four_units.xid == "1"
+    assert define(tmp_path, config).folder == four_units.folder
+    assert define(tmp_path, config, metric="eval/psnr", mode="max").folder == four_units.folder
     assert define(tmp_path, config, hyper=[{"seed": 5}]).xid == "2"
     assert define(tmp_path, config, common={"optim.lr": "0.5"}, hyper=[{"seed": 5}]).xid == "3"
     assert define(tmp_path, config, xid="mine").xid == "mine"
-    assert units.load(made.folder).units[0]["optim.lr"] == 1e-3
+    assert units.load(four_units.folder).units[0]["optim.lr"] == 1e-3
     with pytest.raises(UsageError, match="holds another sweep"):
         define(tmp_path, config, hyper=[{"seed": 7}], xid="mine")
     with pytest.raises(UsageError, match="start the sweep"):
@@ -111,29 +111,29 @@ def test_every_unit_is_checked_before_one_starts(tmp_path, config, hyper, text):
         units.define(str(tmp_path), config, {}, [], "loss", "min")
 
 
-def test_what_is_done_or_failed_is_not_run_again(made):
-    finish(made, 1, 0.5)
-    finish(made, 2, 0.4, exit_code=143)  # asked to stop: it has saved
-    finish(made, 3, 0.3, exit_code=1, error="ValueError: no")
-    assert units.to_run(made, retry=False) == [2, 4]
-    assert units.to_run(made, retry=True) == [2, 3, 4]
-    states = [units.status(made, wid)["state"] for wid in made.wids]
+def test_what_is_done_or_failed_is_not_run_again(four_units):
+    finish(four_units, 1, 0.5)
+    finish(four_units, 2, 0.4, exit_code=143)  # asked to stop: it has saved
+    finish(four_units, 3, 0.3, exit_code=1, error="ValueError: no")
+    assert units.to_run(four_units, retry=False) == [2, 4]
+    assert units.to_run(four_units, retry=True) == [2, 3, 4]
+    states = [units.status(four_units, wid)["state"] for wid in four_units.wids]
     assert states == ["done", "started", "failed", "waiting"]
-    finish(made, 2, 0.4)
-    assert units.status(made, 2)["seconds"] == 60.0, "all attempts count"
+    finish(four_units, 2, 0.4)
+    assert units.status(four_units, 2)["seconds"] == 60.0, "all attempts count"
 
 
-def test_results_rank_settings_over_seeds(made):
+def test_results_rank_settings_over_seeds(four_units):
     for wid, loss in ((1, 0.1), (2, 0.9), (3, 0.3), (4, 0.4)):
-        finish(made, wid, loss)
-    found = results.write(made)
+        finish(four_units, wid, loss)
+    found = results.write(four_units)
     assert [row["wid"] for row in found["units"]] == [1, 3, 4, 2]
     assert [round(g["mean"], 6) for g in found["groups"]] == [0.35, 0.5]
     assert found["best"] == 3, "the lucky seed of the worse setting does not win"
-    folder = units.epath.Path(made.folder)
+    folder = units.epath.Path(four_units.folder)
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(found))
     best = cfg.load(str(folder / "best.py"))
-    assert cfg.differences(best, made.load_config(3)) == {} and best.optim.betas == (0.8, 0.9)
+    assert cfg.differences(best, four_units.load_config(3)) == {} and best.optim.betas == (0.8, 0.9)
     page = sweep.page(found, results.curves(found, 8)).html()
     assert "4 of 4" in page and "Over seeds" in page and "<svg" in page and "<script" not in page
     text = results.table(found)
@@ -141,10 +141,10 @@ def test_results_rank_settings_over_seeds(made):
     assert results.missing_metric(found) == ""
 
 
-def test_results_of_a_sweep_that_is_not_finished(made):
-    finish(made, 1, 0.5)
-    finish(made, 2, 0.4, exit_code=137, error="killed by SIGKILL")
-    found = results.write(made)
+def test_results_of_a_sweep_that_is_not_finished(four_units):
+    finish(four_units, 1, 0.5)
+    finish(four_units, 2, 0.4, exit_code=137, error="killed by SIGKILL")
+    found = results.write(four_units)
     assert found["best"] == 1 and [row["value"] for row in found["units"]] == [
         0.5,
         None,
@@ -154,7 +154,7 @@ def test_results_of_a_sweep_that_is_not_finished(made):
     text = results.table(found)
     assert "unit 2 failed: killed by SIGKILL" in text and "waiting" in text
     assert "1 failed" in sweep.page(found, {}).html()
-    other = results.collect(units.dataclasses.replace(made, metric="eval/lss"))
+    other = results.collect(units.dataclasses.replace(four_units, metric="eval/lss"))
     assert "they have" in results.missing_metric(other) and "eval/loss" in results.missing_metric(
         other
     )
@@ -175,10 +175,10 @@ def test_shares_never_overlap():
         local.shares(3, list(range(8)), ["0", "1"])
 
 
-def test_the_slurm_script_is_a_job_array(made, tmp_path):
-    finish(made, 2, 0.1)
-    left = units.to_run(made, retry=False)
-    text = scripts.slurm(made, left, 2, ["--partition=gpu", "--gres=gpu:1"])
+def test_the_slurm_script_is_a_job_array(four_units, tmp_path):
+    finish(four_units, 2, 0.1)
+    left = units.to_run(four_units, retry=False)
+    text = scripts.slurm(four_units, left, 2, ["--partition=gpu", "--gres=gpu:1"])
     file = tmp_path / "sweep.sbatch"
     file.write_text(text)
     assert subprocess.run(["bash", "-n", str(file)]).returncode == 0
@@ -191,12 +191,12 @@ def test_the_slurm_script_is_a_job_array(made, tmp_path):
     stub.chmod(0o755)
     env = {"PATH": "/usr/bin:/bin", "PYTHON": str(stub), "SLURM_ARRAY_TASK_ID": "3"}
     done = subprocess.run(["bash", str(file)], env=env, capture_output=True, text=True)
-    parent = str(units.epath.Path(made.folder).parent)
+    parent = str(units.epath.Path(four_units.folder).parent)
     assert done.stdout.split() == [
         "-m", "dalle_jax", "sweep", f"--workdir={parent}", "--xid=1", "--unit=3",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="--sbatch"):
-        scripts.slurm(made, left, 0, ["partition=gpu"])
+        scripts.slurm(four_units, left, 0, ["partition=gpu"])
 
 
 def check_job(manifest):
@@ -234,10 +234,10 @@ def check_job(manifest):
           "cloud.google.com/gke-tpu-topology": "2x4"}, {"google.com/tpu": 8}),
     ],
 )  # fmt: skip
-def test_the_gke_manifest_is_an_indexed_job(made, accelerator, selector, resource):
-    finish(made, 2, 0.1)
-    left = units.to_run(made, retry=False)
-    text = scripts.gke(made, left, 2, "image:1", accelerator)
+def test_the_gke_manifest_is_an_indexed_job(four_units, accelerator, selector, resource):
+    finish(four_units, 2, 0.1)
+    left = units.to_run(four_units, retry=False)
+    text = scripts.gke(four_units, left, 2, "image:1", accelerator)
     pod, container = check_job(yaml.safe_load(text))
     assert pod.get("nodeSelector", {}) == selector
     assert container.get("resources", {}).get("limits", {}) == resource
@@ -250,6 +250,6 @@ def test_the_gke_manifest_is_an_indexed_job(made, accelerator, selector, resourc
         assert done.stdout.endswith(f"--unit={wid}\n"), done.stderr
     for bad in ("h100", "tpu-v5-lite-podslice", "nvidia-h100-80gb:2x2"):
         with pytest.raises(UsageError, match="--accelerator"):
-            scripts.gke(made, left, 0, "image:1", bad)
+            scripts.gke(four_units, left, 0, "image:1", bad)
     with pytest.raises(UsageError, match="--image"):
-        scripts.gke(made, left, 0, "", accelerator)
+        scripts.gke(four_units, left, 0, "", accelerator)
