@@ -80,7 +80,7 @@ def assemble(config: cfg.ConfigDict, codec: run.Codec, tokenizer=None) -> Task:
 
     def loss(params, extra, frozen, batch, key, step):
         del step
-        total, metrics = losses(params, frozen, batch, key if made.dropout else None)
+        total, metrics = losses(params, frozen, batch, key if made.transformer.dropout else None)
         return total, Output(metrics, extra)
 
     def evaluate(params, extra, frozen, batch, key):

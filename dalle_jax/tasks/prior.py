@@ -93,7 +93,7 @@ def assemble(
         dropped = jax.random.bernoulli(drop_key, drop, (len(z_i),)) if drop else None
         total, metrics = objective.loss(
             params, frozen, batch["text"], z_i, z_t, dropped, noise_key,
-            dropout_key if made.dropout else None,
+            dropout_key if made.transformer.dropout else None,
         )  # fmt: skip
         return total, Output({"loss": total, **metrics}, extra)
 
