@@ -1,4 +1,4 @@
-"""`python -m dalle_jax COMMAND …`: finds cli/COMMAND.py and runs it.
+"""`python -m dalle_jax COMMAND …`, or `dalle-jax COMMAND …`: finds cli/COMMAND.py and runs it.
 
 A command is a module of `dalle_jax.cli` with `SUMMARY`, `add_arguments(parser)` and `run(args)`.
 Nothing heavy is imported here or at the top of a command, so that --help answers at once.
@@ -13,19 +13,28 @@ import logging
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-DESCRIPTION = "DALL-E in JAX: prepare data, train the stages, draw pictures from text."
+DESCRIPTION = "DALL-E in JAX: prepare data, train the stages, sample pictures from text."
 
 
 def commands() -> dict[str, str]:
     """Command name -> its one-line summary, read from the source without importing it."""
-    found = {}
-    for file in sorted((pathlib.Path(__file__).parent / "cli").glob("*.py")):
+    summaries = {}
+    for file in sorted((pathlib.Path(__file__).parent / "cli").glob("[a-z]*.py")):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             is_assign = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
             if is_assign and node.targets[0].id == "SUMMARY":
-                found[file.stem] = ast.literal_eval(node.value)
-    return found
+                summaries[file.stem] = ast.literal_eval(node.value)
+    return summaries
+
+
+def program() -> NoReturn:
+    """The process: `main` after what concerns the whole process; the console script's entry."""
+    from dalle_jax.cli import _malloc
+
+    _malloc.keep_freed_memory()
+    sys.exit(main())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     module = importlib.import_module(f"dalle_jax.cli.{name}")
     parser = argparse.ArgumentParser(
-        prog=f"dalle_jax {name}",
+        prog=f"{_invocation()} {name}",
         description=module.__doc__ or module.SUMMARY,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # --config.optim.lr must not be taken for an abbreviation
@@ -91,15 +100,17 @@ def _overview(known: dict[str, str]) -> str:
     width = max(map(len, known), default=0)
     lines = [f"  {name:<{width}}  {summary}" for name, summary in known.items()]
     return (
-        f"{DESCRIPTION}\n\nusage: python -m dalle_jax COMMAND [arguments]\n\ncommands:\n"
+        f"{DESCRIPTION}\n\nusage: {_invocation()} COMMAND [arguments]\n\ncommands:\n"
         + "\n".join(lines)
-        + "\n\n`python -m dalle_jax COMMAND --help` tells a command's arguments."
+        + f"\n\n`{_invocation()} COMMAND --help` explains a command's arguments."
     )
 
 
-if __name__ == "__main__":
-    # Here and not in `main`, which others call: it is for the whole process.
-    from dalle_jax.cli import _malloc
+def _invocation() -> str:
+    """How this program was started, as a shell takes it again."""
+    is_script = pathlib.Path(sys.argv[0]).stem == "dalle-jax"
+    return "dalle-jax" if is_script else "python -m dalle_jax"
 
-    _malloc.keep_freed_memory()
-    sys.exit(main())
+
+if __name__ == "__main__":
+    program()

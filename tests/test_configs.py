@@ -149,11 +149,11 @@ def test_configs_named_in_documents_load(argument, monkeypatch):
 
 
 def test_commands_named_in_documents_exist():
-    from dalle_jax import __main__ as program
+    from dalle_jax import __main__
 
     texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("configs/*.py")]
     texts += [*ROOT.glob("dalle_jax/**/*.py"), *ROOT.glob("launch/*")]
-    known = program.commands()
+    known = __main__.commands()
     unknown = [
         f"{path.relative_to(ROOT)}: {name}"
         for path in texts

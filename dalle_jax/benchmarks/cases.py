@@ -21,11 +21,10 @@ from dalle_jax.data import pipeline, tokenizers
 from dalle_jax.engine import flops, sharding
 from dalle_jax.engine.program import Program
 from dalle_jax.engine.task import Task
-from dalle_jax.models import build as model_build
-from dalle_jax.sampling import dalle as sampling
-from dalle_jax.sampling import prior as prior_sampling
+from dalle_jax.models import build
+from dalle_jax.sampling import autoregressive, prior
 from dalle_jax.stages import by_shape
-from dalle_jax.stages import prior as prior_stage
+from dalle_jax.stages.prior import PriorStage
 from dalle_jax.types import Array, Params
 
 PRIOR_STEPS = 50
@@ -53,7 +52,7 @@ def config_of(
     return cfg.override(config, changes or {})
 
 
-def build(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
+def make(name: str, config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     """A case that runs a network.
 
     Args:
@@ -103,7 +102,7 @@ def train(config: cfg.ConfigDict) -> Case:
 def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     """Sampling the codes of data.batch pictures, one per prompt or all for one prompt."""
     codec = by_shape.codec(config)
-    model = model_build.dalle(config, codec.grid, codec.num_codes)
+    model = build.dalle(config, codec.grid, codec.num_codes)
     c, size, rng = model.config, config.data.batch, np.random.default_rng(config.seed)
     prompts, candidates = (1, size) if shared_prompt else (size, 1)
     text = jax.device_put(_ids(rng, (prompts, c.text_len), c.vocab_size))
@@ -112,7 +111,7 @@ def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
     key = jax.random.key(config.seed)
 
     def sample_codes(params: Params, text: Array) -> Array:
-        return sampling.sample(model, params, text, num_candidates=candidates, key=key)
+        return autoregressive.sample(model, params, text, num_candidates=candidates, key=key)
 
     return Case(
         lambda: lambda: np.asarray(sample_codes(params, text)),
@@ -125,7 +124,7 @@ def sample(config: cfg.ConfigDict, *, shared_prompt: bool = False) -> Case:
 
 def codec(config: cfg.ConfigDict) -> Case:
     """Pictures to the likeliest codes and back."""
-    model = model_build.autoencoder(config)
+    model = build.autoencoder(config)
     images = _pictures(config)
     variables = _init(model, images[:1])
 
@@ -139,7 +138,7 @@ def codec(config: cfg.ConfigDict) -> Case:
 
 def score(config: cfg.ConfigDict) -> Case:
     """CLIP's embeddings of pictures and captions, and the similarity of each with each."""
-    model = model_build.clip(config)
+    model = build.clip(config)
     data, rng = config.data, np.random.default_rng(config.seed)
     images = _pictures(config)
     text = _ids(rng, (data.batch, data.text_len), data.vocab_size)
@@ -153,11 +152,11 @@ def score(config: cfg.ConfigDict) -> Case:
     return _compiled(similarity, params, images, jax.device_put(text), params=_count(params))
 
 
-def prior(config: cfg.ConfigDict) -> Case:
+def sample_prior(config: cfg.ConfigDict) -> Case:
     """Sampling one image embedding per caption, data.batch captions: 50 steps, no guidance."""
     task = tasks.make(config, shapes_only=True)
     clip = by_shape.clip(config)
-    model = prior_stage.build_prior(config, clip, None)
+    model = PriorStage.build(config, clip, None)
     params = sharding.unbox(jax.jit(task.init)(jax.random.key(0))[0])
     data, rng = config.data, np.random.default_rng(config.seed)
     text = jax.device_put(_ids(rng, (data.batch, data.text_len), data.vocab_size))
@@ -166,7 +165,7 @@ def prior(config: cfg.ConfigDict) -> Case:
     key = jax.random.key(config.seed)
 
     def sample_embeddings(params: Params, text: Array, z_t: Array) -> Array:
-        return prior_sampling.sample_diffusion(
+        return prior.sample_diffusion(
             model, params, text, z_t, key=key, steps=PRIOR_STEPS, num_samples=1
         )
 
@@ -186,7 +185,7 @@ NETWORKS: dict[str, Callable[[cfg.ConfigDict], Case]] = {
     "clip_train": train,
     "clip_score": score,
     "prior_train": train,
-    "prior_sample": prior,
+    "prior_sample": sample_prior,
     "unet_train": train,
 }
 

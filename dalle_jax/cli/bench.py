@@ -273,7 +273,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         changes = {key: value for key, value in changes.items() if value is not None}
         config = cases.config_of(args.case, attention=args.attention or "", changes=changes)
         batch = config.data.batch
-        case = cases.build(args.case, config, shared_prompt=bool(args.shared_prompt))
+        case = cases.make(args.case, config, shared_prompt=bool(args.shared_prompt))
         if args.case in _BELONGS["attention"]:
             result["attention"] = args.attention or "full"
         if args.attention_impl:

@@ -15,7 +15,7 @@ from dalle_jax import chunks, images
 from dalle_jax.engine import distributed, meshes, sharding
 from dalle_jax.evaluation import results
 from dalle_jax.evaluation.settings import DalleSettings, UnclipSettings
-from dalle_jax.sampling import categorical, dalle, manipulate, rerank, unclip
+from dalle_jax.sampling import autoregressive, categorical, manipulate, rerank, unclip
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
 from dalle_jax.stages.dalle import DalleStage
@@ -77,7 +77,7 @@ class DalleGenerator:
     def generate(self, ids: np.ndarray, num_candidates: int, first_prompt: int) -> np.ndarray:
         """uint8 [P, N, h, h, 3] for ids [P, T]; the first one is prompt number first_prompt."""
         mesh = meshes.local()
-        codes = dalle.sample(
+        codes = autoregressive.sample(
             self.stage.model,
             self.stage.on(sharding.replicated(mesh)),
             ids,

@@ -28,7 +28,7 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class DalleSettings:
-    """How DALL-E 1 samples, as in `sampling.dalle.sample`."""
+    """How DALL-E 1 samples, as in `sampling.autoregressive.sample`."""
 
     temperature: float = 1.0
     top_k: int = 0

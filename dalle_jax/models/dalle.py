@@ -80,7 +80,7 @@ class DalleConfig:
 
 
 class Dalle(nn.Module):
-    """The network; `sampling/dalle.py` samples from it.
+    """The network; `sampling/autoregressive.py` samples from it.
 
     Attributes:
       config: sizes.

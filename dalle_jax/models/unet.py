@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.nn import conv, embed, stack
-from dalle_jax.nn import unet_blocks as blocks
+from dalle_jax.nn import conv, embed, stack, unet_blocks
 from dalle_jax.nn.context import Context
 from dalle_jax.nn.transformer import TransformerConfig
 from dalle_jax.types import Array, Batch, DtypePolicy, Key, Params, UsageError
@@ -252,16 +251,16 @@ class Unet(nn.Module):
         down, middle, up = plan(c)
         num_places = len(down + middle + up)
         keys = [None] * num_places if key is None else list(jax.random.split(key, num_places))
-        res, attend = blocks.ResBlock, blocks.AttentionBlock
+        res, attend = unet_blocks.ResBlock, unet_blocks.AttentionBlock
         if c.remat == "full":
             res, attend = nn.remat(res), nn.remat(attend)
 
         cond = cond if "step" in cond else self.encode(cond)
         context = cond.get("context")
         step = embed.timestep_features(t, c.width)
-        step = blocks.Linear(c.width, c.step_width, dtype=dtype, name="step_1")(step)
+        step = unet_blocks.Linear(c.width, c.step_width, dtype=dtype, name="step_1")(step)
         step = jax.nn.silu(step)
-        step = blocks.Linear(c.step_width, c.step_width, dtype=dtype, name="step_2")(step)
+        step = unet_blocks.Linear(c.step_width, c.step_width, dtype=dtype, name="step_2")(step)
         step = jax.nn.silu(step + cond.get("step", 0))
 
         def block(place: Place, h: Array) -> Array:
@@ -297,7 +296,7 @@ class Unet(nn.Module):
         for place in up:
             h = h if place.resample else jnp.concatenate([h, skips.pop()], axis=-1)
             h = block(place, h)
-        h = blocks.GroupNorm(first, dtype=dtype, name="norm_out")(h)
+        h = unet_blocks.GroupNorm(first, dtype=dtype, name="norm_out")(h)
         out = c.patch_px**2 * c.out_channels
         h = conv.Conv(first, out, 3, gain=0.0, dtype=dtype, name="out")(h)
         return conv.from_patches(h, c.patch_px).astype(dtype.accum)
@@ -386,10 +385,10 @@ def flops(c: UnetConfig, px: int) -> float:
     macs = c.step_width * (c.width + c.step_width)
     for place in sum(plan(c), []):
         pixels = (px // c.patch_px >> place.level) ** 2
-        macs += blocks.block_macs(pixels, place.in_features, place.features, c.step_width)
+        macs += unet_blocks.block_macs(pixels, place.in_features, place.features, c.step_width)
         if place.attends:
             size = (pixels, place.features, c.context_width, c.context_len)
-            macs += blocks.attention_macs(*size)
+            macs += unet_blocks.attention_macs(*size)
     channels = 3 + 3 * c.low_res + 4 * c.inpaint + c.out_channels
     macs += px**2 * 9 * channels * c.channel_mults[0] * c.width
     macs += c.clip_width * (c.step_width + c.clip_tokens * c.context_width)

@@ -1,8 +1,8 @@
 """Memory of one device for sampling pictures: bytes of weights and caches, and seconds per token.
 
-Arithmetic over the arrays of `sampling.dalle`, for `plan --sample`; nothing is compiled. Decoding
-one token reads every weight and every cache once and computes next to nothing, so its time is bytes
-over memory bandwidth. All candidates share the bytes of the weights.
+Arithmetic over the arrays of `sampling.autoregressive`, for `plan --sample`; nothing is compiled.
+Decoding one token reads every weight and every cache once and computes next to nothing, so its time
+is bytes over memory bandwidth. All candidates share the bytes of the weights.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ class Budget:
 
 
 def budget(model: Dalle, *, prompts: int = 1, guidance: bool = False) -> Budget:
-    """The budget for a call of `sampling.dalle.sample`.
+    """The budget for a call of `sampling.autoregressive.sample`.
 
     Args:
       model: the network.

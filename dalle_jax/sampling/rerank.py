@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dalle_jax import chunks
 from dalle_jax.models.clip import Clip
 from dalle_jax.nn import kv_cache
-from dalle_jax.sampling import dalle as sampling
+from dalle_jax.sampling import autoregressive
 from dalle_jax.stages import clip
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.dalle import DalleStage
@@ -140,10 +140,10 @@ def sample_best(
       key: typed key. The same key gives the same pictures for every chunk and device count.
       mesh: devices that share sampling and decoding; None = one device.
       progress: called with the number of candidates so far.
-      **options: of `sampling.dalle.sample`.
+      **options: of `sampling.autoregressive.sample`.
     """
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    batches = sampling.sample_batches(
+    batches = autoregressive.sample_batches(
         dalle.model,
         dalle.on(replicated),
         np.asarray(text)[None],

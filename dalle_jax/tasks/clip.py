@@ -24,6 +24,7 @@ from dalle_jax.nn import partition
 from dalle_jax.stages import by_shape, run
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
+from dalle_jax.tasks import captions
 from dalle_jax.types import Array, Params, UsageError
 
 # Cosines are at most 1 and exp(logit_scale) at most 100: this is below every real logit, and
@@ -124,7 +125,7 @@ def contrastive(
     # Neither a gather of the diagonal nor an argmax over pictures: their parts would travel.
     own = jnp.sum(logits, axis=1, where=jnp.eye(len(image), dtype=bool))
     if tokens is not None:
-        logits = jnp.where(duplicates(tokens), _EXCLUDED, logits)
+        logits = jnp.where(captions.duplicates(tokens), _EXCLUDED, logits)
     to_text = jax.nn.logsumexp(logits, axis=1) - own
     to_image = jax.nn.logsumexp(logits, axis=0) - own
     metrics = {
@@ -133,22 +134,6 @@ def contrastive(
         "logit_scale": jnp.exp(logit_scale),
     }
     return (to_text.mean() + to_image.mean()) / 2, metrics
-
-
-def duplicates(tokens: Array) -> Array:
-    """bool [B, B]: whether caption s is another example's copy of caption b.
-
-    Two 32-bit hashes are compared instead of T ids: at the paper's batch the ids would be
-    32,768**2 x 77 comparisons. Equal captions always match; unequal ones with chance 2**-64.
-    """
-    rng = np.random.default_rng(0)
-    weights = rng.integers(1, 2**32, size=(2, tokens.shape[1]), dtype=np.uint32) | np.uint32(1)
-    # Ids are squared into the sum too: a sum linear in the ids has colliding shifts.
-    ids = tokens.astype(jnp.uint32) * jnp.uint32(2654435761)  # Knuth's multiplicative hash
-    ids = ids ^ (ids >> 15)
-    digests = [jnp.sum(ids * w[None], axis=1, dtype=jnp.uint32) for w in jnp.asarray(weights)]
-    same = [d[:, None] == d[None, :] for d in digests]
-    return same[0] & same[1] & ~jnp.eye(len(tokens), dtype=bool)
 
 
 @jax.custom_vjp

@@ -16,10 +16,9 @@ from dalle_jax import config as cfg
 from dalle_jax import images
 from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
-from dalle_jax.models import build
-from dalle_jax.models import dalle as dalle_model
+from dalle_jax.models import build, dalle
 from dalle_jax.nn import partition
-from dalle_jax.sampling import dalle as sampling
+from dalle_jax.sampling import autoregressive
 from dalle_jax.stages import by_shape, run
 from dalle_jax.stages.codec import Codec
 from dalle_jax.stages.dalle import DalleStage
@@ -76,7 +75,7 @@ def assemble(config: cfg.ConfigDict, codec: Codec, tokenizer=None) -> Task:
     def losses(params, frozen, batch, key):
         codes = codes_of(frozen, batch)
         logits = model.apply({"params": params}, batch["text"], codes, key)
-        return dalle_model.loss(*logits, batch["text"], codes)
+        return dalle.loss(*logits, batch["text"], codes)
 
     def loss(params, extra, frozen, batch, key, step):
         del step
@@ -94,7 +93,7 @@ def assemble(config: cfg.ConfigDict, codec: Codec, tokenizer=None) -> Task:
         del extra
         few = {name: value[:PREVIEW_CAPTIONS] for name, value in batch.items()}
         own = codes_jit(frozen, few)
-        samples = sampling.sample(
+        samples = autoregressive.sample(
             model, params, few["text"], num_candidates=PREVIEW_CANDIDATES, key=key
         )
         own, samples = task.to_host((own, samples))
@@ -112,7 +111,7 @@ def assemble(config: cfg.ConfigDict, codec: Codec, tokenizer=None) -> Task:
         frozen=None if config.stages.from_codes else codec.frozen_encoder(),
         preview=preview,
         evaluate=evaluate,
-        flops=3 * data.batch * dalle_model.flops(c),
+        flops=3 * data.batch * dalle.flops(c),
         decay_mask=None,
         warm_start=_warm_start(config, init),
         unit=("tokens", c.length),

@@ -26,7 +26,7 @@ from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import task
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import build, unet
-from dalle_jax.sampling import diffusion as sampling
+from dalle_jax.sampling import diffusion
 from dalle_jax.stages import by_shape, run
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.run import Run
@@ -71,7 +71,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
     conditions.check(config, model.config)
     c, px = model.config, data.image_px
     schedule = schedules.make(loss_config.schedule, loss_config.num_steps)
-    p = sampling.parameterisation(c)
+    p = diffusion.parameterisation(c)
 
     def init(key: Key) -> tuple[Params, None]:
         # The side plays no part in the shapes of the parameters; the smallest is the fastest.
@@ -137,7 +137,7 @@ def assemble(config: cfg.ConfigDict, clip: ClipStage | None = None, tokenizer=No
         params = jax.device_put(task.to_host(params))
 
         def sample(cond, first, scale):
-            return sampling.sample(
+            return diffusion.sample(
                 model, params, cond, schedule=steps, key=key, scale=scale,
                 indices=first * len(own) + np.arange(len(own)), px=own.shape[1],
             )  # fmt: skip

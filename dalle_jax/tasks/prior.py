@@ -26,12 +26,11 @@ from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine.task import Output, Task
 from dalle_jax.models import dalle, prior_ar, prior_diffusion
 from dalle_jax.nn import partition
-from dalle_jax.sampling import prior as sampling
+from dalle_jax.sampling import prior
 from dalle_jax.stages import by_shape, pca, run
-from dalle_jax.stages import prior as prior_stage
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.prior import PriorStage
-from dalle_jax.tasks import clip as clip_task
+from dalle_jax.tasks import captions
 from dalle_jax.types import Array, Key, Params, UsageError
 
 NAME = "prior"
@@ -69,7 +68,7 @@ def assemble(
     drop = config.loss.text_drop
     if not 0 <= drop <= 1:
         raise UsageError(f"loss.text_drop={drop}; expected a share in [0, 1], paper 0.1.")
-    model = prior_stage.build_prior(config, clip, components)
+    model = PriorStage.build(config, clip, components)
     c, data = model.config, config.data
     objective = _Ar(model) if c.kind == "ar" else _Diffusion(model)
     frozen = {"clip": clip.frozen()}
@@ -77,7 +76,7 @@ def assemble(
         frozen["pca"] = _table_shapes(c) if components is None else components.tables(c.num_dims)
 
     def init(key: Key) -> tuple[Params, None]:
-        inputs = [jnp.zeros(x.shape, x.dtype) for x in prior_stage.example_inputs(model)]
+        inputs = [jnp.zeros(x.shape, x.dtype) for x in PriorStage.example_inputs(model)]
         return model.init(key, *inputs)["params"], None
 
     def embed(frozen, batch) -> tuple[Array, Array]:
@@ -103,7 +102,7 @@ def assemble(
         total, metrics = objective.loss(params, frozen, text, z_i, z_t, None, loss_key, None)
         options = {} if c.kind == "ar" else {"steps": config.loss.eval_steps}
         tables = frozen.get("pca")
-        samples = sampling.sample(model, params, tables, text, z_t, key=sample_key, **options)
+        samples = prior.sample(model, params, tables, text, z_t, key=sample_key, **options)
         return {"loss": total, **metrics, **judge(samples, z_i, z_t, text)}
 
     return Task(
@@ -173,7 +172,7 @@ def judge(samples: Array, z_i: Array, z_t: Array, text: Array) -> dict[str, Arra
     """
     everybody = partition.constrain(z_i, None, None)  # one gather, as in CLIP's loss
     own = jnp.eye(len(z_i), dtype=bool)
-    excluded = clip_task.duplicates(text)
+    excluded = captions.duplicates(text)
 
     def cosines(z: Array) -> tuple[Array, Array]:
         z = partition.constrain(z, axes.ACT_BATCH, None)

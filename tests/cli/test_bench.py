@@ -16,10 +16,9 @@ from dalle_jax.benchmarks import cases, measure
 from dalle_jax.cli import bench
 from dalle_jax.data.builders import shapes
 from dalle_jax.models import build, dvae, prior_diffusion, unet
-from dalle_jax.models import clip as clip_model
 from dalle_jax.pages.bench import MARKS
 from dalle_jax.stages import by_shape
-from dalle_jax.stages import prior as prior_stage
+from dalle_jax.stages.prior import PriorStage
 from dalle_jax.types import UsageError
 
 # What a command sets for its own process does not outlive a test.
@@ -69,7 +68,7 @@ def run(capsys, *words) -> dict:
 
 @pytest.mark.parametrize("name", cases.NETWORKS)
 def test_every_case_compiles_once_and_then_only_runs(name, compilations):
-    case = cases.build(name, cases.config_of(name, size="smoke"))
+    case = cases.make(name, cases.config_of(name, size="smoke"))
     del compilations[:]
     call = case.compile()
     call()
@@ -85,7 +84,7 @@ def test_every_case_compiles_once_and_then_only_runs(name, compilations):
 
 
 def test_a_training_step_trains():
-    call = cases.build("dvae_train", cases.config_of("dvae_train", size="smoke")).compile()
+    call = cases.make("dvae_train", cases.config_of("dvae_train", size="smoke")).compile()
     losses = [call() for _ in range(8)]
     assert losses[-1] < losses[0]
 
@@ -93,7 +92,7 @@ def test_a_training_step_trains():
 def test_a_loss_that_is_not_finite_is_no_result():
     changes = {"optim.lr": 1e30}
     config = cases.config_of("dvae_train", size="smoke", changes=changes)
-    call = cases.build("dvae_train", config).compile()
+    call = cases.make("dvae_train", config).compile()
     with pytest.raises(FloatingPointError, match="loss of autoencode is"):
         for _ in range(5):
             call()
@@ -102,7 +101,7 @@ def test_a_loss_that_is_not_finite_is_no_result():
 @pytest.mark.parametrize("shared", [False, True])
 def test_prompts_or_candidates_of_one(shared):
     config = cases.config_of("dalle_sample", size="smoke", changes={"data.batch": 3})
-    case = cases.build("dalle_sample", config, shared_prompt=shared)
+    case = cases.make("dalle_sample", config, shared_prompt=shared)
     codes = case.compile()()
     assert codes.shape == ((1, 3, 64) if shared else (3, 1, 64))
     assert (case.images, case.tokens) == (3, 3 * 64)
@@ -161,18 +160,18 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     d, positions = 256, 36
     config = cases.config_of("prior_train")
     clip = by_shape.clip(config)
-    c = prior_stage.build_prior(config, clip, None).config
+    c = PriorStage.build(config, clip, None).config
     layer = positions * 12 * d * d + d * positions * (positions + 1)
     last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
     ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output
     assert (c.length, c.transformer.num_layers, c.transformer.num_heads) == (positions, 6, 8)
     assert prior_diffusion.flops(c) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
-    assert clip_model.flops(clip.model.config) < 0.01 * prior_diffusion.flops(c)
+    assert clip.flops(clip.model.config) < 0.01 * prior_diffusion.flops(c)
 
     c = build.unet(cases.config_of("unet_train"), 256).config
     assert (c.width, c.channel_mults, c.num_blocks) == (64, (1, 2, 4), 2)
     assert c.clip_tokens == 4 and not c.text_encoder and c.patch_px == 1
-    assert clip_model.flops(clip.model.config) < 0.01 * unet.flops(c, 32)
+    assert clip.flops(clip.model.config) < 0.01 * unet.flops(c, 32)
 
 
 def test_json_of_a_network(tiny, capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import __main__ as main
+from dalle_jax import __main__
 from dalle_jax.data import pipeline, sources, tokenizers
 from dalle_jax.data.builders import codes, store
 from dalle_jax.stages.codec import Codec
@@ -95,7 +95,7 @@ def codec(prepared, monkeypatch):
 
 
 def encode(*args):
-    return main.main(["encode", "--workdir=runs/fake", "--compilation_cache=", *args])
+    return __main__.main(["encode", "--workdir=runs/fake", "--compilation_cache=", *args])
 
 
 def test_codes_have_the_order_of_the_pictures(prepared, codec, capfd):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import __main__ as main
+from dalle_jax import __main__
 from dalle_jax.data.builders import store
 from dalle_jax.stages import pca
 from dalle_jax.stages.clip import ClipStage
@@ -54,7 +54,7 @@ def clip(prepared, tmp_path_factory):
 
 
 def fit(*args):
-    return main.main(["pca", "--compilation_cache=", *args])
+    return __main__.main(["pca", "--compilation_cache=", *args])
 
 
 def test_it_fits_what_the_clip_makes_of_the_set(clip, tmp_path, capfd):

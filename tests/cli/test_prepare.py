@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import __main__ as main
+from dalle_jax import __main__
 from dalle_jax import config as cfg
 from dalle_jax.cli import prepare
 from dalle_jax.data import sources, tokenizers
@@ -39,7 +39,7 @@ def pairs_command(photos, data_dir, *more):
 
 def test_pairs_end_to_end(tmp_path, photos, capsys):
     data_dir = tmp_path / "data"
-    assert main.main(pairs_command(photos, data_dir, "--image_px=16", "--validation=0.2")) == 0
+    assert __main__.main(pairs_command(photos, data_dir, "--image_px=16", "--validation=0.2")) == 0
     out = capsys.readouterr().out
     assert "skipped: 1 x not a picture" in out and "broken: not a picture" in out
     assert re.search(r"\d  train\n", out)
@@ -56,18 +56,18 @@ def test_pairs_end_to_end(tmp_path, photos, capsys):
     with Image.open(data_dir / "photos" / "16px" / "16px.png") as sheet:
         assert sheet.width > 200
     assert tokenizers.Tokenizer(data_dir / "photos" / "tokenizer-330.model").vocab_size <= 330
-    assert main.main(pairs_command(photos, data_dir, "--image_px=16", "--validation=0.2")) == 0
+    assert __main__.main(pairs_command(photos, data_dir, "--image_px=16", "--validation=0.2")) == 0
     assert re.search(r"\d  train\n", capsys.readouterr().out)
 
 
 def test_overwriting_renews_the_tokenizer(tmp_path, photos):
     data_dir = tmp_path / "data"
-    assert main.main(pairs_command(photos, data_dir)) == 0
+    assert __main__.main(pairs_command(photos, data_dir)) == 0
     path = data_dir / "photos" / "tokenizer-330.model"
     before = path.read_bytes()
     for text in photos.glob("*.txt"):
         text.write_text("zzz qqq zzz " * 3)
-    assert main.main(pairs_command(photos, data_dir, "--overwrite")) == 0
+    assert __main__.main(pairs_command(photos, data_dir, "--overwrite")) == 0
     assert path.read_bytes() != before
 
 
@@ -79,7 +79,7 @@ def test_reasons_are_summed_over_styles(capsys):
 
 def test_shapes(tmp_path, capsys):
     command = ["prepare", "shapes", f"--data_dir={tmp_path}", "--num_train=60", "--num_eval=4"]
-    assert main.main([*command, "--vocab_size=330"]) == 0
+    assert __main__.main([*command, "--vocab_size=330"]) == 0
     out = capsys.readouterr().out
     assert "next: python -m dalle_jax train --config=configs/vqvae.py:size=shapes" in out
     assert (tmp_path / "shapes" / "tokenizer-330.model").is_file()
@@ -97,24 +97,24 @@ def test_bad_input_ends_in_one_message_and_code_2(tmp_path, photos, capsys):
         "needs at least": ["prepare", "shapes", "--image_px=1", f"--data_dir={tmp_path}"],
     }
     for message, command in cases.items():
-        assert main.main(command) == 2
+        assert __main__.main(command) == 2
         error = capsys.readouterr().err
         assert message in error and error.startswith("error: ") and "Traceback" not in error
     assert not (tmp_path / "new").exists()  # refused before anything was written
     for command in (["prepare"], ["prepare", "nothing"], pairs_command(photos, tmp_path)[:3]):
         with pytest.raises(SystemExit) as stop:
-            main.main(command)
+            __main__.main(command)
         assert stop.value.code == 2
 
 
 def test_unwritable_data_dir(tmp_path, photos, capsys):
     (tmp_path / "file").write_text("")
-    assert main.main(pairs_command(photos, tmp_path / "file")) == 2
+    assert __main__.main(pairs_command(photos, tmp_path / "file")) == 2
     assert "choose another --data_dir" in capsys.readouterr().err
 
 
 def test_prepare_json_has_the_recipe(tmp_path, photos):
-    assert main.main(pairs_command(photos, tmp_path / "d")) == 0
+    assert __main__.main(pairs_command(photos, tmp_path / "d")) == 0
     text = (tmp_path / "d" / "photos" / "original" / "1.0.0" / "prepare.json").read_text()
     recipe = json.loads(text)["recipe"]
     assert recipe["from"] == "folder" and recipe["input"] == str(photos)

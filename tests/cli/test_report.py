@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from dalle_jax import __main__ as program
-from dalle_jax import images
+from dalle_jax import __main__, images
 from dalle_jax.data import scenes
 from dalle_jax.evaluation import judge, shapes
 
@@ -98,7 +97,7 @@ def demo(tmp_path, rng):
 
 
 def report(demo) -> Words:
-    assert program.main(["report", f"--demo={demo}"]) == 0
+    assert __main__.main(["report", f"--demo={demo}"]) == 0
     return Words((demo / "index.html").read_text("utf-8"))
 
 
@@ -171,7 +170,7 @@ def test_retrieval_is_a_table_of_directions(demo):
 
 
 def test_a_missing_folder_is_named(tmp_path, capsys):
-    assert program.main(["report", f"--demo={tmp_path / 'none'}"]) == 2
+    assert __main__.main(["report", f"--demo={tmp_path / 'none'}"]) == 2
     assert "launch/demo.sh" in capsys.readouterr().err
 
 

@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT / "tests" / "engine"))
 
 import linear_task as lt  # noqa: E402
 
-import dalle_jax.stages.run as stages_run  # noqa: E402
+from dalle_jax.stages import run  # noqa: E402
 
-identity_files = stages_run.identity_files  # `run` is a local name here
+identity_files = run.identity_files  # `run` is a local name here
 
 
 class Pipeline(lt.Batches):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.data import preprocess as pre
+from dalle_jax.data import preprocess
 
 
 def _gradient(height, width):
@@ -23,35 +23,35 @@ def _encode(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", pre.CROPS)
+@pytest.mark.parametrize("name", preprocess.CROPS)
 @pytest.mark.parametrize("shape", [(32, 32), (40, 70), (70, 40), (9, 200), (1, 1), (33, 32)])
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_every_crop_gives_the_size_asked_for(name, shape, seed):
     rng = None if seed is None else np.random.default_rng(seed)
-    out = pre.CROPS[name](_gradient(*shape), 32, rng)
+    out = preprocess.CROPS[name](_gradient(*shape), 32, rng)
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
 
 
-@pytest.mark.parametrize("name", pre.CROPS)
+@pytest.mark.parametrize("name", preprocess.CROPS)
 def test_same_generator_same_crop(name):
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
-    a, b, c = (pre.CROPS[name](image, 32, np.random.default_rng(s)) for s in (5, 5, 6))
+    a, b, c = (preprocess.CROPS[name](image, 32, np.random.default_rng(s)) for s in (5, 5, 6))
     np.testing.assert_array_equal(a, b)
-    assert (name in pre.DETERMINISTIC) == bool((a == c).all())
-    alone = pre.CROPS[name](image, 32)
-    np.testing.assert_array_equal(alone, pre.CROPS[name](image, 32))
+    assert (name in preprocess.DETERMINISTIC) == bool((a == c).all())
+    alone = preprocess.CROPS[name](image, 32)
+    np.testing.assert_array_equal(alone, preprocess.CROPS[name](image, 32))
 
 
 def test_right_size_is_untouched():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    for name in pre.CROPS:
-        np.testing.assert_array_equal(pre.CROPS[name](image, 32), image)
+    for name in preprocess.CROPS:
+        np.testing.assert_array_equal(preprocess.CROPS[name](image, 32), image)
 
 
 def test_area_resize_is_the_mean_of_the_area():
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
     mean = image.reshape(32, 4, 32, 4, 3).mean(axis=(1, 3))
-    assert np.abs(pre.crop_none(image, 32) - mean).max() <= 1.01
+    assert np.abs(preprocess.crop_none(image, 32) - mean).max() <= 1.01
 
 
 def test_only_the_dvae_crop_flips():
@@ -59,7 +59,7 @@ def test_only_the_dvae_crop_flips():
     image = _gradient(64, 64) * 2
     flipped = {}
     for name in ("dvae", "dalle", "clip"):
-        crops = [pre.CROPS[name](image, 32, np.random.default_rng(s)) for s in range(100)]
+        crops = [preprocess.CROPS[name](image, 32, np.random.default_rng(s)) for s in range(100)]
         flipped[name] = np.mean([int(c[0, 0, 0]) > int(c[0, -1, 0]) for c in crops])
     assert flipped["dalle"] == flipped["clip"] == 0
     assert 0.3 < flipped["dvae"] < 0.7
@@ -75,7 +75,7 @@ def test_crops_have_the_ranges_of_the_listings():
     image = _gradient(128, 250)
     for name, low, high in (("dvae", 36, 48), ("dalle", 32, 36)):
         seen = [
-            _scale_and_centre(pre.CROPS[name](image, 32, np.random.default_rng(s)))
+            _scale_and_centre(preprocess.CROPS[name](image, 32, np.random.default_rng(s)))
             for s in range(300)
         ]
         steps, centres = np.array(seen).T
@@ -88,7 +88,7 @@ def test_crops_have_the_ranges_of_the_listings():
 
 
 def test_clip_crop_keeps_the_aspect():
-    crop = pre.crop_clip(_gradient(64, 200), 32)
+    crop = preprocess.crop_clip(_gradient(64, 200), 32)
     step, centre = _scale_and_centre(crop)
     assert np.isclose(step, 2, atol=0.1) and np.isclose(centre, 99.5, atol=1.5)
 
@@ -104,7 +104,7 @@ def test_clip_crop_keeps_the_aspect():
     ids=["rgba", "la", "16 bit", "1 bit"],
 )
 def test_modes_become_white_rgb(image):
-    out = pre.decode(_encode(image))
+    out = preprocess.decode(_encode(image))
     assert out.shape == (8, 8, 3) and (out == 255).all()
 
 
@@ -115,25 +115,25 @@ def test_cmyk_palette_and_grey():
         _encode(red.convert("P")),
         _encode(red, "WEBP", lossless=True),
     ):
-        out = pre.decode(data)
+        out = preprocess.decode(data)
         assert out[..., 0].min() > 230 and out[..., 1:].max() < 30
-    assert (pre.decode(_encode(Image.new("L", (8, 8), 77))) == 77).all()
+    assert (preprocess.decode(_encode(Image.new("L", (8, 8), 77))) == 77).all()
 
 
 def test_exif_orientation_turns():
     image = Image.new("RGB", (8, 4))
     exif = image.getexif()
     exif[274] = 6  # turned by a quarter
-    assert pre.decode(_encode(image, "JPEG", exif=exif)).shape == (8, 4, 3)
+    assert preprocess.decode(_encode(image, "JPEG", exif=exif)).shape == (8, 4, 3)
 
 
 @pytest.mark.parametrize("channels", [None, 1, 2, 3, 4])
 def test_raw_arrays(channels):
     shape = (6, 5) if channels is None else (6, 5, channels)
-    out = pre.decode(np.full(shape, 255, np.uint8))
+    out = preprocess.decode(np.full(shape, 255, np.uint8))
     assert out.shape == (6, 5, 3) and (out == 255).all()
-    assert (pre.decode(np.full(shape, 65535, np.uint16)) == 255).all()
-    assert pre.crop_none(pre.decode(np.zeros(shape, np.uint8)), 4).shape == (4, 4, 3)
+    assert (preprocess.decode(np.full(shape, 65535, np.uint16)) == 255).all()
+    assert preprocess.crop_none(preprocess.decode(np.zeros(shape, np.uint8)), 4).shape == (4, 4, 3)
 
 
 def _bomb():
@@ -162,6 +162,6 @@ def _bomb():
     ids=["none", "empty", "html", "truncated", "bomb", "7 channels", "float", "banner", "zero"],
 )
 def test_bad_pictures_have_a_reason(image, reason):
-    with pytest.raises(pre.BadRecord) as caught:
-        pre.decode(image, "x.png")
+    with pytest.raises(preprocess.BadRecord) as caught:
+        preprocess.decode(image, "x.png")
     assert caught.value.reason == reason

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from dalle_jax.nn import unet_blocks as blocks
+from dalle_jax.nn import unet_blocks
 
 
 def test_group_norm_is_numpys(rng, key):
     x = rng.normal(2, 3, size=(2, 4, 4, 24)).astype(np.float32)
-    norm = blocks.GroupNorm(24, activate=False)
-    groups = blocks.num_groups(24)
+    norm = unet_blocks.GroupNorm(24, activate=False)
+    groups = unet_blocks.num_groups(24)
     assert groups == 4  # gcd(32, 24) is 8, of three channels each
     gain, bias = rng.normal(size=(2, 24)).astype(np.float32)
     scale, shift = rng.normal(size=(2, 2, 24)).astype(np.float32)
@@ -25,10 +25,10 @@ def test_group_norm_is_numpys(rng, key):
     ("features", "groups"), [(16, 4), (64, 16), (128, 32), (192, 32), (320, 32), (512, 32)]
 )
 def test_there_are_32_groups_where_channels_allow(features, groups):
-    assert blocks.num_groups(features) == groups
+    assert unet_blocks.num_groups(features) == groups
 
 
 def test_pooling_is_the_mean_of_squares(rng):
     x = rng.normal(size=(2, 4, 6, 3)).astype(np.float32)
-    got = np.asarray(blocks.average_pool(x))
+    got = np.asarray(unet_blocks.average_pool(x))
     np.testing.assert_allclose(got[:, 1, 2], x[:, 2:4, 4:6].mean((1, 2)), atol=1e-6)

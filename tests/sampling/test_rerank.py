@@ -109,7 +109,7 @@ def test_best_of_n_does_not_depend_on_the_chunks(monkeypatch, rng, chunk):
         assert len(codes) == min(chunk, 20), "one shape for all chunks"
         return np.broadcast_to(codes[:, :1, None, None], (len(codes), 2, 2, 3)).astype(np.float32)
 
-    monkeypatch.setattr(rerank.sampling, "sample_batches", batches)
+    monkeypatch.setattr(rerank.autoregressive, "sample_batches", batches)
     monkeypatch.setattr(
         rerank, "score", lambda _, drawn, text: values[drawn[:, 0, 0, 0].astype(int)]
     )

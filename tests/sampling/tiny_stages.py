@@ -15,9 +15,9 @@ from dalle_jax.data import tokenizers
 from dalle_jax.engine import checkpoint
 from dalle_jax.models import build, unet
 from dalle_jax.stages import pca, run
-from dalle_jax.stages import prior as prior_stage
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.codec import Codec
+from dalle_jax.stages.prior import PriorStage
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CAPTIONS = [
@@ -93,8 +93,8 @@ def write_prior(folder: pathlib.Path, clip: str, kind: str = "diffusion", seed: 
     small = {"model.width": 32, "model.num_layers": 1, "model.num_heads": 2}
     made = config(f"prior_{kind}", **{"stages.clip": clip} | small)
     fitted = None if kind == "diffusion" else write_pca(folder.parent / "pca.npz", clip)
-    model = prior_stage.build_prior(made, loaded, fitted)
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in prior_stage.example_inputs(model)]
+    model = PriorStage.build(made, loaded, fitted)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in PriorStage.example_inputs(model)]
     params = nn.meta.unbox(weights.init(model, *inputs, seed=seed))["params"]
     return _keep(
         write(folder, made, params),

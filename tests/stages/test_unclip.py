@@ -9,9 +9,8 @@ import tiny_stages
 
 from dalle_jax import config as cfg
 from dalle_jax.engine import checkpoint
-from dalle_jax.sampling import prior as sampling
+from dalle_jax.sampling import prior
 from dalle_jax.stages import pca, run
-from dalle_jax.stages import prior as prior_stage
 from dalle_jax.stages.clip import ClipStage
 from dalle_jax.stages.prior import PriorStage
 from dalle_jax.types import UsageError
@@ -38,8 +37,8 @@ def fitted_to(clip, num_dims=4):
 def write_prior(folder, kind, clip, fitted=None, seed=0):
     """An exported folder as `train` and `export` leave it."""
     config = tiny_stages.config(f"prior_{kind}", **SMALL, **{"stages.clip": clip.folder})
-    model = prior_stage.build_prior(config, clip, fitted)
-    inputs = [jnp.zeros(x.shape, x.dtype) for x in prior_stage.example_inputs(model)]
+    model = PriorStage.build(config, clip, fitted)
+    inputs = [jnp.zeros(x.shape, x.dtype) for x in PriorStage.example_inputs(model)]
     params = jax.jit(model.init)(jax.random.key(seed), *inputs)
     path = tiny_stages.write(folder, config, nn.meta.unbox(params)["params"])
     files = run.identity_files(clip=clip, pca=pca.to_bytes(fitted) if fitted else b"")
@@ -76,7 +75,7 @@ def test_both_priors_draw_unit_embeddings(ar, diffusion):
         assert (stage.kind, stage.text_len, stage.step) == (kind, 12, 7)
         assert stage.tokenizer.model_bytes == stage.clip.tokenizer.model_bytes
         assert (stage.pca is None) == (kind == "diffusion")
-        z = sampling.sample(
+        z = prior.sample(
             stage.model, stage.on(), stage.tables, text, z_t, key=jax.random.key(0), **options
         )
         np.testing.assert_allclose(np.linalg.norm(z, axis=1), 1, atol=1e-5)
@@ -111,12 +110,12 @@ def test_other_folders_are_refused(folder, ar, clip):
 def test_sizes_that_do_not_fit_the_pca_are_refused(clip):
     fitted = fitted_to(clip)
     config = tiny_stages.config("prior_ar", **SMALL)
-    made = prior_stage.build_prior(config, clip, fitted).config
+    made = PriorStage.build(config, clip, fitted).config
     assert (made.num_dims, made.num_buckets) == (4, 8)
     fewer = cfg.override(config, {"model.num_dims": 3})
-    assert prior_stage.build_prior(fewer, clip, fitted).config.num_dims == 3
+    assert PriorStage.build(fewer, clip, fitted).config.num_dims == 3
     with pytest.raises(UsageError, match="num_buckets=1024, but the PCA has 8"):
-        prior_stage.build_prior(cfg.override(config, {"model.num_buckets": 1024}), clip, fitted)
+        PriorStage.build(cfg.override(config, {"model.num_buckets": 1024}), clip, fitted)
 
 
 def test_a_picture_of_another_size_is_resized_for_the_clip(clip, rng):

@@ -11,16 +11,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax import axes
+from dalle_jax import axes, tasks
 from dalle_jax import config as cfg
 from dalle_jax.engine import meshes, sharding
-from dalle_jax.models import clip as clip_model
+from dalle_jax.models import clip
 from dalle_jax.planning import hlo
-from dalle_jax.tasks import clip
 from dalle_jax.types import UsageError
 
-LIMIT = clip_model.MAX_LOGIT_SCALE
-contrastive = jax.jit(clip.contrastive)
+LIMIT = clip.MAX_LOGIT_SCALE
+contrastive = jax.jit(tasks.clip.contrastive)
 
 
 def unit_rows(rng, n=16, e=8):
@@ -116,15 +115,15 @@ def test_identical_captions_are_not_negatives(rng):
 def test_duplicates_by_hash_are_those_by_comparison(rng):
     tokens = rng.integers(0, 3, (200, 4)).astype(np.int32)
     expected = (tokens[:, None] == tokens[None]).all(-1) & ~np.eye(200, dtype=bool)
-    np.testing.assert_array_equal(jax.jit(clip.duplicates)(tokens), expected)
+    np.testing.assert_array_equal(jax.jit(tasks.clip.duplicates)(tokens), expected)
     # Permuted and shifted captions, on which a plain sum would collide.
     tokens = np.asarray([[4, 5, 6], [6, 5, 4], [5, 4, 6], [3, 6, 6]], np.int32)
-    assert not np.asarray(jax.jit(clip.duplicates)(tokens)).any()
+    assert not np.asarray(jax.jit(tasks.clip.duplicates)(tokens)).any()
 
 
 def test_temperature_is_clamped_at_100():
-    np.testing.assert_allclose(np.exp(clip.clamp(jnp.float32(9.0))), 100, rtol=1e-5)
-    assert clip.clamp(jnp.float32(1.5)) == 1.5
+    np.testing.assert_allclose(np.exp(tasks.clip.clamp(jnp.float32(9.0))), 100, rtol=1e-5)
+    assert tasks.clip.clamp(jnp.float32(1.5)) == 1.5
 
 
 def test_stored_temperature_stays_at_the_bound_and_can_come_back():
@@ -134,7 +133,7 @@ def test_stored_temperature_stays_at_the_bound_and_can_come_back():
 
     @jax.jit
     def step(scale, state, target):
-        gradient = jax.grad(lambda s: (clip.clamp(s) - target) ** 2)(scale)
+        gradient = jax.grad(lambda s: (tasks.clip.clamp(s) - target) ** 2)(scale)
         updates, state = optimiser.update(gradient, state)
         return optax.apply_updates(scale, updates), state
 
@@ -153,7 +152,7 @@ def test_stored_temperature_stays_at_the_bound_and_can_come_back():
 
 
 def test_decay_leaves_gains_biases_and_temperature_alone(root):
-    task = clip.make(tiny_config(root))
+    task = tasks.clip.make(tiny_config(root))
     params = nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))[0])
     mask = task.decay_mask(params)
     assert mask["text"]["tokens"] and mask["image"]["patch_embed"] and mask["text"]["projection"]
@@ -164,7 +163,7 @@ def test_decay_leaves_gains_biases_and_temperature_alone(root):
 
 
 def test_a_tiny_clip_learns_eight_pairs(root, rng):
-    task = clip.make(tiny_config(root))
+    task = tasks.clip.make(tiny_config(root))
     batch = {
         "image": rng.integers(0, 256, (8, 16, 16, 3)).astype(np.uint8),
         "text": np.concatenate(
@@ -202,12 +201,12 @@ def test_a_share_of_the_pictures_goes_through_the_codec(rng):
         encode_fn=lambda params, x: x, decode_fn=lambda params, codes: codes * params
     )
     pictures = rng.uniform(0.1, 1, (16, 4, 4, 3)).astype(np.float32)
-    got = np.asarray(clip.reconstruct_some(codec, -1.0, jnp.asarray(pictures), 0.5))
+    got = np.asarray(tasks.clip.reconstruct_some(codec, -1.0, jnp.asarray(pictures), 0.5))
     changed = (got != pictures).all(axis=(1, 2, 3))
     np.testing.assert_array_equal(got[changed], -pictures[changed])
     # Evenly spread: each of 8 devices has one.
     np.testing.assert_array_equal(changed.reshape(8, 2).sum(axis=1), 1)
-    assert clip.reconstruct_some(codec, -1.0, pictures, 0.0) is pictures
+    assert tasks.clip.reconstruct_some(codec, -1.0, pictures, 0.0) is pictures
 
 
 @pytest.mark.parametrize(
@@ -223,12 +222,12 @@ def test_a_share_of_the_pictures_goes_through_the_codec(rng):
 )
 def test_values_that_do_not_fit_are_refused(root, overrides, says):
     with pytest.raises(UsageError, match=says):
-        clip.make(tiny_config(root, **overrides))
+        tasks.clip.make(tiny_config(root, **overrides))
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused(root):
     with pytest.raises(UsageError, match="vocab_size=99"):
-        clip.make(tiny_config(root), lambda: types.SimpleNamespace(vocab_size=99))
+        tasks.clip.make(tiny_config(root), lambda: types.SimpleNamespace(vocab_size=99))
 
 
 def test_unknown_size_is_refused(root):

@@ -10,10 +10,9 @@ import pytest
 import weights
 
 from dalle_jax import config as cfg
-from dalle_jax.models import build
-from dalle_jax.models import dalle as model
+from dalle_jax import tasks
+from dalle_jax.models import build, dalle
 from dalle_jax.stages.codec import Codec
-from dalle_jax.tasks import dalle
 from dalle_jax.types import UsageError
 
 PX, GRID, CODES = 8, 2, 4
@@ -77,17 +76,17 @@ def run(task, batch):
 
 def test_pictures_and_stored_codes_train_alike(root, pictures, text):
     image, codes = pictures
-    from_images = dalle.assemble(tiny(root), quadrant_codec())
-    stored = dalle.assemble(tiny(root, **{"stages.from_codes": True}), quadrant_codec())
+    from_images = tasks.dalle.assemble(tiny(root), quadrant_codec())
+    stored = tasks.dalle.assemble(tiny(root, **{"stages.from_codes": True}), quadrant_codec())
     assert from_images.frozen is not None and stored.frozen is None
     params, (one, output) = run(from_images, {"image": image, "text": text})
     _, (two, _) = run(stored, {"codes": codes, "text": text})
     np.testing.assert_allclose(one, two, rtol=1e-6)
-    chunked = dalle.assemble(tiny(root, **{"stages.encode_chunk": 3}), quadrant_codec())
+    chunked = tasks.dalle.assemble(tiny(root, **{"stages.encode_chunk": 3}), quadrant_codec())
     _, (three, _) = run(chunked, {"image": image, "text": text})
     np.testing.assert_allclose(one, three, rtol=1e-6)
     made = build.dalle(tiny(root), GRID, CODES)
-    expected, _ = model.loss(*made.apply({"params": params}, text, codes), text, codes)
+    expected, _ = dalle.loss(*made.apply({"params": params}, text, codes), text, codes)
     np.testing.assert_allclose(one, expected, rtol=1e-6)
     assert set(output.metrics) == {"loss", "text_loss", "image_loss", "image_accuracy"}
 
@@ -95,7 +94,7 @@ def test_pictures_and_stored_codes_train_alike(root, pictures, text):
 def test_a_batch_holds_codes_or_pictures(root):
     for from_codes in (False, True):
         config = tiny(root, **{"stages.from_codes": from_codes})
-        task = dalle.assemble(config, quadrant_codec())
+        task = tasks.dalle.assemble(config, quadrant_codec())
         assert set(task.batch_spec) == {"codes" if from_codes else "image", "text"}
         assert {spec.shape[0] for spec in task.batch_spec.values()} == {4}
         assert task.unit == ("tokens", 3 + GRID**2)
@@ -103,7 +102,7 @@ def test_a_batch_holds_codes_or_pictures(root):
 
 def test_codec_gets_no_gradient_and_no_update(root, pictures, text):
     image, _ = pictures
-    task = dalle.assemble(tiny(root), quadrant_codec())
+    task = tasks.dalle.assemble(tiny(root), quadrant_codec())
     params, _ = run(task, {"image": image, "text": text})
 
     def loss(frozen):
@@ -117,7 +116,7 @@ def test_codec_gets_no_gradient_and_no_update(root, pictures, text):
 def test_dropout_acts_in_training_only(root, pictures, text):
     image, _ = pictures
     batch = {"image": image, "text": text}
-    task = dalle.assemble(tiny(root, **{"model.dropout": 0.5}), quadrant_codec())
+    task = tasks.dalle.assemble(tiny(root, **{"model.dropout": 0.5}), quadrant_codec())
     params, (one, _) = run(task, batch)
     two, _ = jax.jit(task.loss)(params, None, task.frozen, batch, jax.random.key(2), jnp.int32(0))
     assert not np.isclose(one, two)
@@ -128,11 +127,11 @@ def test_dropout_acts_in_training_only(root, pictures, text):
 
 def test_preview_shows_the_reconstruction_then_samples(root, pictures, text):
     image, _ = pictures
-    task = dalle.assemble(tiny(root), quadrant_codec())
+    task = tasks.dalle.assemble(tiny(root), quadrant_codec())
     params = nn.meta.unbox(weights.noise(jax.eval_shape(task.init, jax.random.key(0))[0]))
     batch = {"image": image, "text": text}
     (shown,) = task.preview(params, None, task.frozen, batch, jax.random.key(0)).values()
-    per_row = 1 + dalle.PREVIEW_CANDIDATES
+    per_row = 1 + tasks.dalle.PREVIEW_CANDIDATES
     assert shown.shape == (4, PX, per_row * PX, 3)
     np.testing.assert_allclose(shown[:, :, :PX], image / 127.5 - 1, atol=0.01)
 
@@ -147,11 +146,11 @@ def test_preview_shows_the_reconstruction_then_samples(root, pictures, text):
 )
 def test_configs_that_cannot_work_are_refused(root, overrides, message):
     with pytest.raises(UsageError, match=message):
-        dalle.make(tiny(root, **overrides))
+        tasks.dalle.make(tiny(root, **overrides))
 
 
 def test_sizes_that_do_not_fit_are_refused(root):
     with pytest.raises(UsageError, match="has 17 pieces, but data.vocab_size is 16"):
-        dalle.make(tiny(root), lambda: types.SimpleNamespace(vocab_size=17))
+        tasks.dalle.make(tiny(root), lambda: types.SimpleNamespace(vocab_size=17))
     with pytest.raises(UsageError, match="takes 64 px pictures, but data.image_px is 8"):
         Codec.check_px(quadrant_codec(image_px=64), tiny(root))

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from dalle_jax import config as cfg
+from dalle_jax import tasks
 from dalle_jax.diffusion import gaussian, schedules
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import unet
-from dalle_jax.sampling import diffusion as sampling
+from dalle_jax.sampling import diffusion
 from dalle_jax.stages import by_shape
-from dalle_jax.tasks import conditions, diffusion
+from dalle_jax.tasks import conditions
 from dalle_jax.types import UsageError
 
 PX = 8
@@ -62,7 +63,7 @@ def start(task, rng, scale=0.1):
 def test_the_sharded_loss_is_the_loss_of_one_device(root, clip, rng, key):
     """And with it the drops, the masks, the steps and the noise of every example."""
     config = tiny(root, **{"loss.inpaint": True})
-    task = diffusion.assemble(config, clip)
+    task = tasks.diffusion.assemble(config, clip)
     params, batch = start(task, rng), batch_of(task, rng)
     frozen = nn.meta.unbox(task.frozen)
     arguments = (params, None, frozen, batch, key, np.int32(0))
@@ -82,7 +83,7 @@ def test_the_sharded_loss_is_the_loss_of_one_device(root, clip, rng, key):
 
 def test_the_variance_learns_without_moving_eps(rng):
     """The gradient of the variational term reaches the last layer's variance channels only."""
-    p = sampling.parameterisation(unet.UnetConfig(PX, learned_variance=True))
+    p = diffusion.parameterisation(unet.UnetConfig(PX, learned_variance=True))
     schedule = schedules.make("cosine")
     x_0, eps = rng.normal(size=(2, 2, PX, PX, 3)).astype(np.float32).clip(-1, 1)
     t = np.array([0, 500], np.int32)
@@ -99,7 +100,7 @@ def test_the_variance_learns_without_moving_eps(rng):
 def test_saying_nothing_costs_what_the_config_predicts(root, rng, key, predicts):
     """An output of zeros misses eps and v by 1 a pixel, x_0 by the picture's own mean square."""
     overrides = {"model.predicts": predicts, "data.batch": 64, "loss.crop": 1.0}
-    task = diffusion.assemble(tiny(root, "upsampler", **overrides))
+    task = tasks.diffusion.assemble(tiny(root, "upsampler", **overrides))
     batch = {"image": np.full(task.batch_spec["image"].shape, 191, np.uint8)}  # 191 -> 0.498
     silent = jax.tree.map(np.zeros_like, start(task, rng))
     _, output = jax.jit(task.loss)(silent, None, None, batch, key, np.int32(0))
@@ -120,7 +121,7 @@ def test_conditions_are_dropped_independently_and_captions_become_padding(root, 
 
 def test_quarters_are_right_on_average(rng):
     mse, t = rng.random(400).astype(np.float32), rng.integers(0, 1000, 400)
-    got = diffusion.averages({"mse": mse}, t, 1000)
+    got = tasks.diffusion.averages({"mse": mse}, t, 1000)
     for q in range(4):
         inside = t // 250 == q
         np.testing.assert_allclose(got[f"mse_q{q + 1}"], 4 * mse[inside].sum() / 400, rtol=1e-5)
@@ -135,7 +136,7 @@ def test_steps_come_as_often_as_the_power_says_and_quarters_know_it(power, key):
     np.testing.assert_allclose(np.bincount(t // 250) / len(t), shares, atol=0.01)
     # An error that depends on the quarter alone is told as it is, however its steps were drawn.
     mse = 1.0 + t // 250
-    got = diffusion.averages({"mse": mse}, t, 1000, power)
+    got = tasks.diffusion.averages({"mse": mse}, t, 1000, power)
     np.testing.assert_allclose([got[f"mse_q{q}"] for q in (1, 2, 3, 4)], [1, 2, 3, 4], rtol=0.05)
 
 
@@ -164,7 +165,7 @@ def test_crops_are_cut_from_both_pictures_alike(root, rng, key):
 
 def test_an_upsampler_trains_on_crops_and_draws_whole_pictures(root, rng, key):
     config = tiny(root, "upsampler", **{"loss.crop": 0.5})
-    task = diffusion.assemble(config)
+    task = tasks.diffusion.assemble(config)
     assert set(task.batch_spec) == {"image"} and task.frozen is None
     params, batch = start(task, rng), batch_of(task, rng)
     loss = jax.jit(task.loss)
@@ -179,7 +180,7 @@ def test_an_upsampler_trains_on_crops_and_draws_whole_pictures(root, rng, key):
 
 
 def test_a_decoder_previews_its_own_then_samples(root, clip, rng, key):
-    task = diffusion.assemble(tiny(root), clip)
+    task = tasks.diffusion.assemble(tiny(root), clip)
     params, batch = start(task, rng), batch_of(task, rng)
     shown = task.preview(params, None, nn.meta.unbox(task.frozen), batch, key)
     (strips,) = shown.values()
@@ -205,7 +206,7 @@ def test_a_decoder_previews_its_own_then_samples(root, clip, rng, key):
 )
 def test_values_that_do_not_fit_are_refused(root, name, overrides, says):
     with pytest.raises(UsageError, match=says):
-        diffusion.make(tiny(root, name, **overrides))
+        tasks.diffusion.make(tiny(root, name, **overrides))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_values_that_do_not_fit_are_refused(root, name, overrides, says):
 )
 def test_a_decoder_reads_as_its_clip(root, clip, overrides, says):
     with pytest.raises(UsageError, match=says):
-        diffusion.assemble(tiny(root, **overrides), clip)
+        tasks.diffusion.assemble(tiny(root, **overrides), clip)
     other = types.SimpleNamespace(model_bytes=b"other", vocab_size=512)
     with pytest.raises(UsageError, match="tokenizer"):
-        diffusion.assemble(tiny(root), clip, other)
+        tasks.diffusion.assemble(tiny(root), clip, other)

@@ -11,16 +11,16 @@ import optax
 import pytest
 
 from dalle_jax import config as cfg
+from dalle_jax import tasks
 from dalle_jax.engine import sharding
 from dalle_jax.engine.program import Program
-from dalle_jax.models import clip as clip_model
+from dalle_jax.models.clip import Clip, ClipConfig
 from dalle_jax.nn.transformer import TransformerConfig
-from dalle_jax.sampling import prior as sampling
+from dalle_jax.sampling import prior
 from dalle_jax.stages import pca
-from dalle_jax.stages import prior as prior_stage
 from dalle_jax.stages.clip import ClipStage
+from dalle_jax.stages.prior import PriorStage
 from dalle_jax.stages.run import Run
-from dalle_jax.tasks import prior
 from dalle_jax.types import UsageError
 
 PX, T, VOCAB, E, B = 4, 5, 16, 8, 16
@@ -31,11 +31,11 @@ TOWER = TransformerConfig(width=16, num_layers=1, num_heads=1)
 @pytest.fixture(scope="module")
 def clip():
     """An untrained CLIP."""
-    config = clip_model.ClipConfig(
+    config = ClipConfig(
         image_px=PX, text_len=T, vocab_size=VOCAB, patch_px=2, image=TOWER, text=TOWER,
         joint_width=E, pixel_norm=False,
     )  # fmt: skip
-    model = clip_model.Clip(config)
+    model = Clip(config)
     pictures, text = jnp.zeros((1, PX, PX, 3)), jnp.zeros((1, T), jnp.int32)
     params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(3), pictures, text))["params"]
     config = cfg.ConfigDict(dict(data=dict(image_px=PX, text_len=T)))
@@ -63,7 +63,7 @@ def tiny(root, kind, **overrides):
 
 def build(root, kind, clip, fitted, **overrides):
     config = tiny(root, kind, **overrides)
-    return prior.assemble(config, clip, None, fitted if kind == "ar" else None)
+    return tasks.prior.assemble(config, clip, None, fitted if kind == "ar" else None)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def on(devices, root, kind, clip, fitted):
     # With so large an eps the update is the gradient, not its sign, which rounding can turn.
     changes = {"mesh.fsdp": fsdp, "mesh.rules": "fsdp", "optim.lr": 1.0, "optim.eps": 1.0}
     config = tiny(root, kind, **changes)
-    task = prior.assemble(config, clip, None, fitted if kind == "ar" else None)
+    task = tasks.prior.assemble(config, clip, None, fitted if kind == "ar" else None)
     program = Program.build(config, task, devices)
     with program.use():
         state = program.init(jax.device_put(jax.random.key(0), program.replicated))
@@ -153,12 +153,13 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
     rotation = np.linalg.qr(rng.normal(size=(E, E)))[0].astype(np.float32)
     params = nn.meta.unbox(jax.jit(task.init)(KEY)[0])
     config = tiny(root, "diffusion", **{"model.width": 32})
-    model = prior_stage.build_prior(config, clip, None)
-    objective, tx = prior._Diffusion(model), optax.adam(3e-3)
+    model = PriorStage.build(config, clip, None)
+    objective, tx = tasks.prior._Diffusion(model), optax.adam(3e-3)
     text = jnp.full((64, T), 3, jnp.int32)
 
     def pair(key):
-        z_t = clip_model.unit(jax.random.normal(key, (64, E)))
+        z_t = jax.random.normal(key, (64, E))
+        z_t /= jnp.linalg.norm(z_t, axis=-1, keepdims=True)
         return z_t @ rotation, z_t
 
     @jax.jit
@@ -177,9 +178,9 @@ def test_a_small_prior_learns_a_linear_map(root, clip, rng):
 
     params, losses = train(params)
     z_i, z_t = pair(jax.random.key(9))
-    drawn = sampling.sample(model, params, None, text, z_t, key=KEY, steps=8)
+    drawn = prior.sample(model, params, None, text, z_t, key=KEY, steps=8)
     # Captions are all the same here, which `judge` would take for right answers: others.
-    judged = prior.judge(drawn, z_i, z_t, jnp.arange(64 * T).reshape(64, T))
+    judged = tasks.prior.judge(drawn, z_i, z_t, jnp.arange(64 * T).reshape(64, T))
     assert losses[-20:].mean() < 0.4 * losses[:5].mean()
     assert judged["cosine"] > 0.8 > judged["cosine_text"] + 0.3
     assert abs(judged["cosine_shuffled"]) < 0.2 and judged["retrieval1"] > 0.6
@@ -191,7 +192,7 @@ def test_judge_by_hand():
     z_i = np.eye(3, 4, dtype=np.float32)
     drawn = np.float32([[0.6, 0, 0.8, 0], [0, 1, 0, 0], [0.8, 0.6, 0, 0]])
     z_t = np.float32([[0, 0, 0, 1]] * 3)
-    judged = prior.judge(drawn, z_i, z_t, np.array([[5, 6], [7, 8], [5, 6]]))
+    judged = tasks.prior.judge(drawn, z_i, z_t, np.array([[5, 6], [7, 8], [5, 6]]))
     np.testing.assert_allclose(judged["cosine"], (0.6 + 1 + 0) / 3, rtol=1e-6)
     np.testing.assert_allclose(judged["cosine_text"], 0)
     # Rolled: the third's drawing on the first picture, and so on.
@@ -225,13 +226,15 @@ def test_configs_that_cannot_work_are_refused(root, clip, fitted, kind, override
 
 def test_missing_and_foreign_stages_are_refused(root, clip, fitted, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="stages.clip is empty"):
-        prior.make(tiny(root, "diffusion", **{"stages.clip": ""}))
+        tasks.prior.make(tiny(root, "diffusion", **{"stages.clip": ""}))
     monkeypatch.setattr(ClipStage, "load", lambda folder: clip)
     with pytest.raises(UsageError, match="stages.pca is empty"):
-        prior.make(tiny(root, "ar"))
+        tasks.prior.make(tiny(root, "ar"))
     path = tmp_path / "pca.npz"
     path.write_bytes(pca.to_bytes(dataclasses.replace(fitted, clip="ffff")))
     with pytest.raises(UsageError, match="CLIP ffff, but 'runs/clip' holds 0123"):
-        prior.make(tiny(root, "ar", **{"stages.pca": str(path)}))
+        tasks.prior.make(tiny(root, "ar", **{"stages.pca": str(path)}))
     with pytest.raises(UsageError, match="not that of the CLIP"):
-        prior.make(tiny(root, "diffusion"), lambda: types.SimpleNamespace(model_bytes=b"other"))
+        tasks.prior.make(
+            tiny(root, "diffusion"), lambda: types.SimpleNamespace(model_bytes=b"other")
+        )

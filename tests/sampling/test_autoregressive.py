@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dalle_jax.engine import meshes, sharding
 from dalle_jax.models import dalle
 from dalle_jax.nn.transformer import TransformerConfig
-from dalle_jax.sampling import dalle as sampling
+from dalle_jax.sampling import autoregressive
 from dalle_jax.types import UsageError
 
 CONFIG = dalle.DalleConfig(
@@ -41,7 +41,7 @@ def network():
 
 def sample(network, **options):
     options = dict(num_candidates=3, key=jax.random.key(5)) | options
-    return np.asarray(sampling.sample(*network, options.pop("text", TEXT), **options))
+    return np.asarray(autoregressive.sample(*network, options.pop("text", TEXT), **options))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,9 @@ def test_a_candidate_depends_on_its_index_alone(network):
     """Chunks, a later start and a prompt alone give the codes of one call."""
     codes = sample(network, num_candidates=5)
     chunks = list(
-        sampling.sample_batches(*network, TEXT, num_candidates=5, chunk=2, key=jax.random.key(5))
+        autoregressive.sample_batches(
+            *network, TEXT, num_candidates=5, chunk=2, key=jax.random.key(5)
+        )
     )
     assert [start for start, _ in chunks] == [0, 2, 4]
     np.testing.assert_array_equal(np.concatenate([c for _, c in chunks], axis=1), codes)
@@ -126,7 +128,7 @@ def test_all_codes_are_drawn_by_one_program_that_never_asks_the_host(network, ca
     assert sum("jit(_sample)" in text for text in compilations) == 1
 
     def run(params, text, key):
-        return sampling.sample(model, params, text, num_candidates=2, key=key)
+        return autoregressive.sample(model, params, text, num_candidates=2, key=key)
 
     jaxpr = jax.make_jaxpr(run)(params, TEXT, jax.random.key(0)).jaxpr
     assert leaves_the_device(jaxpr) == []
@@ -143,7 +145,7 @@ def test_eight_devices_give_the_codes_of_one(network):
     np.testing.assert_array_equal(
         sample(network, num_candidates=5, mesh=mesh), sample(network, num_candidates=5)
     )
-    spread = sampling._sample.lower(
+    spread = autoregressive._sample.lower(
         *network,
         TEXT,
         jnp.zeros((2, 0), jnp.int32),
@@ -176,4 +178,4 @@ def test_bad_options_are_refused(network):
     with pytest.raises(UsageError, match="top_k=17"):
         sample(network, top_k=17)
     with pytest.raises(UsageError, match="chunk=0"):
-        next(sampling.sample_batches(*network, TEXT, num_candidates=1, chunk=0, key=None))
+        next(autoregressive.sample_batches(*network, TEXT, num_candidates=1, chunk=0, key=None))
