@@ -5,36 +5,45 @@ import pathlib
 
 import pytest
 
+from dalle_jax import __main__
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dalle_jax"
 
 WORDS = {"axes", "types", "config", "layout", "images", "chunks"}
 
-# Room -> what it may import of the package, beside the words and itself. `engine.task` allows
-# that one file of a room. Anything may use nn: it is matter, and every storey stands on it.
+# Room -> what it may import of the package, beside the words, nn (matter on which every storey
+# stands) and itself. `engine.task` allows that one file of a room.
 STOREYS = {
+    # 1 matter: four siblings, none imports another
     "nn": set(),
     "diffusion": set(),
     "data": set(),
     "engine": set(),
-    "models": {"nn"},
-    "stages": {"nn", "models", "diffusion", "data.tokenizers", "engine.checkpoint"},
-    "sampling": {"nn", "models", "diffusion", "stages"},
+    # 2 networks
+    "models": set(),
+    # 3 trained networks, opened from their folders
+    "stages": {"models", "diffusion", "data.tokenizers", "engine.checkpoint", "engine.workdir"},
+    # 4 samples of them
+    "sampling": {"models", "diffusion", "stages"},
+    # 5 what is done with all of it
     "tasks": {
-        "nn", "models", "diffusion", "stages", "sampling", "engine.task", "engine.checkpoint",
+        "models", "diffusion", "stages", "sampling", "engine.task", "engine.checkpoint",
     },
-    "evaluation": {"nn", "models", "diffusion", "data", "engine", "stages", "sampling"},
-    "importers": {"nn", "models"},
-    "planning": {"nn", "models", "engine", "stages", "tasks"},
-    "pages": {"engine.event_files", "evaluation"},
-    "pipelines": {
-        "nn", "models", "diffusion", "stages", "sampling", "engine", "data", "tasks",
-    },
+    "evaluation": {"models", "diffusion", "data", "engine", "stages", "sampling"},
+    "importers": {"models", "stages", "data.tokenizers"},
+    "planning": {"models", "engine", "stages", "tasks"},
+    "pipelines": {"models", "diffusion", "data", "engine", "stages", "sampling", "tasks"},
     "sweeps": {"engine"},
-    "benchmarks": {"nn", "data", "engine", "models", "stages", "sampling", "tasks", "planning"},
+    "benchmarks": {
+        "models", "data", "engine", "stages", "sampling", "tasks", "planning",
+    },
+    # 6 what a person looks at
+    "pages": {"evaluation", "engine.event_files"},
+    # 7 commands
     "cli": {
-        "nn", "diffusion", "data", "engine", "models", "stages", "sampling", "tasks", "evaluation",
-        "importers", "planning", "pages", "pipelines", "sweeps", "benchmarks",
+        "models", "diffusion", "data", "engine", "stages", "sampling", "tasks", "evaluation",
+        "importers", "planning", "pipelines", "sweeps", "benchmarks", "pages",
     },
     "__main__": {"cli"},
     "__init__": {"pipelines"},
@@ -100,7 +109,9 @@ def allowed(importer: str, dotted: str) -> bool:
     room, file = parts[0], ".".join(parts[:2])
     if room in WORDS or room == importer:
         return True
-    return importer not in WORDS and bool({room, file} & STOREYS[importer])
+    if importer in WORDS:
+        return False
+    return room == "nn" or bool({room, file} & STOREYS[importer])
 
 
 def layer_faults(path: pathlib.Path, source: str) -> list[str]:
@@ -146,10 +157,53 @@ def name_faults(path: pathlib.Path, source: str) -> list[str]:
     ]
 
 
+def alias_faults(path: pathlib.Path, source: str) -> list[str]:
+    """Imports of our own modules under another name; only `config as cfg` is allowed."""
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        for alias in node.names:
+            module = getattr(node, "module", None)
+            name = alias.name if module is None else f"{module}.{alias.name}"
+            if alias.asname and name.split(".")[0] == "dalle_jax":
+                if (name, alias.asname) != ("dalle_jax.config", "cfg"):
+                    faults.append(f"{path}:{node.lineno} imports {name} as {alias.asname}")
+    return faults
+
+
 @pytest.mark.parametrize("check", [layer_faults, name_faults])
 def test_package_keeps_its_storeys(check):
     faults = [f for path in python_files(PACKAGE) for f in check(path, path.read_text())]
     assert not faults, "\n".join(faults)
+
+
+def test_no_module_of_ours_is_imported_under_an_alias():
+    folders = (PACKAGE, ROOT / "configs", ROOT / "tests", ROOT / "examples")
+    files = [path for folder in folders for path in python_files(folder)]
+    faults = [fault for path in files for fault in alias_faults(path, path.read_text())]
+    assert not faults, "\n".join(faults)
+
+
+def suffix_faults(names: set[str]) -> list[str]:
+    """Names that are another name and a suffix: `plan_page` beside `plan`."""
+    return [f"{n} beside {m}" for n in sorted(names) for m in names if n.startswith(f"{m}_")]
+
+
+def test_no_file_is_named_by_a_suffix_of_its_neighbour():
+    """A second idea has a name of its own."""
+    faults = []
+    for folder in {path.parent for path in python_files(PACKAGE)}:
+        names = {path.stem for path in folder.glob("*.py")}
+        names |= {path.name for path in folder.iterdir() if (path / "__init__.py").is_file()}
+        faults += [f"{folder.relative_to(ROOT)}: {fault}" for fault in suffix_faults(names)]
+    assert not faults, "\n".join(faults)
+
+
+def test_every_file_of_cli_is_a_command_or_begins_with_an_underscore():
+    known = set(__main__.commands())
+    files = {path.stem for path in (PACKAGE / "cli").glob("*.py") if path.stem[0] != "_"}
+    assert files == known
 
 
 def test_nobody_imports_what_is_banned():
@@ -192,6 +246,9 @@ def test_a_file_holds_one_idea():
         ("engine", "from dalle_jax import tasks", False),
         ("tasks", "from dalle_jax.engine.task import Task", True),
         ("tasks", "from dalle_jax.engine import loop", False),
+        ("stages", "from dalle_jax.sampling import rerank", False),
+        ("sampling", "from dalle_jax.stages import run", True),
+        ("pages", "from dalle_jax.cli import sample", False),
         ("evaluation", "from dalle_jax.data import scenes", True),
         ("evaluation", "from dalle_jax.data import pipeline", True),
         ("evaluation", "from dalle_jax.pages import html", False),
@@ -215,3 +272,11 @@ def test_the_layer_test_itself(room, source, is_allowed):
 def test_the_ban_itself(source):
     assert banned_faults(PACKAGE / "nn" / "x.py", "nn", source)
     assert not banned_faults(PACKAGE / "nn" / "x.py", "nn", "import tensorflow_datasets")
+
+
+def test_the_alias_and_suffix_rules_themselves():
+    path = PACKAGE / "nn" / "x.py"
+    assert alias_faults(path, "from dalle_jax.nn import kv_cache as cache")
+    assert alias_faults(path, "import dalle_jax.models.clip as clip")
+    assert not alias_faults(path, "from dalle_jax import config as cfg\nimport numpy as np")
+    assert suffix_faults({"plan", "plan_page", "planner"}) == ["plan_page beside plan"]
