@@ -170,7 +170,7 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
 
     made = build.unet(cases.config_of("unet_train"), 256).config
     assert (made.width, made.channel_mults, made.num_blocks) == (64, (1, 2, 4), 2)
-    assert made.clip_tokens == 4 and not made.text_layers and made.patch_px == 1
+    assert made.clip_tokens == 4 and made.text_encoder is None and made.patch_px == 1
     assert clip_model.flops(clip.model.config) < 0.01 * unet.flops(made, 32)
 
 

@@ -41,7 +41,7 @@ def task_of(config: cfg.ConfigDict):
     if config.task == "clip":
         return clip.make(config)
     codec = types.SimpleNamespace(grid=GRID, num_codes=32, params=None, fingerprint="")
-    return dalle.build(config, codec)
+    return dalle.assemble(config, codec)
 
 
 def batch_of(task, step: int = 0) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ def drawer():
     """(draw with a tiny decoder of random weights, its conditions)."""
     c = unet.UnetConfig(
         PX, width=16, channel_mults=(1,), num_blocks=1, attention_px=(8,), head_width=16,
-        text_width=8, clip_width=4,
+        context_width=8, clip_width=4,
     )  # fmt: skip
     model, rng = unet.Unet(c), np.random.default_rng(0)
     z = rng.normal(size=(COUNT, 4)).astype(np.float32)
