@@ -7,14 +7,12 @@ networks, inverts or edits builds on the same `denoiser`.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from dalle_jax import axes
 from dalle_jax.diffusion import gaussian, guidance, samplers, schedules
 from dalle_jax.models import unet
 from dalle_jax.nn import partition
@@ -111,7 +109,7 @@ def sample(
     )
     rows = dict(cond=cond, indices=jnp.asarray(indices, jnp.int32), x_t=x_t, keep=keep)
     count = len(rows["indices"])
-    shards = math.prod(mesh.shape[a] for a in _data_axes(mesh)) if mesh is not None else 1
+    shards = partition.num_batch_shards(mesh)
     short = -count % shards
     if short:
         rows = jax.tree.map(lambda x: jnp.concatenate([x, x[:1].repeat(short, 0)]), rows)
@@ -133,7 +131,7 @@ def check_eta(sampler: str, eta: float) -> None:
 
 @functools.partial(jax.jit, static_argnames=("model", "schedule", "px", "sampler", "clip", "mesh"))
 def _sample(model, params, key, rows, options, *, schedule, px, sampler, clip, mesh):
-    rows = _spread(rows, mesh)
+    rows = partition.split_batch(rows, mesh)
     p = parameterisation(model.config, clip)
     predict = denoiser(model, params, rows["cond"], options["scale"])
     keys = samplers.example_keys(key, rows["indices"])
@@ -151,17 +149,5 @@ def _sample(model, params, key, rows, options, *, schedule, px, sampler, clip, m
         x_0 = samplers.ddim(predict, schedule, p, x_t, keys, eta=eta, project=project)
     if rows["keep"] is not None:
         picture, known = rows["keep"]
-        return _spread(jnp.where(known, picture, jnp.clip(x_0, -1, 1)), mesh)
-    return _spread(jnp.clip(x_0, -1, 1), mesh)
-
-
-def _spread(tree, mesh: Mesh | None):
-    """Every array with its first axis over the mesh's data axes; without a mesh, as it is."""
-    if mesh is None:
-        return tree
-    sharding = NamedSharding(mesh, PartitionSpec(_data_axes(mesh)))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
-
-
-def _data_axes(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(name for name in mesh.axis_names if name != axes.TENSOR)
+        return partition.split_batch(jnp.where(known, picture, jnp.clip(x_0, -1, 1)), mesh)
+    return partition.split_batch(jnp.clip(x_0, -1, 1), mesh)

@@ -159,19 +159,19 @@ def test_the_prior_and_the_unet_are_the_stated_ones():
     """Multiply-adds by hand; the CLIP in front is less than 1 % of either."""
     d, positions = 256, 36
     config = cases.config_of("prior_train")
-    clip = by_shape.clip(config)
-    c = PriorStage.build(config, clip, None).config
+    stage = by_shape.clip(config)
+    c = PriorStage.build(config, stage, None).config
     layer = positions * 12 * d * d + d * positions * (positions + 1)
     last = positions * 2 * d * d + 10 * d * d  # keys and values of all, the rest of the query
     ends = 2 * d * d + 3 * d * d  # time; both embeddings, the output
     assert (c.length, c.transformer.num_layers, c.transformer.num_heads) == (positions, 6, 8)
     assert prior_diffusion.flops(c) == pytest.approx(2 * (5 * layer + last + ends), rel=0.01)
-    assert clip.flops(clip.model.config) < 0.01 * prior_diffusion.flops(c)
+    assert clip.flops(stage.model.config) < 0.01 * prior_diffusion.flops(c)
 
     c = build.unet(cases.config_of("unet_train"), 256).config
     assert (c.width, c.channel_mults, c.num_blocks) == (64, (1, 2, 4), 2)
     assert c.clip_tokens == 4 and not c.text_encoder and c.patch_px == 1
-    assert clip.flops(clip.model.config) < 0.01 * unet.flops(c, 32)
+    assert clip.flops(stage.model.config) < 0.01 * unet.flops(c, 32)
 
 
 def test_json_of_a_network(tiny, capsys):
