@@ -15,7 +15,7 @@ from dalle_jax import __main__
 from dalle_jax.benchmarks import cases, measure
 from dalle_jax.cli import bench
 from dalle_jax.data.builders import shapes
-from dalle_jax.models import build, dvae, prior_diffusion, unet
+from dalle_jax.models import build, clip, dvae, prior_diffusion, unet
 from dalle_jax.pages.bench import MARKS
 from dalle_jax.stages import by_shape
 from dalle_jax.stages.prior import PriorStage
