@@ -1,4 +1,4 @@
-"""What unCLIP's latent of a picture makes possible: variations, interpolations, edits, inpainting.
+"""Variations, interpolations, edits and reconstructions of pictures, by their unCLIP latents.
 
 The latent is (z_i, x_T): the CLIP embedding, which holds what a picture is of, and the noise from
 which the decoder samples just this picture, which holds the rest. Inversion and sampling share one

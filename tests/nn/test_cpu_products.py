@@ -1,4 +1,4 @@
-"""nn.products: the products and gradients that jax finds, by other means."""
+"""nn.cpu_products: the products and gradients that jax finds, by other means."""
 
 import functools
 

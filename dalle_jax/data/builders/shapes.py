@@ -51,7 +51,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
                     "image": tfds.features.Image(shape=(px, px, 3), encoding_format="png"),
                     "captions": tfds.features.Sequence(tfds.features.Text()),
                     "id": tfds.features.Text(),
-                    "scene": tfds.features.Text(),  # JSON: data.shapes.Scene.from_json
+                    "scene": tfds.features.Text(),  # JSON: data.scenes.Scene.from_json
                 }
             ),
             supervised_keys=None,
