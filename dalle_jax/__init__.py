@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Picture", "Pictures", "load", "train"]
+__all__ = ["Model", "Picture", "Pictures", "UsageError", "load", "train"]
 
 # Name -> the module that has it, imported when the name is first asked for.
 _MODULES = {
@@ -23,12 +23,14 @@ _MODULES = {
     "Picture": "pipelines.pictures",
     "Pictures": "pipelines.pictures",
     "train": "pipelines.training",
+    "UsageError": "types",
 }
 
 if TYPE_CHECKING:
     from dalle_jax.pipelines.model import Model, load
     from dalle_jax.pipelines.pictures import Picture, Pictures
     from dalle_jax.pipelines.training import train
+    from dalle_jax.types import UsageError
 
 
 def __getattr__(name: str):
