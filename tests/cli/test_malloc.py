@@ -11,9 +11,9 @@ from dalle_jax.cli import _malloc
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from dalle_jax.cli import heap
+from dalle_jax.cli import _malloc
 
-done = "keep" in sys.argv and heap.keep_freed_memory()
+done = "keep" in sys.argv and _malloc.keep_freed_memory()
 faults = []
 
 def touch():
