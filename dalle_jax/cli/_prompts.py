@@ -37,7 +37,7 @@ def given(args: argparse.Namespace) -> list[str]:
             ) from error
         prompts += [line for line in lines if line.strip()]
     if not prompts:
-        raise UsageError('there is nothing to draw; give --prompt="…" or --prompts_file=FILE.')
+        raise UsageError('there is nothing to sample; give --prompt="…" or --prompts_file=FILE.')
     return [reading.checked(prompt) for prompt in prompts]
 
 
@@ -76,7 +76,7 @@ def command(
 def progress(label: str, start: float, total: int, done: int) -> None:
     """A line on stderr per batch; on a terminal it replaces itself."""
     rate = done / max(time.monotonic() - start, 1e-9)
-    text = f"{label}: {done}/{total} drawn, {rate:.1f}/s"
+    text = f"{label}: {done}/{total} sampled, {rate:.1f}/s"
     if done < total:
         text += f", about {(total - done) / rate:.0f} s left"
     is_terminal = sys.stderr.isatty()

@@ -61,7 +61,7 @@ def add_prior(group) -> None:
 
 
 def add_prior_settings(group) -> None:
-    """Adds how a prior is drawn from."""
+    """Adds the settings of the priors."""
     group.add_argument("--prior_steps", metavar="S", help="of the diffusion prior (default: 64)")
     group.add_argument(
         "--prior_guidance", type=float, default=1.0, metavar="G", help="1 = off (default)"
@@ -70,7 +70,7 @@ def add_prior_settings(group) -> None:
         "--prior_draws",
         type=int,
         metavar="D",
-        help="embeddings drawn, of which the nearest to the caption is kept (default: 2; ar: 1)",
+        help="embeddings sampled, of which the nearest to the caption is kept (default: 2; ar: 1)",
     )
 
 

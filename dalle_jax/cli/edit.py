@@ -1,18 +1,17 @@
-"""Changes a picture towards what a text says, with DALL-E 2.
+"""Changes a picture towards a text with DALL-E 2.
 
   python -m dalle_jax edit --pretrained=shapes --image=picture.png \\
       --from="a red cube on a white background" --to="a blue cube on a white background" \\
       --guidance=3 --eta=1
 
-The picture is read as its CLIP embedding and the noise from which the decoder draws just this
-picture. The embedding is turned towards the difference of the two texts' embeddings by growing
-shares of the way, --thetas; the noise stays, and with it what the texts do not speak of. A decoder
-that reads much from the noise changes little then: --eta draws some of it anew. Without
---from the embedding is turned towards --to itself.
+The picture is represented by its CLIP embedding and the noise from which the decoder samples
+exactly this picture. Each of --thetas turns the embedding by that share towards the difference
+between the embeddings of both texts; without --from, towards the embedding of --to. The noise
+stays, and with it what the texts do not mention. If a decoder takes much from the noise, the
+picture changes little; --eta then replaces a share of the noise.
 
-Written to --out: given.png (the picture as it was cut to the square that is used), 01.png, 02.png,
-… one for each theta, sheet.png, index.html and results.json with the CLIP cosines of each to both
-texts.
+--out receives given.png (the square that is used), 01.png, 02.png, … for the thetas, sheet.png,
+index.html, and results.json with the CLIP cosines between each picture and both texts.
 """
 
 import argparse

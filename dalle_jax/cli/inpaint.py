@@ -1,18 +1,17 @@
-"""Draws part of a picture anew, as a text says, with DALL-E 2; the rest stays bit for bit.
+"""Samples part of a picture anew for a text with DALL-E 2; the rest stays bit for bit.
 
   python -m dalle_jax inpaint --pretrained=shapes --image=room.png --rect=8,8,12,12 \\
       --prompt="a red cube on a white background"
-  python -m dalle_jax inpaint … --mask=mask.png       see-through, or white, where to draw
+  python -m dalle_jax inpaint … --mask=mask.png       transparent, or white, where to sample
 
-The mask is as large as the picture, a PNG with an alpha channel (see-through = draw here) or black
-and white (white = draw here); --invert_mask turns it round. --prompt tells what the whole picture
-is to show, not only the part. A decoder that was tuned to inpaint (--inpainter) sees the rest of
-the picture while it draws; without one the plain decoder is used, which only is held to it at every
-step. CLIP ranks the candidates. Upsamplers keep what is known too.
+The mask has the size of the picture. It is a PNG with an alpha channel (transparent = sample
+here) or in black and white (white = sample here); --invert_mask inverts it. --prompt describes
+the full picture, not only the part. A decoder that was tuned to inpaint (--inpainter) sees the
+rest of the picture in every step. Without one the plain decoder is used, and the known pixels are
+put back after every step. CLIP ranks the candidates. Upsamplers keep the known pixels too.
 
-Written to --out: given.png (the picture as it was cut to the square that is used), masked.png (in
-grey what is drawn anew), the pictures 01.png (the best), 02.png, …, sheet.png, index.html and
-results.json.
+--out receives given.png (the square that is used), masked.png (the part to sample in grey), the
+pictures 01.png (the best), 02.png, …, sheet.png, index.html and results.json.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import time
 
 from dalle_jax.cli import _flags, _unclip
 
-SUMMARY = "draw part of a picture anew, as a text says (DALL-E 2)"
+SUMMARY = "sample part of a picture anew for a text (DALL-E 2)"
 
 CANDIDATES, KEEP, GUIDANCE = 8, 4, 2.0
 _GREY = 128
@@ -39,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mask", metavar="FILE", help="where: see-through or white")
     group.add_argument("--rect", metavar="x,y,w,h", help="or a rectangle, in the picture's pixels")
     group.add_argument(
-        "--invert_mask", action="store_true", help="draw what the mask or rectangle leaves out"
+        "--invert_mask", action="store_true", help="sample outside the mask or rectangle"
     )
     group.add_argument(
         "--candidates", type=int, default=CANDIDATES, metavar="N", help="default: %(default)s"
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     _unclip.check(args)
     prompt = reading.checked(args.prompt)
     if bool(args.mask) == bool(args.rect):
-        raise UsageError("give either --mask=FILE or --rect=x,y,w,h: what is to be drawn anew.")
+        raise UsageError("give either --mask=FILE or --rect=x,y,w,h: the part to sample anew.")
     if args.keep and args.keep > args.candidates:
         raise UsageError(f"--keep={args.keep} is more than --candidates={args.candidates}.")
     _flags.use_cache(args)
@@ -72,8 +71,11 @@ def run(args: argparse.Namespace) -> int:
     prior = model.choose_prior(args.prior)
     stages = model.unclip_with(prior, "inpaint", upsample=not args.no_upsample)
     given = _unclip.read_picture(args.image, stages.image_px)
-    read, where = (_masks.read, args.mask) if args.mask else (_masks.rectangle, args.rect)
-    mask = read(where, given.original.shape[:2], args.image)
+    shape = given.original.shape[:2]
+    if args.mask:
+        mask = _masks.read(args.mask, shape, args.image)
+    else:
+        mask = _masks.rectangle(args.rect, shape, args.image)
     known = inputs.fit_mask(~mask if args.invert_mask else mask, stages.image_px)
     start = time.monotonic()
     inpainted = model.inpaint(
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     block = gallery.Block(
         folder="",
         title=prompt,
-        text=f"{1 - known.mean():.0%} of the picture drawn anew by the {by}, prior {prior}; "
+        text=f"{1 - known.mean():.0%} of the picture sampled anew by the {by}, prior {prior}; "
         f"{len(scores)} of {args.candidates}, ranked by CLIP, best first. "
         f"{time.monotonic() - start:.1f} seconds.",
         pictures=np.concatenate([given.picture[None], masked[None], inpainted.arrays]),

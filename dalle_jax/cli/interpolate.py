@@ -1,15 +1,15 @@
-"""Draws the pictures that lie between two pictures, with DALL-E 2.
+"""Samples the pictures between two pictures with DALL-E 2.
 
   python -m dalle_jax interpolate --pretrained=shapes --image=a.png --image=b.png --num=7
   … --noise=fixed     the same noise for all: smoother, but its ends are only variations
 
-Each picture is read as its CLIP embedding and the noise from which the decoder draws just this
-picture; between them both go along great circles (slerp), so that the ends are the pictures
-themselves, as well as the decoder can draw them again.
+Each picture is represented by its CLIP embedding and the noise from which the decoder samples
+exactly this picture. Both are interpolated along great circles (slerp), so that the ends are the
+pictures themselves, as well as the decoder can reproduce them.
 
-Written to --out: given_1.png and given_2.png (as they were cut to the square that is used), the
-pictures 01.png, 02.png, … from the first to the second, sheet.png, index.html and results.json with
-the CLIP cosines of each to both.
+--out receives given_1.png and given_2.png (the squares that are used), the pictures 01.png,
+02.png, … from the first to the second, sheet.png, index.html, and results.json with the CLIP
+cosines between each picture and both given ones.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import time
 
 from dalle_jax.cli import _flags, _unclip
 
-SUMMARY = "draw the pictures between two pictures (DALL-E 2)"
+SUMMARY = "sample the pictures between two pictures (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

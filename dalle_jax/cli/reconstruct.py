@@ -1,15 +1,15 @@
-"""Draws pictures from ever less of their CLIP embedding, with DALL-E 2: what CLIP keeps, and where.
+"""Samples pictures from fewer and fewer components of their CLIP embedding with DALL-E 2.
 
   python -m dalle_jax reconstruct --pretrained=shapes --image=picture.png --dims=2,4,8,16
   python -m dalle_jax reconstruct --decoder=runs/decoder --pca=runs/pca.npz --image=picture.png
 
-The embedding is cut to its leading principal components, --dims of them (a PCA that the command
-`pca` fits, or the autoregressive prior's), and decoded with the same noise each time. Coarse things
-come first: the paper's figure 7.
+The embedding is cut to its leading principal components, --dims of them, and decoded with the
+same noise each time. The PCA is one that the command `pca` fitted, or that of the autoregressive
+prior. Coarse features come first, as in the paper's figure 7.
 
-Written to --out: a folder per picture with given.png (as it was cut to the square that is used) and
-020.png, 040.png, … named by the number of components; sheet.png, index.html and results.json with
-the cosine of what is left to the whole embedding.
+--out receives a folder per picture with given.png (the square that is used) and 020.png, 040.png,
+… named by the number of components; also sheet.png, index.html, and results.json with the cosine
+between each truncated embedding and the full one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 
 from dalle_jax.cli import _flags, _prompts, _unclip
 
-SUMMARY = "draw pictures from part of their CLIP embedding (DALL-E 2)"
+SUMMARY = "sample pictures from part of their CLIP embedding (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

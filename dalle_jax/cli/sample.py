@@ -1,18 +1,20 @@
-"""Draws pictures for captions with a trained DALL-E or DALL-E 2; CLIP ranks them, some are kept.
+"""Samples pictures for captions with a trained DALL-E or DALL-E 2; CLIP ranks them.
 
   python -m dalle_jax sample --pretrained=shapes --prompt="a red cube on a white background"
   python -m dalle_jax sample --workdir=runs/dalle --clip=runs/clip --prompt="…" \\
       --candidates=64 --keep=8 --out=runs/samples
   … --image=picture.png --keep_rows=4     completes a picture from its first 4 rows of codes
   python -m dalle_jax sample --pipeline=unclip --pretrained=shapes --prompt="two blue stars"
-  … --prior=ar|diffusion|none|caption     how the caption becomes what DALL-E 2's decoder draws from
+  … --prior=ar|diffusion|none|caption     what DALL-E 2's decoder is given beside the caption
 
-Written to --out: a folder per prompt with the pictures (01.png is the best), their codes (unclip:
-image embeddings, and 01_small.png as the decoder drew it) and scores.json (the scores of all
-candidates, seed and settings), a contact sheet sheet.png, and index.html. The same seed draws the
-same pictures, whatever the batch and the number of devices and processes; more candidates only add
-to those of fewer. Several processes (--distributed) share the prompts, so there is work for as many
-of them as there are prompts; --out is on a shared disk.
+--out receives a folder per prompt with the pictures (01.png is the best), their codes (unclip:
+image embeddings, and 01_small.png by the decoder) and scores.json with the scores of all
+candidates, the seed and the settings; also a contact sheet, sheet.png, and index.html. Each PNG
+carries its prompt, seed, settings, command and the fingerprints of the networks.
+
+The same seed gives the same pictures, whatever the batch and the number of devices and processes.
+More candidates only add to those of fewer. Several processes (--distributed) share the prompts,
+so at most as many processes as prompts have work; --out is on a shared disk.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import time
 
 from dalle_jax.cli import _flags, _prompts, _unclip
 
-SUMMARY = "draw pictures for captions and rank them with CLIP"
+SUMMARY = "sample pictures for captions and rank them with CLIP"
 
 UNCLIP_GUIDANCE = 2.0
 PIPELINES = ("dalle", "unclip")
@@ -33,7 +35,7 @@ _DALLE_ONLY = ("workdir", "dvae", "image", "keep_rows", "temperature", "top_k", 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument(
-        "--pipeline", choices=PIPELINES, default="dalle", help="what draws (default: %(default)s)"
+        "--pipeline", choices=PIPELINES, default="dalle", help="which model (default: %(default)s)"
     )
     group = parser.add_argument_group("networks")
     group.add_argument("--workdir", metavar="DIR", help="DALL-E: workdir of a dalle run")
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     group.add_argument(
-        "--batch", type=int, help="candidates drawn at a time (default: what fits the memory)"
+        "--batch", type=int, help="candidates at a time (default: what fits the memory)"
     )
     group.add_argument(
         "--no_cache", action="store_true", help="without the key/value cache: slow, same pictures"

@@ -1,16 +1,16 @@
-"""Draws variations of a picture with DALL-E 2: what CLIP sees in it stays, the rest may change.
+"""Samples variations of a picture with DALL-E 2: what CLIP sees in it stays, the rest may change.
 
   python -m dalle_jax vary --pretrained=shapes --image=picture.png --n=8
   python -m dalle_jax vary --decoder=runs/decoder --image=picture.png --eta=0.5
 
-The picture is read as two things: its CLIP embedding, and the noise from which the decoder draws
-just this picture (by DDIM inversion). With fresh noise in every step (--eta above 0) the decoder
-draws other pictures of the same embedding; --eta=0 gives the picture back, as well as the decoder
-can. --guidance above 1 makes variations more alike and the inversion less exact.
+DDIM inversion splits the picture into two parts: its CLIP embedding, and the noise from which the
+decoder samples exactly this picture. With fresh noise in every step (--eta above 0) the decoder
+samples other pictures with the same embedding. --eta=0 gives the picture back, as well as the
+decoder can. --guidance above 1 makes variations more alike and the inversion less exact.
 
-Written to --out: a folder per picture with given.png (as it was cut to the square that is used),
-00.png (drawn from the unchanged latent) and the variations 01.png, 02.png, …; sheet.png, index.html
-and results.json with the CLIP cosine of each to the picture given.
+--out receives a folder per picture with given.png (the square that is used), 00.png (sampled from
+the unchanged latent) and the variations 01.png, 02.png, …; also sheet.png, index.html, and
+results.json with the CLIP cosine between each picture and the given one.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import time
 
 from dalle_jax.cli import _flags, _prompts, _unclip
 
-SUMMARY = "draw variations of a picture (DALL-E 2)"
+SUMMARY = "sample variations of a picture (DALL-E 2)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

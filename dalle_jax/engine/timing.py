@@ -177,8 +177,8 @@ class Profiler:
     def __init__(self, workdir: str, config: ConfigDict):
         self._dir = str(epath.Path(workdir) / PROFILE)
         first, count = config.train.profile_at, config.train.profile_steps
-        is_wanted = count > 0 and jax.process_index() == 0
-        self._starts, self._stops = (first, first + count) if is_wanted else (-1, -1)
+        is_profiling = count > 0 and jax.process_index() == 0
+        self._starts, self._stops = (first, first + count) if is_profiling else (-1, -1)
         self._is_tracing = False
 
     def __enter__(self) -> "Profiler":

@@ -96,7 +96,7 @@ def write(
 
 
 def clear(folder: pathlib.Path) -> None:
-    """Removes the numbered pictures of an earlier call, which may have drawn more."""
+    """Removes the numbered pictures of an earlier call, which may have sampled more."""
     for old in folder.glob("[0-9][0-9]*.png"):
         old.unlink()
 

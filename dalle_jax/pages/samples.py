@@ -93,7 +93,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
         pictures = [images.read(folder / pathlib.Path(row["file"]).name) for row in result["kept"]]
     except (OSError, UsageError) as error:
         raise UsageError(
-            f"another process has drawn into {folder}, but this one cannot read it ({error}); "
+            f"another process has written into {folder}, but this one cannot read it ({error}); "
             "--out must be on a disk that all hosts share."
         ) from error
     return {**result, "pictures": np.stack(pictures)}

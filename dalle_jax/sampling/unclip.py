@@ -99,7 +99,7 @@ def image_embeddings(
         or "caption" (no embedding: the decoder reads the caption only).
       text: [B, T] int32 by the CLIP's tokenizer.
       key: typed key.
-      indices: [B] int, global indices of the pictures: each has its own draw.
+      indices: [B] int, global indices of the pictures: each has its own noise.
       **options: of `prior.sample_diffusion` or `prior.sample_ar`.
 
     Returns:
@@ -291,7 +291,7 @@ def sample_best(
     stage = stages.decoder
     if known is not None and stages.inpainter is not None:
         stage = stages.inpainter
-    pyramid = [] if known is None else kept_parts(stages, *known)
+    pyramid = [] if known is None else known_parts(stages, *known)
     chunk = settings.chunk or fitting_chunk(stage, settings.guidance != 1) * _shards(mesh)
     small, embeddings, scores = [], [], []
     for start in range(0, num_candidates, chunk):
@@ -322,7 +322,7 @@ def sample_best(
     return Ranked(first + best, finished, small[best], embeddings[best], scores)
 
 
-def kept_parts(stages: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
+def known_parts(stages: Unclip, picture: Array, known: Array) -> list[tuple[Array, Array]]:
     """The known pixels at each stage's size, decoder first: pictures, and bool masks.
 
     Args:

@@ -164,7 +164,7 @@ def _upsamplers(
         if stage.low_res_px != px:
             takes = f"pictures of {stage.low_res_px} px" if stage.low_res_px else "no pictures"
             raise UsageError(
-                f"{name} {stage.folder!r} takes {takes}, but the stage before it draws {px} px; "
+                f"{name} {stage.folder!r} takes {takes}, but the stage before it gives {px} px; "
                 "give upsamplers in order, each trained on the size before it."
             )
         stages.append(stage)

@@ -113,13 +113,13 @@ def _accelerator(text: str) -> tuple[dict[str, str], dict[str, int]]:
     """(node selector, resources) of `NAME:COUNT` or `NAME:TOPOLOGY`."""
     if not text:
         return {}, {}
-    found = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text)
-    if not found:
+    match = re.fullmatch(r"([a-z0-9-]+):(\d+(?:x\d+)*)", text)
+    if not match:
         raise UsageError(
             f"--accelerator={text!r} is not understood; write nvidia-h100-80gb:1 or "
             "tpu-v5-lite-podslice:2x4."
         )
-    name, size = found.groups()
+    name, size = match.groups()
     if name.startswith("tpu"):
         prefix = "cloud.google.com/gke-tpu"
         chips = math.prod(map(int, size.split("x")))

@@ -264,8 +264,8 @@ class Stop(BaseException):
 @pytest.mark.parametrize("kind", ["folder", "wds", "parquet"])
 def test_interrupted_run_continues(tmp_path, kind, monkeypatch):
     path = MAKERS[kind](tmp_path)
-    monkeypatch.setattr(staging, "_PART", 2)
-    monkeypatch.setattr(formats, "_GROUP", 4)
+    monkeypatch.setattr(staging, "PART_ITEMS", 2)
+    monkeypatch.setattr(formats, "UNIT_ITEMS", 4)
     unbroken = tmp_path / "unbroken"
     pairs.prepare(unbroken, "mine", kind, path, pairs.Options(validation=0.3))
     encode, calls = pairs.encode, []

@@ -163,7 +163,7 @@ def test_known_pixels_survive_decoder_and_upsampler(stages, folders, text, rng):
     picture = rng.uniform(-1, 1, (16, 16, 3)).astype(np.float32)
     known = np.ones((16, 16, 1), bool)
     known[4:9, 3:11] = False
-    small = unclip.kept_parts(stages, picture, known)[0][1]
+    small = unclip.known_parts(stages, picture, known)[0][1]
     assert small.sum() == 64 - 3 * 5  # a pixel is known where all four below it are
     for other in (stages, Unclip.load(folders, only=("upsampler_1",))):
         drawn = unclip.sample_best(

@@ -17,7 +17,7 @@ from dalle_jax.data.builders import items, parquet, tables, webdataset
 from dalle_jax.data.builders.items import Fields, Raw, Unit
 from dalle_jax.types import UsageError
 
-_GROUP = 512  # files or rows in one unit
+UNIT_ITEMS = 512  # files or rows in one unit
 _KIND_OF_SUFFIX = dict.fromkeys(items.IMAGE_SUFFIXES, "image") | dict.fromkeys(
     items.TEXT_SUFFIXES, "text"
 )
@@ -225,7 +225,7 @@ def _hint(root: pathlib.Path) -> str:
 
 def _groups(values: Iterable[Any]) -> Iterator[list[Any]]:
     values = iter(values)
-    while group := list(itertools.islice(values, _GROUP)):
+    while group := list(itertools.islice(values, UNIT_ITEMS)):
         yield group
 
 

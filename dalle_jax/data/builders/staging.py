@@ -21,7 +21,7 @@ from dalle_jax.data.builders import store
 from dalle_jax.data.builders.items import Raw, Unit
 from dalle_jax.types import UsageError
 
-_PART = 200  # items: seconds of work, at most a minute on a busy machine
+PART_ITEMS = 200  # items: seconds of work, at most a minute on a busy machine
 _SIZES = struct.Struct("<II")  # lengths of an item's header and picture
 
 # An item -> its header (JSON) and its stored picture. A skipped item's header has a "reason".
@@ -112,7 +112,7 @@ def _stage_unit(
 ) -> list[str]:
     """Names of the unit's parts. The items of an existing part are read but not converted."""
     names, raws = [], unit.read()
-    while chunk := list(itertools.islice(raws, _PART)):
+    while chunk := list(itertools.islice(raws, PART_ITEMS)):
         part = stem.with_name(f"{stem.name}-{len(names):05d}.part")
         if part.is_file():
             progress.fraction = before + unit.share * chunk[-1].at
