@@ -1,5 +1,6 @@
 """DALL-E in one file: a codec, a transformer and a CLIP, trained from nothing on captioned shapes.
 
+    pip install -e .
     python examples/dalle_in_one_file.py             # 12 minutes on two CPU cores
     python examples/dalle_in_one_file.py --smoke     # a minute on one: all of it, hardly trained
 
@@ -9,10 +10,9 @@ DALL-E (Ramesh et al. 2021, arXiv:2102.12092) turns a caption into pictures with
   2. The transformer reads a caption and predicts the 64 codes, one after another.
   3. CLIP scores how well a picture fits a caption. We sample 32 pictures and show its best 8.
 
-The file reads from top to bottom. Every network is a plain function whose first argument `p` is a
-dict of arrays, and an `init_` function fills that dict. In shapes, B counts examples, T positions,
-S keys, H heads, V codes and M vectors; D is the width. The package has these networks at every
-size: dalle_jax/models/vqvae.py, dalle.py and clip.py.
+A network is a function of a dict of arrays `p`, which an `init_` function fills. In shapes, B
+counts examples, T positions, S keys, H heads, V codes and M vectors; D is the width. The package
+has the same networks at every size in dalle_jax/models: vqvae.py, dalle.py and clip.py.
 """
 
 import argparse
@@ -32,7 +32,9 @@ PATCH_PX, GRID = 4, 8  # each of the 8 x 8 codes stands for a square of 4 x 4 pi
 NUM_CODES, CODE_DIM, CODEC_WIDTH = 512, 32, 96
 WIDTH, LAYERS, HEAD_DIM = 128, 4, 32  # the transformer of DALL-E
 CLIP_PATCH_PX, CLIP_WIDTH, CLIP_LAYERS, CLIP_DIM = 8, 96, 3, 64
-STEPS = 1200, 3000, 1500  # training steps of the codec, DALL-E and CLIP
+# Training steps of the codec, DALL-E and CLIP. On held-out scenes the codec's squared error is then
+# 0.008, DALL-E has 1.25 nats per code, and CLIP finds 60 % of the captions among 512.
+STEPS = 1200, 3000, 1500
 TEMPERATURE, TOP_P = 1.0, 0.9
 CANDIDATES, BEST = 32, 8
 PROMPTS = (
@@ -61,8 +63,7 @@ def render_scenes(num: int) -> tuple[np.ndarray, list[str]]:
 
 def tokenize(captions, vocabulary: list[str]) -> np.ndarray:
     """Captions as int32 [B, TEXT_LEN]: the number of each word, then 0 for every empty slot."""
-    ids = {word: i for i, word in enumerate(vocabulary)}
-    rows = [[ids[word] for word in caption.split()] for caption in captions]
+    rows = [[vocabulary.index(word) for word in caption.split()] for caption in captions]
     return np.array([row + [0] * (TEXT_LEN - len(row)) for row in rows], np.int32)
 
 
@@ -271,8 +272,7 @@ def sample_codes(p, text, key):
         mask = jax.lax.dynamic_slice_in_dim(jnp.asarray(CAUSAL), start, 1, axis=2)
         return transformer(p["layers"], x, mask, caches, start), codes
 
-    _, codes = jax.lax.scan(step, (x[:, -1:], caches), jnp.arange(GRID * GRID))
-    return codes.T
+    return jax.lax.scan(step, (x[:, -1:], caches), jnp.arange(GRID * GRID))[1].T
 
 
 # ---- 3. CLIP (Radford et al. 2021, arXiv:2103.00020) ---------------------------------------------
@@ -356,10 +356,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--steps_scale", type=float, default=1.0, help="multiplies all steps")
     parser.add_argument("--out", default="dalle.png", help="the file of pictures")
     args = parser.parse_args(argv)
-    part = 30 if args.smoke else 1
-    codec_steps, dalle_steps, clip_steps = (round(args.steps_scale * n / part) for n in STEPS)
+    width, height, line = BEST * 3 * (IMAGE_PX + 1), 3 * IMAGE_PX, 20
+    sheet = Image.new("RGB", (width, len(PROMPTS) * (height + line)), "white")
+    sheet.save(args.out)  # so that a wrong path is an error now, and not after the training
+    shrink = 30 if args.smoke else 1
+    codec_steps, dalle_steps, clip_steps = (round(args.steps_scale * n / shrink) for n in STEPS)
     rng = np.random.default_rng(0)
-    pictures, captions = render_scenes(SCENES // part)
+    pictures, captions = render_scenes(SCENES // shrink)
     vocabulary = ["", *sorted({word for caption in captions for word in caption.split()})]
     text, prompts = tokenize(captions, vocabulary), tokenize(PROMPTS, vocabulary)
     codec, book = init_codec(rng, pictures[:32])
@@ -374,16 +377,13 @@ def main(argv: list[str] | None = None):
     def to_pictures(codes):
         return decode(codec, book["codes"][codes].reshape(-1, GRID, GRID, CODE_DIM))
 
-    # From here on a picture is its codes. CLIP learns from what the codec decodes, because that is
-    # what it will rank.
-    codes = np.concatenate([to_codes(part) for part in np.split(pictures, len(pictures) // 512)])
-    decoded = np.concatenate([to_pictures(part) for part in np.split(codes, len(codes) // 512)])
+    # From here on a picture is its codes. CLIP sees decoded pictures, because it will rank those.
+    chunks = len(text) // 512
+    codes = np.concatenate([to_codes(x) for x in np.array_split(pictures, chunks)])
+    decoded = np.concatenate([to_pictures(x) for x in np.array_split(codes, chunks)])
     dalle, clip = init_dalle(rng, len(vocabulary)), init_clip(rng, len(vocabulary))
     dalle, _, _ = train("DALL-E", dalle_loss, dalle, None, [text, codes], dalle_steps, 32, 3e-3)
     clip, _, _ = train("CLIP", clip_loss, clip, None, [text, decoded], clip_steps, 64, 2e-3)
-
-    width, height, line = BEST * 3 * (IMAGE_PX + 1), 3 * IMAGE_PX, 20
-    sheet = Image.new("RGB", (width, len(PROMPTS) * (height + line)), "white")
     for i, prompt in enumerate(PROMPTS):
         text, top = np.repeat(prompts[i : i + 1], CANDIDATES, axis=0), i * (height + line)
         pictures = to_pictures(sample_codes(dalle, text, jax.random.key(i)))

@@ -53,7 +53,7 @@ def test_its_losses_fall_and_it_writes_the_pictures(one_file, tmp_path, capsys):
     with Image.open(path) as sheet:  # rows of a caption and its best pictures, each with a border
         assert sheet.size == (2 * 3 * 33, len(one_file.PROMPTS) * (3 * 32 + 20))
     text = capsys.readouterr().out
-    # Measured, last over first printed loss: 0.31, 0.34, 0.78.
+    # Measured, last over first printed loss: 0.28, 0.26, 0.66.
     for name, unit, bound in (
         ("codec", "mse", 0.6), ("DALL-E", "nats per code", 0.6), ("CLIP", "nats", 0.9),
     ):  # fmt: skip
@@ -61,8 +61,37 @@ def test_its_losses_fall_and_it_writes_the_pictures(one_file, tmp_path, capsys):
         assert len(losses) >= 10 and losses[-1] < bound * losses[0], (name, losses)
 
 
+def test_the_encoder_gets_the_decoders_gradient_straight_through(one_file, rng, key):
+    """Where every vector is a code, rounding changes nothing: the gradient is an autoencoder's."""
+    one_file.NUM_CODES = 64
+    pictures = one_file.render_scenes(1)[0]
+    p, book = one_file.init_codec(rng, pictures)
+    book["codes"] = one_file.encode(p, pictures).reshape(64, -1)
+
+    def squared_error(p):
+        return jnp.mean((one_file.decode(p, one_file.encode(p, pictures)) - pictures) ** 2)
+
+    ours, _ = jax.jit(jax.grad(one_file.codec_loss, has_aux=True))(p, book, [pictures], key)
+    expected = jax.jit(jax.grad(squared_error))(p)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), ours, expected
+    )
+    assert np.abs(expected["patch"]).max() > 1e-4
+
+
+def test_codes_move_to_the_mean_of_their_vectors_and_dead_ones_to_a_vector(one_file, rng, key):
+    one_file.NUM_CODES = 8
+    vectors = jnp.asarray(rng.normal(size=(40, 32)), jnp.float32)
+    book = {"codes": vectors[:8], "count": jnp.ones((8, 1)), "sum": vectors[:8]}
+    codes = one_file.update_codebook(book, vectors, jnp.arange(40) % 5, key, decay=0.0)["codes"]
+    means = np.asarray(vectors).reshape(8, 5, 32).mean(axis=0)
+    np.testing.assert_allclose(codes[:5], means, rtol=1e-5, atol=1e-6)
+    for code in codes[5:]:  # nothing has chosen these three
+        assert np.isclose(code[None], vectors, rtol=1e-5).all(axis=1).any()
+
+
 def test_its_codec_learns_as_the_products_does(one_file):
-    """The same scenes, batches, optimiser and steps; only the networks and their losses differ."""
+    """The same scenes, batches, optimiser and steps; only networks and losses differ."""
     pictures, _ = one_file.render_scenes(512)
 
     def held_out_mse(loss, p, book):
@@ -81,12 +110,13 @@ def test_its_codec_learns_as_the_products_does(one_file):
         return total, (extra, {"mse": metrics["recon"]})
 
     theirs = held_out_mse(loss, variables.pop("params"), variables)
-    assert theirs < 0.25 * np.var(pictures)
-    assert ours < 1.4 * theirs
+    assert theirs < 0.25 * np.var(pictures)  # a constant picture's error
+    # Ratio measured with four seeds for the weights: 0.93 to 1.07.
+    assert ours < 1.3 * theirs, (ours, theirs)
 
 
 def test_its_transformer_learns_as_the_products_does(one_file):
-    """The same stream, batches, optimiser and steps; only the networks and their losses differ."""
+    """The same text and codes, batches, optimiser and steps; only networks and losses differ."""
     rng = np.random.default_rng(0)
     pictures, captions = one_file.render_scenes(512)
     vocabulary = ["", *sorted({word for caption in captions for word in caption.split()})]
@@ -115,11 +145,12 @@ def test_its_transformer_learns_as_the_products_does(one_file):
     def loss(p, state, batch, key):
         total, metrics = dalle.loss(*model.apply({"params": p}, *batch), *batch)
         names = {"nats per code": "image_loss", "nats per word": "text_loss"}
-        return total, (state, {ours: metrics[theirs] for ours, theirs in names.items()})
+        return total, (state, {name: metrics[key] for name, key in names.items()})
 
     theirs = held_out_nats(loss, params)
-    assert theirs[0] < 0.5 * np.log(one_file.NUM_CODES)
-    assert ours[0] < 1.15 * theirs[0] and ours[1] < 1.15 * theirs[1]
+    assert theirs[0] < 0.5 * np.log(one_file.NUM_CODES)  # which is the loss of a uniform guess
+    # Ratios measured: 1.03 for codes, 0.96 for words.
+    assert ours[0] < 1.15 * theirs[0] and ours[1] < 1.15 * theirs[1], (ours, theirs)
 
 
 def test_sampling_with_caches_agrees_with_the_whole_stream(one_file, rng, key):
