@@ -74,7 +74,7 @@ def test_writes_ranked_pictures_scores_codes_sheet_and_page(folders, tmp_path, c
     assert PROMPT in page and "--candidates=12" in page and "http" not in page.split("<main>")[1]
     captured = capsys.readouterr()
     assert [r["prompt"] for r in json.loads(captured.out)] == [PROMPT, "two blue stars"]
-    assert "12/12 drawn" in captured.err
+    assert "12/12 sampled" in captured.err
 
 
 def test_same_seed_same_pictures_whatever_the_batch(folders, tmp_path):
