@@ -1,8 +1,8 @@
 """DALL-E in one file: a codec, a transformer and a CLIP, trained from nothing on captioned shapes.
 
     pip install -e .
-    python examples/dalle_in_one_file.py             # 12 minutes on two CPU cores
-    python examples/dalle_in_one_file.py --smoke     # a minute on one: all of it, hardly trained
+    python examples/dalle_in_one_file.py             # about 20 minutes of processor time
+    python examples/dalle_in_one_file.py --smoke     # a thirtieth of everything, hardly trained
 
 DALL-E (Ramesh et al. 2021, arXiv:2102.12092) turns a caption into pictures with three networks:
 
